@@ -1,0 +1,13 @@
+"""Subject DLA: subject-driven image generation for ComfyUI.
+
+Only this file is read when the host starts; everything heavy is imported by the entrypoint and later.
+"""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """The host calls this once to learn the pack's nodes (V3 API)."""
+    from .nodes import SubjectExtension
+
+    return SubjectExtension()

@@ -1,0 +1,105 @@
+"""What the MLLM hands on: the hidden states of every layer at every token, and what each token is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """What a token stands for. TEMPLATE is all that the user did not give: system prompt, role headers, vision markers,
+    trailing chat markup."""
+
+    TEXT = 0
+    IMAGE = 1
+    TEMPLATE = 2
+
+
+@dataclass(frozen=True)
+class MLLMInfo:
+    """Which MLLM made the features; a DLA records the one that it was trained on."""
+
+    name: str  # for people: folder or file name, e.g. "internvl3-8b"
+    family: str  # "internvl" | "qwen2_5_vl" | "qwen3_vl" | "qwen2_5" (text only) | ...
+    layers: int  # decoder layers L; hidden states are numbered 0..L
+    width: int  # C
+    drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
+
+    def __post_init__(self):
+        for field in ("name", "family"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"MLLM {field} is {getattr(self, field)!r}, expected text.")
+        for field, top in (("layers", 1024), ("width", 65536)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= top:
+                raise ValueError(f"MLLM {field} is {value!r}, expected a whole number from 1 to {top}.")
+        if not isinstance(self.drop_leading_template, bool):
+            raise ValueError(f"MLLM drop_leading_template is {self.drop_leading_template!r}, expected true or false.")
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Hidden states of one batch (the MLLM_FEATURES socket). B prompts, M layers, T tokens, C channels.
+
+    A layer number means the same for every MLLM: 0 = the embeddings (projected ViT features at the image tokens),
+    i = output of decoder layer i-1, L = the last one after the final norm.
+    """
+
+    hidden_states: Tensor  # (B, M, T, C) floating; entry j is layer number layers[j]
+    layers: tuple[int, ...]  # layer numbers present, ascending; all of 0..L unless fewer were asked for
+    modality: Tensor  # (B, T) uint8, Modality
+    image_index: Tensor  # (B, T) int16, 0-based reference image of an image token, -1 for other tokens
+    attention_mask: Tensor  # (B, T) bool, False = padding
+    info: MLLMInfo
+    # Per prompt, how many positions (left padding included) come before the user's turn, i.e. what a stock model that
+    # drops the leading template cuts off. None: worked out from `modality`, which is wrong for an empty prompt, since
+    # that is template tokens from end to end.
+    prefix: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        hidden, layers, info = self.hidden_states, tuple(int(layer) for layer in self.layers), self.info
+        object.__setattr__(self, "layers", layers)
+        if hidden.ndim != 4 or not hidden.is_floating_point():
+            raise ValueError(f"hidden_states is {hidden.dtype} {tuple(hidden.shape)}, expected floating (B, M, T, C).")
+        batch, entries, tokens, width = hidden.shape
+        if batch == 0 or entries == 0 or tokens == 0:
+            raise ValueError(f"hidden_states has shape {tuple(hidden.shape)}, expected at least one prompt, layer and token.")
+        if width != info.width:
+            raise ValueError(f"hidden_states has width {width}, expected {info.width}, the width of {info.name}.")
+        if len(layers) != entries:
+            raise ValueError(f"hidden_states holds {entries} layers, but layers names {len(layers)}: {layers}.")
+        if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > info.layers:
+            raise ValueError(f"layers is {layers}, expected ascending numbers from 0 to {info.layers} ({info.name}).")
+        for field, dtype in (("modality", torch.uint8), ("image_index", torch.int16), ("attention_mask", torch.bool)):
+            value = getattr(self, field)
+            if value.dtype != dtype or value.shape != (batch, tokens):
+                raise ValueError(f"{field} is {value.dtype} {tuple(value.shape)}, expected {dtype} {(batch, tokens)}.")
+        if int(self.modality.max()) > max(Modality):
+            raise ValueError(f"modality holds {int(self.modality.max())}, expected 0 (text), 1 (image) or 2 (template).")
+        if not torch.equal(self.image_index >= 0, self.modality == Modality.IMAGE):
+            raise ValueError("image_index must be 0 or more at image tokens and -1 at all others.")
+        if not bool(self.attention_mask.any(dim=1).all()):
+            raise ValueError("attention_mask leaves a prompt without a single token.")
+        if self.prefix is not None and (
+            len(self.prefix) != batch or any(not 0 <= length <= tokens for length in self.prefix)
+        ):
+            raise ValueError(f"prefix is {self.prefix}, expected {batch} numbers from 0 to {tokens}.")
+
+    def layer(self, number: int) -> Tensor:
+        """Hidden states (B, T, C) of one layer, by its number. Raises ValueError if it was not kept."""
+        if number not in self.layers:
+            raise ValueError(
+                f"Layer {number} of {self.info.name} is not in these features, which hold {describe_layers(self.layers)}. "
+                "Encode again with all layers, or with this DLA connected to the encoder."
+            )
+        return self.hidden_states[:, self.layers.index(number)]
+
+
+def describe_layers(layers: tuple[int, ...]) -> str:
+    """'layers 0-28' or 'layers 0, 14, 28'."""
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}-{layers[-1]}"
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(map(str, layers))

@@ -1,0 +1,146 @@
+"""Layerwise attention pooling: attention over the layer axis of one token, then one vector per token.
+
+Both readings of the paper (see LayerwiseAttentionPooling). Residual stream, norms and the weighted sum are fp32, since
+MLLMs have channels of 1e4 and more; only the linear maps, whose inputs are normalised, run in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+MLP_RATIO = 4  # our choice, as in every common transformer
+
+
+class TorchOperations:
+    """Default leaves: weights are cast to the input's dtype at use, as ComfyUI's manual_cast does."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root mean square norm over channels, in fp32. It has no scale of its own: the linear map behind it absorbs one."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the middle axis of (N, S, C), bidirectional and without positions."""
+
+    def __init__(self, width: int, heads: int, *, device=None, dtype=None, operations=TorchOperations):
+        super().__init__()
+        self.heads = heads
+        self.qkv = operations.Linear(width, 3 * width, bias=True, device=device, dtype=dtype)
+        self.out = operations.Linear(width, width, bias=True, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "n s (three h d) -> three n h s d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(rearrange(x, "n h s d -> n s (h d)"))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention, and an MLP if asked for, each on a residual of its own that starts at zero."""
+
+    def __init__(self, width: int, heads: int, *, mlp: bool, device=None, dtype=None, operations=TorchOperations):
+        super().__init__()
+        settings = dict(bias=True, device=device, dtype=dtype)
+        self.attention = Attention(width, heads, device=device, dtype=dtype, operations=operations)
+        self.up = operations.Linear(width, MLP_RATIO * width, **settings) if mlp else None
+        self.down = operations.Linear(MLP_RATIO * width, width, **settings) if mlp else None
+
+    def forward(self, x: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
+        """(N, S, C) fp32 -> the same. `dtype` is that of the linear maps."""
+        x = x + self.attention(rms_norm(x).to(dtype), mask)
+        if self.up is not None:
+            x = x + self.down(F.gelu(self.up(rms_norm(x).to(dtype))))
+        return x
+
+    def start_as_identity(self):
+        for layer in (self.attention.out, self.down):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+class LayerwiseAttentionPooling(nn.Module):
+    """Layerwise attention pooling of one group of tokens: (N, M, C) -> (N, C), every token by itself.
+
+    pooling = "softmax", reading (a): one multi-head self-attention over the layers, then Linear(C -> 1), softmax over
+        layers, weighted sum. The residual, the norm and a gate are ours: weights = (1 - gate) * last + gate * softmax,
+        with gate 0 in a new module, so that it is the last layer and yet learns; gate 1 is the paper's.
+    pooling = "linear", reading (b), UniFusion (arXiv 2510.12789): two pre-norm transformer blocks over the layers, then
+        a linear map over the layers, whose weights are the same for every token and may be negative.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        *,
+        pooling: str,
+        heads: int,
+        blocks: int,
+        device=None,
+        dtype=None,
+        operations=TorchOperations,
+    ):
+        super().__init__()
+        settings = dict(device=device, dtype=dtype, operations=operations)
+        linear = pooling == "linear"
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp=linear, **settings) for _ in range(blocks))
+        # All that is learned sits in Linear leaves, so that ComfyUI can store, move and cast it. Their weights are
+        # never read directly, since some hosts only materialise them when the leaf is called.
+        settings = dict(bias=False, device=device, dtype=dtype)
+        self.layers = operations.Linear(layers, 1, **settings) if linear else None
+        self.score = None if linear else operations.Linear(width, 1, **settings)  # softmax ignores a bias
+        self.gate = None if linear else operations.Linear(1, 1, **settings)
+
+    def weigh(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Layer states (N, M, C) -> the states after attention (N, M, C) fp32, their weights (N, M) fp32."""
+        x = x.float()
+        for block in self.blocks:
+            x = block(x, dtype)
+        tokens, layers, _ = x.shape
+        if self.layers is not None:
+            eye = torch.eye(layers, device=x.device, dtype=dtype)
+            return x, self.layers(eye).float().squeeze(1).expand(tokens, layers)
+        gate = self.gate(torch.ones(1, 1, device=x.device, dtype=dtype)).float()
+        weights = gate * self.score(rms_norm(x).to(dtype)).float().squeeze(-1).softmax(dim=-1)
+        last = torch.zeros(layers, device=x.device)
+        last[-1] = 1
+        return x, weights + (1 - gate) * last
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Layer states (N, M, C), lowest layer first -> (N, C) fp32. `dtype` of the linear maps, None = that of x."""
+        x, weights = self.weigh(x, dtype or x.dtype)
+        # a loop keeps the peak low; a matmul would be rounded to TF32 or, under autocast, to bf16
+        pooled = weights[:, :1] * x[:, 0]
+        for layer in range(1, x.shape[1]):
+            pooled = torch.addcmul(pooled, weights[:, layer : layer + 1], x[:, layer])
+        return pooled
+
+    def start_as_last_layer(self):
+        """Make the module exactly the last of its layers, with live gradients."""
+        for block in self.blocks:
+            block.start_as_identity()
+        if self.layers is not None:
+            nn.init.zeros_(self.layers.weight)
+            with torch.no_grad():
+                self.layers.weight[0, -1] = 1
+        else:
+            nn.init.zeros_(self.score.weight)
+            nn.init.zeros_(self.gate.weight)
+
+
+def chunk_length(layers: int, width: int, heads: int, dtype: torch.dtype, max_bytes: int) -> int:
+    """How many tokens to pool at a time so that intermediate results stay within `max_bytes` (at least one)."""
+    states = layers * width * (4 * 4 + 10 * dtype.itemsize)  # fp32: residual and norm; compute dtype: qkv, MLP
+    scores = heads * layers * layers * (4 + dtype.itemsize)
+    # CUDA's attention kernels take at most 65535 (token, head) pairs
+    return max(1, min(max_bytes // (states + scores), 65535 // heads))

@@ -1,0 +1,53 @@
+"""The two commands.
+
+    nox -s demo                     the main job on a real ComfyUI server: pictures in output/
+    nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
+    nox -s tests                    the tests (arguments after -- go to pytest)
+
+Both use one environment per host and transformers, made by `demo/environment.py`:
+    COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
+    TRANSFORMERS=4.57.*             a version or range of transformers instead of the one that pip picks
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from demo import environment  # noqa: E402
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+# Ctrl-C and a plain kill end a session in the same way: nox interrupts the running command and waits for it.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+PATIENCE = {"interrupt_timeout": 30, "terminate_timeout": 10, "external": True}
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """A subject and a prompt in, pictures of that subject out, on a real ComfyUI server."""
+    place = prepare(session)
+    session.run(str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **PATIENCE)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Every test: the method, the pack inside the host, and a real server with a real browser."""
+    place = prepare(session)
+    environment.obtain_browser(place.python)
+    arguments = session.posargs or [str(ROOT / "tests")]
+    session.run(
+        str(place.python), "-m", "pytest", *arguments, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **PATIENCE
+    )
+
+
+def prepare(session: nox.Session) -> environment.Environment:
+    try:
+        return environment.prepare()
+    except environment.EnvironmentProblem as problem:
+        session.error(str(problem))

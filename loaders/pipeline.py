@@ -1,0 +1,66 @@
+"""All four parts at once, compared by their headers before any weights are read."""
+
+from __future__ import annotations
+
+
+def load_pipeline(
+    diffusion_model: str,
+    vae: str,
+    mllm: str,
+    dla: str | None = None,
+    weight_dtype: str = "default",
+    mllm_weight_dtype: str = "default",
+):
+    """(MODEL, VAE, MLLM, DLA or None) from file names as the host lists them; dla None = last layer, no DLA.
+
+    Raises ValueError before anything is loaded where the DLA was made for another MLLM or another DiT.
+    """
+    from .dit import load_dit
+    from .mllm import load_mllm
+
+    check_headers(diffusion_model, mllm, dla)
+    loaded_dla = None
+    if dla is not None:
+        from .dla import load_dla
+
+        loaded_dla = load_dla(dla)
+    loaded_mllm = load_mllm(mllm, mllm_weight_dtype)
+    return load_dit(diffusion_model, weight_dtype), load_vae(vae), loaded_mllm, loaded_dla
+
+
+def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
+    """Compares what the files say of themselves: DLA metadata, the MLLM's config.json, the DiT's safetensors header."""
+    import folder_paths
+
+    from .dit import read_header
+    from .mllm import read_info
+
+    dit = read_header(folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model))
+    info = read_info(mllm)
+    if dla is None:
+        if dit.context_width not in (None, info.width):
+            raise ValueError(
+                f"Without a DLA the MLLM's last layer goes to the DiT as it is, but {mllm!r} is {info.width} wide and "
+                f"{diffusion_model!r} reads a context {dit.context_width} wide. Choose a DLA trained for this pair."
+            )
+        return
+    from .dla import read_config
+
+    config = read_config(dla)
+    if (config.mllm.layers, config.mllm.width) != (info.layers, info.width):
+        raise ValueError(
+            f"DLA {dla!r} was made for the MLLM {config.mllm.name!r} ({config.mllm.layers} layers, {config.mllm.width} wide), "
+            f"but {mllm!r} has {info.layers} layers and is {info.width} wide. Choose the MLLM it was made for, or another DLA."
+        )
+    if dit.context_width not in (None, config.context_width) or (config.dit and dit.family and dit.family != config.dit):
+        raise ValueError(
+            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any'} models, but {diffusion_model!r} "
+            f"is a {dit.family or 'model of unknown family'} and reads {dit.context_width}. Choose a DLA trained for this DiT."
+        )
+
+
+def load_vae(name: str):
+    """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), through the host's own Load VAE."""
+    import nodes  # the host's: this pack's folder of that name is subject_dla.nodes
+
+    return nodes.VAELoader().load_vae(name)[0]

@@ -229,7 +229,7 @@ class DualLayerAggregator(nn.Module):
             x = self.project(x.to(torch.float32 if dtype == torch.float16 else dtype)).float()
         if hidden.dtype == torch.float16:
             x = x.clamp(-65504, 65504)
-        return x.to(hidden.dtype) * keep[..., None]
+        return x.to(hidden.dtype).masked_fill(~keep[..., None], 0)
 
     @torch.no_grad()
     def layer_weights(

@@ -1,0 +1,225 @@
+"""The DLA file: one .safetensors, whose metadata holds the DLAConfig as JSON under the key "subject_dla".
+
+The header (config, keys, shapes, dtypes) is checked before any weight is read, so that a wrong file fails at once and
+says why. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .aggregator import DLAConfig, DualLayerAggregator
+from .features import describe_layers
+
+METADATA_KEY = "subject_dla"
+FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# How other files begin that are met under the name .safetensors.
+STARTS = (
+    (b"PK\x03\x04", "a zip archive, probably a pickled .pt or .pth that was renamed"),
+    (b"\x80\x02", "a pickle, probably a .pt or .ckpt that was renamed"),
+    (b"GGUF", "a GGUF file that was renamed"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file itself"),
+    (b"<", "a web page, probably of a download that needed a login"),
+)
+
+
+class DLACheckpointError(ValueError):
+    """A file that is no usable DLA. The text names file, key, what was found, what was expected, and the way out."""
+
+    def __init__(self, path: str | os.PathLike, problem: str):
+        super().__init__(f"DLA file '{Path(path).name}': {problem}")
+
+
+def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
+    """Write a DLA as .safetensors, weights in their own dtype. Atomic: the file at `path` is the old one or the new one,
+    never a part. Raises DLACheckpointError for weights that are not finite, OSError if the disk refuses."""
+    path = Path(path)
+    state = {key: value.detach().cpu().contiguous() for key, value in dla.state_dict().items()}
+    check_finite(path, state)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(dla.config.to_dict())})
+        umask = os.umask(0)  # mkstemp makes files for the owner alone
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_config(path: str | os.PathLike) -> DLAConfig:
+    """Config of a DLA file, from its header alone: every key, shape and dtype is checked, no weight is read.
+    Raises DLACheckpointError."""
+    header = _read_header(path)
+    metadata = header.pop("__metadata__", None) or {}
+    config = _parse_config(path, metadata, header)
+    _check_keys(path, config, header)
+    return config
+
+
+def load_dla(path: str | os.PathLike, *, device=None, dtype: torch.dtype | None = None) -> DualLayerAggregator:
+    """Read a DLA file into torch's own modules, on `device` (None = CPU), in `dtype` (None = as stored).
+    Raises DLACheckpointError."""
+    config = read_config(path)
+    state = load_file(path)
+    check_finite(path, state)
+    with torch.device("meta"):
+        dla = DualLayerAggregator(config)
+    dla.load_state_dict(state, assign=True)
+    return dla.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def check_finite(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
+    """Raises DLACheckpointError if a weight is NaN or infinite. `path` is for the message."""
+    for key, value in state.items():
+        if not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise DLACheckpointError(
+                path,
+                f"{key} has {count} of {value.numel()} values that are NaN or infinite, expected finite weights. "
+                "The training run diverged: take an earlier checkpoint.",
+            )
+
+
+def describe(config: DLAConfig) -> str:
+    """What a DLA is and what it belongs to, in a few lines for people."""
+    pooling = {"softmax": "softmax over layers", "linear": "linear map over layers"}[config.pooling]
+    kind = {
+        "dual": f"dual: text and image tokens each with their own pooling, {config.blocks} block(s), {pooling}",
+        "shared": f"shared: one pooling for all tokens, {config.blocks} block(s), {pooling}",
+        "last": "no pooling",
+    }[config.modalities]
+    lines = [
+        f"MLLM {config.mllm.name} ({config.mllm.family}, {config.mllm.layers} layers, width {config.mllm.width})",
+        f"context width {config.context_width}, for {config.dit or 'any DiT of that width'}",
+        f"{kind}; {describe_layers(config.pooled_layers)}",
+        f"template tokens: {config.template}",
+    ]
+    if config.refiner_blocks:
+        lines.append(f"refiner of {config.refiner_blocks} block(s) over the tokens")
+    if config.vit_blend:
+        lines.append(f"ViT features blended in at {config.vit_blend:g}")
+    if config.provenance:
+        lines.append("training: " + ", ".join(f"{key} {value}" for key, value in config.provenance.items()))
+    return "\n".join(lines)
+
+
+def _read_header(path: str | os.PathLike) -> dict:
+    """The JSON header of a .safetensors file: an unsigned 64 bit length, then that many bytes of JSON, then the data."""
+    path = Path(path)
+    if path.is_dir():
+        raise DLACheckpointError(path, "is a folder, expected one .safetensors file.")
+    if not path.is_file():
+        raise DLACheckpointError(path, "does not exist.")
+    size = path.stat().st_size
+    if size == 0:
+        raise DLACheckpointError(path, "is empty (0 bytes). Download or save it again.")
+    with open(path, "rb") as file:
+        start = file.read(64)
+        for magic, what in STARTS:
+            if start.lstrip().startswith(magic):
+                raise DLACheckpointError(path, f"is {what}, expected a .safetensors file. Download or save it again.")
+        length = int.from_bytes(start[:8], "little")
+        if size >= 9 and start[8:9] == b"{" and length <= 100_000_000:  # the format's own limit
+            if 8 + length > size:
+                raise DLACheckpointError(
+                    path, f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again."
+                )
+            file.seek(8)
+            text = file.read(length)
+        else:
+            raise DLACheckpointError(path, f"is not a .safetensors file: it begins with {start[:8]!r}.")
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        for key, entry in header.items():
+            if key != "__metadata__":
+                str(entry["dtype"]), list(entry["shape"])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DLACheckpointError(path, f"has a damaged .safetensors header ({error}). Download it again.") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        cut = "is cut off" if size < expected else "has bytes too many at its end"
+        raise DLACheckpointError(path, f"{cut}: {size} bytes, expected {expected}. Download or save it again.")
+    return header
+
+
+def _parse_config(path, metadata: dict, keys: dict) -> DLAConfig:
+    if METADATA_KEY not in metadata:
+        raise DLACheckpointError(path, f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {_what_is_it(keys)}")
+    try:
+        values = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise DLACheckpointError(
+            path, f"metadata entry {METADATA_KEY!r} is not JSON ({error}). Save the DLA again with save_dla."
+        ) from None
+    if not isinstance(values, dict):
+        raise DLACheckpointError(
+            path, f"metadata entry {METADATA_KEY!r} is {values!r:.60}, expected a JSON object. Save it again with save_dla."
+        )
+    try:
+        return DLAConfig.from_dict(values)
+    except ValueError as error:
+        raise DLACheckpointError(path, str(error)) from None
+
+
+def _check_keys(path, config: DLAConfig, found: dict) -> None:
+    """Raises unless keys, shapes and dtypes are those of the config."""
+    with torch.device("meta"):
+        expected = {key: list(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}
+    for prefix in {key[: key.find(end)] for key in found for end in expected if key.endswith("." + end)} - {""}:
+        if all(key.startswith(prefix + ".") for key in found):
+            raise DLACheckpointError(
+                path, f"all keys begin with {prefix!r}: it was saved from inside another module. Save with save_dla."
+            )
+    missing, extra = [key for key in expected if key not in found], [key for key in found if key not in expected]
+    if missing and extra and len(missing) == len(extra):
+        raise DLACheckpointError(
+            path,
+            f"{len(extra)} key(s) have other names: found {extra[0]!r}, expected {missing[0]!r}. It was written by another "
+            "program or edited; save with save_dla.",
+        )
+    if missing:
+        raise DLACheckpointError(
+            path,
+            f"key {missing[0]!r} is missing ({len(missing)} of {len(expected)} are), expected with shape "
+            f"{expected[missing[0]]}. The file is incomplete, or its config is of another DLA: save it again.",
+        )
+    if extra:
+        raise DLACheckpointError(
+            path,
+            f"key {extra[0]!r} is not part of this DLA ({len(extra)} such key(s)), expected only what its config "
+            f"({config.modalities}, {config.pooling}, {config.blocks} block(s)) has. Save it again.",
+        )
+    for key, shape in expected.items():
+        if found[key]["shape"] != shape:
+            raise DLACheckpointError(
+                path,
+                f"{key} has shape {found[key]['shape']}, expected {shape} for MLLM width {config.mllm.width}, "
+                f"{len(config.pooled_layers)} layers and context width {config.context_width}. Weights and config are of "
+                "different DLAs: save it again.",
+            )
+        if found[key]["dtype"] not in FLOATING:
+            raise DLACheckpointError(
+                path, f"{key} has dtype {found[key]['dtype']}, expected {', '.join(FLOATING)}. Save it again in one of them."
+            )
+
+
+def _what_is_it(keys: dict) -> str:
+    """A guess at what a file without DLA config is, by its keys."""
+    if any("lora" in key.lower() for key in keys):
+        return "It looks like a LoRA: put it into models/loras."
+    if any(part in key for key in keys for part in ("double_blocks.", "transformer_blocks.", "diffusion_model.")):
+        return "It looks like a diffusion model: put it into models/diffusion_models."
+    if any(part in key for key in keys for part in ("embed_tokens.", "visual.", "lm_head.")):
+        return "It looks like a language model: put it into models/mllm or models/text_encoders."
+    return f"Its first key is {next(iter(keys), None)!r}. If it is a DLA all the same, save it again with save_dla."

@@ -1,0 +1,1 @@
+"""Files to models, under the host's model management."""

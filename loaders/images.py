@@ -1,0 +1,79 @@
+"""Reference images as the sockets bring them: checked, and taken apart into single pictures."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+LIMIT = 10
+SMALLEST = 28  # px a side: one token of Qwen2.5-VL's vision tower (14 px patches, merged 2 x 2)
+SLIMMEST = 200  # longest side / shortest side; what the MLLMs' own preprocessing accepts at most
+
+
+class ImageError(ValueError):
+    """A reference image that the MLLM cannot read, and what to do about it."""
+
+
+def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool = True) -> list[Tensor]:
+    """Every picture of the IMAGE sockets (each None or (B, H, W, C), a batch being several references), in order.
+
+    Returns a list of (H, W, 3) float32 tensors in 0..1. Raises ImageError, which names the socket (`image_1` is the
+    first argument) and the position in its batch, for: no image (only where `required`), more than `limit`, a side
+    under 28 px, alpha, greyscale, NaN or infinity, values far outside 0..1, a wrong rank.
+    """
+    images = []
+    found = sum(socket.shape[0] for socket in sockets if isinstance(socket, Tensor) and socket.ndim == 4)
+    if found > limit:
+        raise ImageError(
+            f"{found} reference images found, {limit} are the limit. A batch counts as several: take some out, or pick"
+            " from the batch with the host's ImageFromBatch node."
+        )
+    for number, socket in enumerate(sockets, 1):
+        if socket is None:
+            continue
+        if not isinstance(socket, Tensor) or socket.ndim != 4:
+            shape = tuple(socket.shape) if isinstance(socket, Tensor) else type(socket).__name__
+            raise ImageError(
+                f"image_{number} is {shape}, expected an IMAGE (batch, height, width, 3). Connect an IMAGE output; a"
+                " MASK becomes one with the host's MaskToImage node."
+            )
+        for index, image in enumerate(socket):
+            where = f"image_{number}" + (f" (number {index + 1} of its batch of {len(socket)})" if len(socket) > 1 else "")
+            images.append(_check(image, where))
+    if required and not images:
+        raise ImageError("No reference image is connected, expected at least one. Connect a Load Image node to image_1.")
+    return images
+
+
+def _check(image: Tensor, where: str) -> Tensor:
+    height, width, channels = image.shape
+    if channels == 4:
+        raise ImageError(
+            f"{where} has 4 channels, expected 3 (RGB). Its alpha must be composited first: the host's"
+            " SplitImageWithAlpha node gives the RGB part and a mask, ImageCompositeMasked puts it on a background."
+        )
+    if channels == 1:
+        raise ImageError(
+            f"{where} is greyscale (1 channel), expected 3 (RGB). Send it through the host's MaskToImage node (after"
+            " ImageToMask), which repeats the channel three times."
+        )
+    if channels != 3:
+        raise ImageError(f"{where} has {channels} channels, expected 3 (RGB).")
+    if min(height, width) < SMALLEST:
+        raise ImageError(
+            f"{where} is {width} x {height} px, expected at least {SMALLEST} px a side. Use a larger picture; upscaling"
+            " this one would give the MLLM nothing to see."
+        )
+    if max(height, width) > SLIMMEST * min(height, width):
+        raise ImageError(
+            f"{where} is {width} x {height} px, sides more than {SLIMMEST}:1 apart. Crop it to the subject first."
+        )
+    image = image.float()
+    if not bool(image.isfinite().all()):
+        raise ImageError(
+            f"{where} holds {int((~image.isfinite()).sum())} values that are NaN or infinite, expected 0 to 1. The node"
+            " that made it has failed (often a VAE decode in fp16: decode in fp32 or bf16)."
+        )
+    low, high = float(image.min()), float(image.max())
+    if low < -1 or high > 2:  # room for the overshoot of a decode or an upscaler
+        raise ImageError(f"{where} has values from {low:.3g} to {high:.3g}, expected 0 to 1. Divide by 255 first?")
+    return image

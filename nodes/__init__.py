@@ -1,0 +1,14 @@
+"""The pack's nodes: one file per topic, each node a schema and one call into a room (see docs/architecture.md)."""
+
+from comfy_api.latest import ComfyExtension
+
+from ..loaders import folders
+from . import encode, load, sample, stages
+
+
+class SubjectExtension(ComfyExtension):
+    """What the host asks for the pack's nodes; also where `models/mllm` and `models/dla` become known to it."""
+
+    async def get_node_list(self):
+        folders.register()
+        return [*load.NODES, *encode.NODES, *stages.NODES, *sample.NODES]

@@ -1,0 +1,310 @@
+"""A prompt and pictures to CONDITIONING: the MLLM's layers, their aggregation, and the VAE's reference latents."""
+
+from comfy_api.latest import io
+
+from .schema import DLA, MLLM, Features, advanced, schema
+
+SOCKETS = 5  # image inputs of Encode Subject; each may carry a batch
+
+
+class SubjectPromptList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectPromptList",
+            display_name="Prompt List",
+            description=(
+                "One prompt per line, each a picture: what follows in the graph runs once per prompt, in one queued"
+                " job."
+            ),
+            search_aliases=["batch prompts", "prompts from lines", "multiple prompts", "string list"],
+            inputs=[
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    placeholder="one prompt per line",
+                    tooltip="One prompt per line. Empty lines and lines that begin with # are left out.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "prompt",
+                    display_name="prompt",
+                    is_output_list=True,
+                    tooltip="A list of prompts; to the prompt of Encode Subject or any other text input.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prompts) -> io.NodeOutput:
+        lines = [line.strip() for line in prompts.splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ValueError(
+                "Prompt List: `prompts` has no line with text; expected at least one. Write one prompt per line."
+            )
+        return io.NodeOutput(found)
+
+
+class SubjectEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        images = [
+            io.Image.Input(
+                f"image_{index}",
+                optional=True,
+                tooltip=(
+                    f'Reference image {index}: the prompt may call it "image {index}". A batch is several references;'
+                    " ten in all at most."
+                ),
+            )
+            for index in range(1, SOCKETS + 1)
+        ]
+        return schema(
+            node_id="SubjectEncode",
+            display_name="Encode Subject",
+            description=(
+                "The MLLM reads the prompt and the reference images together. Out come its hidden states: every layer,"
+                " every token."
+            ),
+            search_aliases=["mllm encode", "text and image encode", "subject reference", "multimodal prompt"],
+            inputs=[
+                MLLM.Input("mllm", tooltip="From Load MLLM, MLLM from CLIP or Load Subject Pipeline."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    placeholder="what the picture shows, e.g. the backpack of image 1 on a mossy rock",
+                    tooltip="What the new picture shows. The MLLM reads it together with the images.",
+                ),
+                *images,
+                DLA.Input(
+                    "dla",
+                    optional=True,
+                    tooltip=(
+                        "The DLA that will read the features: it is checked against the MLLM, and only the layers it"
+                        " pools are run and kept."
+                    ),
+                ),
+                advanced(
+                    io.Int.Input,
+                    "image_size",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=28,
+                    tooltip=(
+                        "How large the MLLM sees each image, in pixels (side of a square of the same area; the aspect"
+                        " ratio is kept). 0: the MLLM's own default."
+                    ),
+                ),
+                advanced(
+                    io.Int.Input,
+                    "tiles",
+                    default=0,
+                    min=0,
+                    max=12,
+                    tooltip=(
+                        "InternVL only: into how many tiles an image may be cut at most. More tiles: finer detail, more"
+                        " tokens. 0: one tile."
+                    ),
+                ),
+                advanced(
+                    io.String.Input,
+                    "system_prompt",
+                    multiline=True,
+                    default="",
+                    placeholder="empty: the MLLM's stock template",
+                    tooltip=(
+                        "Replaces the system prompt of the MLLM's chat template. Leave empty unless your DLA was"
+                        " trained with another."
+                    ),
+                ),
+            ],
+            outputs=[
+                Features.Output(
+                    "features",
+                    display_name="features",
+                    tooltip=(
+                        "Hidden states (batch, layer, token, channel), with each token's modality and image. To"
+                        " Aggregate Layers."
+                    ),
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, mllm, prompt, dla=None, image_size=0, tiles=0, system_prompt="", **images) -> io.NodeOutput:
+        from ..loaders.images import collect_images
+
+        layers = None
+        if dla is not None:
+            dla.check_mllm(mllm.info)
+            layers = dla.config.layer_subset
+        references = collect_images(*(images.get(f"image_{index}") for index in range(1, SOCKETS + 1)), required=False)
+        features = mllm.encode(
+            prompt, references, image_size=image_size, tiles=tiles, system_prompt=system_prompt or None, layers=layers
+        )
+        return io.NodeOutput(features)
+
+
+class SubjectAggregateLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectAggregateLayers",
+            display_name="Aggregate Layers",
+            description=(
+                "Pools the MLLM's layers into the DiT's context tokens. Without a DLA the last layer passes through, "
+                "which on Qwen-Image is its stock conditioning."
+            ),
+            search_aliases=["dla", "layerwise attention pooling", "mllm to conditioning"],
+            inputs=[
+                Features.Input("features", tooltip="From Encode Subject."),
+                DLA.Input(
+                    "dla",
+                    optional=True,
+                    tooltip="A DLA for this MLLM and your DiT. Left open, the last layer passes through unchanged.",
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "template",
+                    options=["auto", "keep", "drop"],
+                    default="auto",
+                    tooltip=(
+                        "What becomes of the chat template's tokens. auto: as the stock model (Qwen-Image drops what"
+                        " precedes the user's words) or as the DLA was trained. keep: all stay. drop: all go."
+                    ),
+                ),
+                advanced(
+                    io.Float.Input,
+                    "vit_blend",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=(
+                        "Without a DLA: share of the vision encoder's own features mixed into the image tokens of the"
+                        " last layer (the paper's baseline). 0: none."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "pooled_from",
+                    optional=True,
+                    tooltip=(
+                        "A CONDITIONING whose pooled vector is taken over: on FLUX.1 the CLIP-L encoding of the prompt."
+                        " Left open, FLUX.1 gets zeros."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning",
+                    display_name="conditioning",
+                    tooltip="Context tokens for the DiT. To Add Identity, or straight to a sampler for MLLM only.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, features, dla=None, template="auto", vit_blend=0.0, pooled_from=None) -> io.NodeOutput:
+        from ..loaders.conditioning import aggregate_conditioning
+
+        return io.NodeOutput(
+            aggregate_conditioning(features, dla, template=template, vit_blend=vit_blend, pooled_from=pooled_from)
+        )
+
+
+class SubjectAddIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectAddIdentity",
+            display_name="Add Identity",
+            description=(
+                "Encodes reference images with the VAE and adds them to the conditioning as reference latents, sized"
+                " and placed as the model's family expects. Chain several for references with strengths and masks of"
+                " their own."
+            ),
+            search_aliases=["reference latent", "uno", "uso", "kontext", "subject identity", "ReferenceLatent"],
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="From Aggregate Layers, CLIP Text Encode or another Add Identity."
+                ),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The DiT that will sample: its family decides size, cropping and placement. It is only"
+                        " looked at."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="The DiT's VAE."),
+                io.Image.Input("image", tooltip="The reference; a batch is several references with the same strength."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "White: the part of the reference to use; black: its tokens are taken out. Scaled to the image."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Strength of this reference, multiplied into the schedule's VAE strength. 1: as the model does"
+                        " by itself; 0: not there; between: attention to it weighted by this much."
+                    ),
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=16,
+                    tooltip=(
+                        "Longest side of the reference in pixels before encoding; the aspect ratio is kept. 0: the"
+                        " family's default (UNO placement 512, else about one megapixel)."
+                    ),
+                ),
+                io.Combo.Input(
+                    "placement",
+                    options=["auto", "uxo", "offset", "index", "index_timestep_zero"],
+                    default="auto",
+                    tooltip=(
+                        "Where the reference's tokens sit among the picture's. auto: the family's own. uxo: the"
+                        " diagonal of UNO and USO (FLUX.1 with such a LoRA, and the paper). offset, index: FLUX.1"
+                        " Kontext's and Qwen-Image-Edit's. index_timestep_zero: Qwen-Image-Edit 2511."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "with_identity",
+                    display_name="conditioning",
+                    tooltip=(
+                        "The same context with reference latents added. To Staged Sampler or Staged Guider, or any"
+                        " sampler of the host."
+                    ),
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, conditioning, model, vae, image, mask=None, strength=1.0, size=0, placement="auto"
+    ) -> io.NodeOutput:
+        from ..loaders.identity import add_identity
+
+        return io.NodeOutput(
+            add_identity(conditioning, model, vae, image, mask, strength=strength, size=size, placement=placement)
+        )
+
+
+NODES = [SubjectPromptList, SubjectEncode, SubjectAggregateLayers, SubjectAddIdentity]

@@ -1,0 +1,44 @@
+"""Combos of files: what there is to choose, a clear word when the choice is gone, a fingerprint of what is on disk."""
+
+from pathlib import Path
+
+import folder_paths
+
+KINDS = {
+    "mllm": "a Hugging Face folder (config.json, tokenizer and *.safetensors)",
+    "dla": "a .safetensors file made by this pack's training",
+    "diffusion_models": "the DiT's weights",
+    "vae": "the VAE's weights",
+}
+
+
+def options(kind: str) -> list[str]:
+    """The names a combo of that kind offers now."""
+    if kind == "mllm":
+        from ..loaders.mllm import list_mllms
+
+        return list_mllms()
+    return folder_paths.get_filename_list(kind)
+
+
+def missing(kind: str, name: str | None) -> str | None:
+    """None where `name` can be loaded, else what is wrong and what to do. A linked input (None) is known only later."""
+    if name is None or name in (found := options(kind)):
+        return None
+    there = ", ".join(found) if found else "nothing"
+    return f"models/{kind} has no {name!r}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
+
+
+def problems(**names: str | None) -> bool | str:
+    """The answer of a node's `validate_inputs`: True, or the first missing file in words."""
+    return next((problem for kind, name in names.items() if (problem := missing(kind, name))), True)
+
+
+def fingerprint(kind: str, name: str | None) -> str:
+    """Size and time of the file, or of every file of the folder: a replaced file is read again."""
+    roots = (Path(root) / name for root in folder_paths.get_folder_paths(kind)) if name else ()
+    path = next((path for path in roots if path.exists()), None)
+    if path is None:
+        return str(name)
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found])

@@ -1,0 +1,137 @@
+"""Sampling with stages: a guider for the host's custom sampler, and one node with KSampler's habits."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from .schema import Stages, schema
+
+STAGES_TIP = (
+    "From Stage Schedule or Stage Keyframe: when the context tokens and the reference latents are read, and how"
+    " strongly."
+)
+NEGATIVE_TIP = (
+    "What to avoid, staged like the positive. Needed when cfg is not 1 (an empty prompt will do), unused when it is."
+)
+
+
+class SubjectStagedGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectStagedGuider",
+            display_name="Staged Guider",
+            description=(
+                "A guider for SamplerCustomAdvanced that reads MLLM and VAE tokens as the stages say, step by step. "
+                "Works with any sampler and scheduler. At strength 1 throughout it is exactly the host's CFGGuider."
+            ),
+            search_aliases=["guider", "multi-stage denoising", "custom sampler stages"],
+            inputs=[
+                io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
+                io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
+                Stages.Input("stages", tooltip=STAGES_TIP),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
+                        " samples with 2.5."
+                    ),
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
+            ],
+            outputs=[io.Guider.Output("guider", display_name="guider", tooltip="To SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, stages, cfg, negative=None) -> io.NodeOutput:
+        from ..sampling.guider import StagedGuider
+
+        guider = StagedGuider(model, stages)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+class SubjectStagedSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectStagedSampler",
+            display_name="Staged Sampler",
+            description="KSampler with stages: reads MLLM and VAE tokens as the schedule says, step by step.",
+            search_aliases=["ksampler", "sample subject", "multi-stage denoising"],
+            inputs=[
+                io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
+                io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent to denoise: an empty one, or a picture's for img2img and inpainting.",
+                ),
+                Stages.Input("stages", tooltip=STAGES_TIP),
+                io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed of the noise.",
+                ),
+                io.Int.Input("steps", default=25, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
+                        " samples with 2.5."
+                    ),
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="The algorithm that steps from noise to picture.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="How the noise levels are spread over the steps.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much of the latent is made anew. 1: all of it. Less: img2img; stages that lie before its"
+                        " beginning are skipped."
+                    ),
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="To VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent_image, stages, seed, steps, cfg, sampler_name, scheduler, denoise, negative=None
+    ) -> io.NodeOutput:
+        from ..sampling.sample import staged_sample
+
+        return io.NodeOutput(
+            staged_sample(
+                model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, stages
+            )
+        )
+
+
+NODES = [SubjectStagedGuider, SubjectStagedSampler]

@@ -1,0 +1,29 @@
+"""Schemas on every host: arguments that an older host does not know are left out, never guessed from its version."""
+
+import inspect
+from dataclasses import fields
+
+from comfy_api.latest import io
+
+CATEGORY = "subject"
+
+MLLM = io.Custom("MLLM")
+Features = io.Custom("MLLM_FEATURES")
+DLA = io.Custom("DLA")
+Stages = io.Custom("STAGES")
+
+WEIGHT_DTYPES = ["default", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp32"]
+NONE = "none"
+
+
+def schema(**arguments) -> io.Schema:
+    """io.Schema in the pack's category, without the arguments this host lacks (`search_aliases` came at 0.11)."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(category=CATEGORY, **{key: value for key, value in arguments.items() if key in known})
+
+
+def advanced(input_type, *arguments, **keywords):
+    """An input that hosts from 0.10 on fold away under "advanced"; older ones show it like any other."""
+    if "advanced" in inspect.signature(input_type.__init__).parameters:
+        keywords["advanced"] = True
+    return input_type(*arguments, **keywords)

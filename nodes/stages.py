@@ -1,0 +1,192 @@
+"""When the MLLM's tokens and the VAE's reference tokens are read: presets, keyframes, and a look at the plan."""
+
+from comfy_api.latest import io, ui
+
+from ..sampling.stages import BLENDS, CLOCKS, PRESETS, Keyframe, Stages, preset as preset_stages
+from .schema import Stages as StagesType, schema
+
+PRESET_TIP = (
+    " ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    + " Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
+)
+CLOCK_TIP = (
+    "What the thresholds count. flow_time: the paper's, 1 is pure noise and 0 the picture. flow_time_resolution: flow"
+    " time adjusted to the picture's token count, so that thresholds meant for 1024 px hold at other sizes. steps:"
+    " share of the sampler's steps, 0 is the first and 1 the end."
+)
+
+
+class SubjectStageSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectStageSchedule",
+            display_name="Stage Schedule",
+            description=(
+                "A ready-made schedule: when the MLLM's tokens are on, and when the VAE's. Stock models want"
+                " semantics_first; weights trained in two stages as in the paper want paper. Look at the outcome with"
+                " Stage Preview."
+            ),
+            search_aliases=["multi-stage denoising", "stages", "condition schedule", "timestep schedule"],
+            inputs=[
+                io.Combo.Input("preset", options=list(PRESETS), default="semantics_first", tooltip=PRESET_TIP),
+                io.Combo.Input("clock", options=list(CLOCKS), default="flow_time", tooltip=CLOCK_TIP),
+                io.Float.Input(
+                    "tau1",
+                    default=0.95,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time. Read by paper,"
+                        " semantics_first and two_stage."
+                    ),
+                ),
+                io.Float.Input(
+                    "tau2",
+                    default=0.85,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time. Read by paper alone;"
+                        " below tau1 on the flow-time clocks, above it on steps."
+                    ),
+                ),
+            ],
+            outputs=[
+                StagesType.Output(
+                    "stages", display_name="stages", tooltip="To Staged Sampler, Staged Guider or Stage Preview."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preset, clock, tau1, tau2) -> io.NodeOutput:
+        return io.NodeOutput(preset_stages(preset, clock, tau1, tau2))
+
+
+class SubjectStageKeyframe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectStageKeyframe",
+            display_name="Stage Keyframe",
+            description=(
+                "One point of a schedule of your own: from here on, this much MLLM and this much VAE. Chain several, or"
+                " add one to a preset."
+            ),
+            search_aliases=["stage custom", "condition keyframe", "strength schedule"],
+            inputs=[
+                io.Float.Input(
+                    "start",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where this keyframe begins, on the clock. On the flow-time clocks 1 is the beginning, on"
+                        " steps 0."
+                    ),
+                ),
+                io.Float.Input(
+                    "mllm_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Strength of the MLLM's context tokens from here on. 0 removes them, 1 is the model's own;"
+                        " between costs speed."
+                    ),
+                ),
+                io.Float.Input(
+                    "vae_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Strength of the reference latents from here on, multiplied by each reference's own. 0 removes"
+                        " them."
+                    ),
+                ),
+                io.Combo.Input(
+                    "blend",
+                    options=list(BLENDS),
+                    default="hold",
+                    tooltip=(
+                        "hold: these strengths until the next keyframe. linear: a straight line to the next keyframe's."
+                    ),
+                ),
+                io.Combo.Input(
+                    "clock",
+                    options=list(CLOCKS),
+                    default="flow_time",
+                    tooltip=CLOCK_TIP + " All keyframes of a chain use one clock.",
+                ),
+                StagesType.Input("previous", optional=True, tooltip="The schedule to add this keyframe to."),
+            ],
+            outputs=[
+                StagesType.Output(
+                    "stages",
+                    display_name="stages",
+                    tooltip="To another Stage Keyframe, Staged Sampler, Staged Guider or Stage Preview.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, start, mllm_strength, vae_strength, blend, clock, previous=None) -> io.NodeOutput:
+        if previous is not None and previous.clock != clock:
+            raise ValueError(
+                f"Stage Keyframe: clock is {clock!r}, but the schedule before it counts in {previous.clock!r}. "
+                "Set every keyframe of a chain to the same clock."
+            )
+        before = previous.keyframes if previous is not None else ()
+        return io.NodeOutput(Stages((*before, Keyframe(start, mllm_strength, vae_strength, blend)), clock))
+
+
+class SubjectStagePreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectStagePreview",
+            display_name="Stage Preview",
+            description=(
+                "Which steps of this sampler's schedule get what, as a plot and as text. Costs nothing: no model is"
+                " run."
+            ),
+            search_aliases=["plot stages", "schedule plot"],
+            is_output_node=True,
+            inputs=[
+                StagesType.Input("stages", tooltip="The schedule to look at."),
+                io.Model.Input(
+                    "model", tooltip="The model that will sample: it turns the sampler's sigmas into flow time."
+                ),
+                io.Sigmas.Input(
+                    "sigmas", tooltip="The sampler's sigmas, from Basic Scheduler or any other scheduler node."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip=(
+                        "The latent to be sampled: its size gives the token count for the clock flow_time_resolution."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output("plot", display_name="plot", tooltip="Strength of MLLM and VAE over the steps."),
+                io.String.Output("text", display_name="text", tooltip="The same, one line per stage."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, stages, model, sigmas, latent=None) -> io.NodeOutput:
+        from ..sampling.preview import preview
+
+        plot, text = preview(stages, model, sigmas, latent)
+        return io.NodeOutput(plot, text, ui=ui.PreviewImage(plot, cls=cls))
+
+
+NODES = [SubjectStageSchedule, SubjectStageKeyframe, SubjectStagePreview]

@@ -1,0 +1,98 @@
+"""The nodes as the host sees them. Saved workflows hold these ids, input names and output positions: they never change."""
+
+import asyncio
+import inspect
+
+import pytest
+from subject_dla.nodes import SubjectExtension
+
+NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
+
+FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
+    "SubjectLoadMLLM": ("mllm weight_dtype", "MLLM"),
+    "SubjectMLLMFromCLIP": ("clip", "MLLM"),
+    "SubjectLoadDLA": ("dla", "DLA"),
+    "SubjectLoadPipeline": ("diffusion_model vae mllm dla weight_dtype mllm_weight_dtype", "MODEL VAE MLLM DLA"),
+    "SubjectPromptList": ("prompts", "STRING"),
+    "SubjectEncode": (
+        "mllm prompt image_1 image_2 image_3 image_4 image_5 dla image_size tiles system_prompt",
+        "MLLM_FEATURES",
+    ),
+    "SubjectAggregateLayers": ("features dla template vit_blend pooled_from", "CONDITIONING"),
+    "SubjectAddIdentity": ("conditioning model vae image mask strength size placement", "CONDITIONING"),
+    "SubjectStageSchedule": ("preset clock tau1 tau2", "STAGES"),
+    "SubjectStageKeyframe": ("start mllm_strength vae_strength blend clock previous", "STAGES"),
+    "SubjectStagePreview": ("stages model sigmas latent", "IMAGE STRING"),
+    "SubjectStagedGuider": ("model positive stages cfg negative", "GUIDER"),
+    "SubjectStagedSampler": (
+        "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise",
+        "LATENT",
+    ),
+}
+
+
+def test_the_ids_inputs_and_outputs_of_saved_workflows_are_still_there():
+    found = {}
+    for name, node in NODES.items():
+        schema = node.define_schema()
+        found[schema.node_id] = (" ".join(i.id for i in schema.inputs), " ".join(o.io_type for o in schema.outputs))
+        assert schema.node_id == name
+    assert found == FROZEN
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_host_accepts_the_schema_and_can_tell_the_user_what_everything_is(name):
+    node = NODES[name]
+    schema = node.GET_SCHEMA()  # validates, on every host
+    assert not {i.id for i in schema.inputs} & {o.id for o in schema.outputs}  # an error up to 0.3.75, unseen later
+    info = node.GET_NODE_INFO_V1()
+    assert info["category"] == "subject" and info["display_name"] and info["description"]
+    assert all(info["output_tooltips"])
+    for kind in ("required", "optional"):
+        for key, (type_, options) in info["input"].get(kind, {}).items():
+            assert options.get("tooltip"), f"{name}.{key} has no tooltip"
+            if "default" in options and type_ in ("INT", "FLOAT"):
+                assert options["min"] <= options["default"] <= options["max"], f"{name}.{key}"
+            if "default" in options and type_ == "COMBO":
+                assert options["default"] in options["options"], f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_execute_takes_every_input_and_an_optional_one_may_stay_open(name):
+    node = NODES[name]
+    parameters = inspect.signature(node.execute).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for input_ in node.define_schema().inputs:
+        assert takes_any or input_.id in parameters, f"{name}.execute lacks {input_.id}"
+        if input_.optional and input_.id in parameters:
+            assert parameters[input_.id].default is not inspect.Parameter.empty, f"{name}.{input_.id}"
+    assert set(parameters) - {"images"} <= {i.id for i in node.define_schema().inputs}
+
+
+def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypatch):
+    import folder_paths
+
+    (tmp_path / "there.safetensors").write_bytes(b"0")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "dla", ([str(tmp_path)], {".safetensors"}))
+    assert NODES["SubjectLoadDLA"].validate_inputs(dla="there.safetensors") is True
+    problem = NODES["SubjectLoadDLA"].validate_inputs(dla="gone.safetensors")
+    assert "gone.safetensors" in problem and "there.safetensors" in problem and "models/dla" in problem
+    before = NODES["SubjectLoadDLA"].fingerprint_inputs(dla="there.safetensors")
+    (tmp_path / "there.safetensors").write_bytes(b"01")
+    assert NODES["SubjectLoadDLA"].fingerprint_inputs(dla="there.safetensors") != before
+
+
+def test_keyframes_chain_and_a_mixed_clock_is_refused():
+    keyframe = NODES["SubjectStageKeyframe"].execute
+    (first,) = keyframe(1.0, 1.0, 0.0, "hold", "flow_time").result
+    (both,) = keyframe(0.9, 1.0, 0.5, "linear", "flow_time", first).result
+    assert [(k.start, k.vae) for k in both.keyframes] == [(1.0, 0.0), (0.9, 0.5)] and both.clock == "flow_time"
+    with pytest.raises(ValueError, match="steps.*flow_time"):
+        keyframe(0.5, 1.0, 1.0, "hold", "steps", first)
+
+
+def test_prompt_list_keeps_lines_with_text():
+    (prompts,) = NODES["SubjectPromptList"].execute("a cat \n\n# not this\n a dog").result
+    assert prompts == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="one prompt per line"):
+        NODES["SubjectPromptList"].execute("\n # only a remark")

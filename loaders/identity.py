@@ -1,0 +1,114 @@
+"""Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
+
+import inspect
+import sys
+from math import sqrt
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .dit import dit_family
+from .images import collect_images
+
+GRID = 16  # pixels per token and side on every family: 8x VAE and 2x2 patches, or FLUX.2's 16x VAE and 1x1 patches
+UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
+LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
+OMNIGEN2_REFERENCES = 5
+
+
+def add_identity(conditioning: list, model, vae, image: Tensor, mask: Tensor | None = None, *, strength: float = 1.0,
+                 size: int = 0, placement: str = "auto") -> list:
+    """CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3).
+
+    mask (h, w) or (b, h, w), 1 = use; strength multiplies the schedule's VAE strength; size: longest side in pixels, 0 =
+    the family's default; placement: `reference_latents_method`, "auto" = "uxo" (UNO's diagonal) on FLUX.1 as in the paper,
+    the model's own elsewhere. Aspect ratio is kept; what does not fill a 16-pixel token is cut off evenly at the edges.
+    Raises ValueError where the model cannot do it.
+    """
+    family = dit_family(model)
+    method = reference_method(model, family, placement)
+    images = collect_images(image)
+    masks = _masks(mask, len(images))
+    latents, kept_masks = [], []
+    for picture, picture_mask in zip(images, masks):
+        width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo")
+        latents.append(vae.encode(resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
+        if picture_mask is not None:
+            picture_mask = _stretched(picture_mask, picture.shape[:2])
+            picture_mask = resize(picture_mask[None], width, height)[0].clamp(0, 1)
+            if not picture_mask.any():
+                raise ValueError("Add Identity: the mask is black everywhere, which removes the whole reference. White is "
+                                 "what to use: invert the mask, or set strength 0.")
+        kept_masks.append(picture_mask)
+
+    out = []
+    for tokens, values in conditioning:
+        values = values.copy()
+        before = list(values.get("reference_latents") or [])
+        if family == "omnigen2" and len(before) + len(latents) > OMNIGEN2_REFERENCES:
+            raise ValueError(f"Add Identity: OmniGen2 takes at most {OMNIGEN2_REFERENCES} references, this makes "
+                             f"{len(before) + len(latents)}. Leave some out.")
+        values["reference_latents"] = before + latents
+        values["subject_reference_strengths"] = _grown(values, "subject_reference_strengths", before, 1.0) + [strength] * len(latents)
+        values["subject_reference_masks"] = _grown(values, "subject_reference_masks", before, None) + kept_masks
+        if method is not None:
+            values["reference_latents_method"] = method
+        out.append([tokens, values])
+    return out
+
+
+def reference_method(model, family: str, placement: str) -> str | None:
+    """The host's `reference_latents_method`, None = leave the model's default. Unknown ones fall back silently in the host."""
+    method = ("uxo" if family == "flux" else None) if placement == "auto" else placement
+    if method is None:
+        return None
+    diffusion_model = model.model.diffusion_model
+    module = sys.modules.get(type(diffusion_model).__module__)
+    if family == "omnigen2" or module is None or f'"{method}"' not in inspect.getsource(module):
+        raise ValueError(
+            f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} on this version of its "
+            "code and would silently place references elsewhere. "
+            + ("Choose auto: OmniGen2 places references itself." if family == "omnigen2"
+               else "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."))
+    return method
+
+
+def reference_size(width: int, height: int, size: int = 0, uno: bool = False) -> tuple[int, int]:
+    """(width, height) in pixels, multiples of 16, of a reference that is `width` x `height`. Sources: UNO's preprocessing
+    for its placement; elsewhere at most one megapixel as the host's edit nodes, but never enlarged (our choice)."""
+    if size or uno:
+        scale = (size or UNO_LONGEST_SIDE) / max(width, height)
+    else:
+        scale = min(1.0, sqrt(LARGEST_AREA / (width * height)))
+    return tuple(max(GRID, int(side * scale + 1e-6) // GRID * GRID) for side in (width, height))
+
+
+def resize(picture: Tensor, width: int, height: int) -> Tensor:
+    """(c, h, w) to exactly width x height: scaled evenly, then cut at the centre. Untouched where it already fits."""
+    if picture.shape[-2:] == (height, width):
+        return picture
+    shrinks = picture.shape[-1] >= width and picture.shape[-2] >= height
+    return comfy.utils.common_upscale(picture[None], width, height, "area" if shrinks else "bicubic", "center")[0].clamp(0, 1)
+
+
+def _stretched(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A mask drawn at another size of the same picture, brought to the picture's."""
+    if tuple(mask.shape) == tuple(shape):
+        return mask
+    return torch.nn.functional.interpolate(mask[None, None].float(), size=tuple(shape), mode="bilinear")[0, 0]
+
+
+def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
+    if mask is None:
+        return [None] * count
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if len(mask) not in (1, count):
+        raise ValueError(f"Add Identity: {len(mask)} masks for {count} images. Give one mask for all, or one for each image.")
+    return [mask[i % len(mask)] for i in range(count)]
+
+
+def _grown(values: dict, key: str, before: list, default) -> list:
+    """Our list beside `reference_latents`; references from other nodes get the default."""
+    known = list(values.get(key) or [])
+    return known + [default] * (len(before) - len(known))

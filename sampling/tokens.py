@@ -1,0 +1,68 @@
+"""Where each token group lies among a DiT's attention keys, and the logarithm of its strength.
+
+Groups: the context (MLLM or text tokens), the noisy image, and every reference latent by itself.
+"""
+
+from dataclasses import dataclass
+from math import ceil, inf, log, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# order of the groups in joint attention; a family that is not here gets strengths 0 and 1 only
+LAYOUTS = {
+    "flux": ("context", "image", "references"),
+    "flux2": ("context", "image", "references"),
+    "qwen_image": ("context", "image", "references"),
+    "omnigen2": ("context", "references", "image"),
+}
+
+
+def grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
+    """Token grid (frames, rows, columns) of a latent (..., h, w), 4D or 5D; edges are padded to whole patches."""
+    frames = shape[2] if len(shape) == 5 else 1
+    return frames, ceil(shape[-2] / patch), ceil(shape[-1] / patch)
+
+
+def log_strength(strength: float) -> float:
+    return log(strength) if strength > 0 else -inf
+
+
+def reference_log_strength(shape: tuple[int, ...], patch: int, strength: float, mask: Tensor | None) -> Tensor:
+    """(tokens,) float32 for one reference latent of `shape`; mask (h, w) in 0..1 over the reference's picture, any size."""
+    frames, rows, columns = grid(shape, patch)
+    if mask is None:
+        return torch.full((frames * rows * columns,), log_strength(strength))
+    weight = F.interpolate(mask.float()[None, None], size=(rows, columns), mode="area").flatten()
+    return (weight.clamp(0, 1) * strength).log().repeat(frames)  # log(0) = -inf: the token is removed
+
+
+@dataclass(frozen=True)
+class KeyStrengths:
+    """What to add to the attention logits of each key of one condition.
+
+    log_strength (keys,) float32 in the family's order; -inf removes the key, 0 leaves it. Attention calls with another
+    number of keys (refiners over one group) are not joint and stay untouched.
+    """
+
+    log_strength: Tensor
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.log_strength.any()
+
+
+def key_strengths(family: str, context: int, mllm: float, image_shape: tuple[int, ...], patch: int,
+                  references: list[Tensor]) -> KeyStrengths:
+    """Assembles the groups in `family`'s order.
+
+    context: context tokens as the DiT sees them; mllm: their strength; image_shape: the noisy latent (or the area of it
+    that the condition covers); references: one (tokens,) log strength per reference latent, as `reference_log_strength`.
+    """
+    groups = {
+        "context": [torch.full((context,), log_strength(mllm))],
+        "image": [torch.zeros(prod(grid(image_shape, patch)))],
+        "references": references,
+    }
+    return KeyStrengths(torch.cat([part for name in LAYOUTS[family] for part in groups[name]]))

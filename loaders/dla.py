@@ -1,0 +1,121 @@
+"""DLA files as models under ComfyUI's model management."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+
+from ..dla import checkpoint
+from ..dla.aggregator import MAX_CHUNK_BYTES, Context, DLAConfig, DualLayerAggregator, aggregate, kept_tokens
+from ..dla.features import Features, MLLMInfo
+from . import folders
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
+
+
+class DLA:
+    """The DLA socket: a DualLayerAggregator that the host loads, offloads and casts.
+
+    config: its DLAConfig. patcher: the host's ModelPatcher around it. name: its file, for messages.
+    """
+
+    def __init__(self, config: DLAConfig, state: dict[str, torch.Tensor], name: str = ""):
+        """`state` holds checked weights (see dla/checkpoint.py)."""
+        self.config, self.name = config, name
+        self.load_device = comfy.model_management.get_torch_device()
+        offload_device = comfy.model_management.unet_offload_device()
+        dtype = compute_dtype(self.load_device, comfy.utils.weight_dtype(state) or torch.float32)
+        model = DualLayerAggregator(config, device=offload_device, dtype=dtype, operations=comfy.ops.manual_cast)
+        model.compute_dtype = dtype
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        self.patcher = patcher(model, load_device=self.load_device, offload_device=offload_device)
+        dynamic = getattr(self.patcher, "is_dynamic", lambda: False)()  # such leaves have no weights to copy into
+        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=dynamic)
+        model.eval().requires_grad_(False)
+
+    @property
+    def model(self) -> DualLayerAggregator:
+        return self.patcher.model
+
+    def aggregate(self, features: Features, *, template: str | None = None, vit_blend: float | None = None) -> Context:
+        """As dla.aggregate, on the host's device; the result is on its intermediate device. Raises ValueError if the
+        features are another MLLM's."""
+        self.check_mllm(features.info)
+        self._load(features)
+        with torch.inference_mode():
+            context = aggregate(features, self.model, template=template, vit_blend=vit_blend, device=self.load_device)
+        device = comfy.model_management.intermediate_device()
+        return Context(
+            tokens=context.tokens.to(device),
+            attention_mask=context.attention_mask.to(device),
+            modality=context.modality.to(device),
+            image_index=context.image_index.to(device),
+        )
+
+    def layer_weights(self, features: Features, template: str | None = None) -> torch.Tensor:
+        """(B, T, layers) fp32, see DualLayerAggregator.layer_weights; T counts the features' tokens."""
+        self.check_mllm(features.info)
+        self._load(features)
+        keep = kept_tokens(features, self.config.template if template in (None, "auto") else template)
+        weights = self.model.layer_weights(features, keep, device=self.load_device)
+        return weights.to(comfy.model_management.intermediate_device())
+
+    def check_mllm(self, info: MLLMInfo) -> None:
+        """Raises ValueError unless features of this MLLM are what the DLA was trained on."""
+        try:
+            self.config.check_mllm(info)
+        except ValueError as error:
+            raise ValueError(f"DLA {self.name!r}: {error}") from None
+
+    def check_context_width(self, width: int | None, dit: str = "") -> None:
+        """Raises ValueError unless a DiT of that family and context width can read this DLA's tokens. None and "" mean
+        not known, and pass."""
+        config = self.config
+        if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
+            raise ValueError(
+                f"DLA {self.name!r} makes tokens {config.context_width} wide for {config.dit or 'any DiT of that width'}; the "
+                f"diffusion model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load "
+                f"{config.dit or f'a DiT with a context of {config.context_width}'}, or a DLA trained for this one."
+            )
+
+    def _load(self, features: Features) -> None:
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required(self.config, features))
+
+
+def list_dlas() -> list[str]:
+    """Names of the files under models/dla."""
+    return folders.dla_files()
+
+
+def read_config(name: str) -> DLAConfig:
+    """Config of a file under models/dla, from its header alone. Raises ValueError."""
+    return checkpoint.read_config(folders.find("dla", name))
+
+
+def load_dla(name: str) -> DLA:
+    """The DLA in that file under models/dla. Raises ValueError: not there (the text lists what is), or no usable DLA."""
+    path = folders.find("dla", name)
+    config = checkpoint.read_config(path)
+    # the header check comes first: the host would unpickle a file that is no .safetensors
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    checkpoint.check_finite(path, state)
+    return DLA(config, state, name)
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """bf16, else fp16, on a device that is fast in it, else fp32; on the CPU fp32 or bf16, as the file."""
+    if comfy.model_management.is_device_cpu(device):
+        return stored if stored in CPU_DTYPES else torch.float32
+    if comfy.model_management.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+
+
+def memory_required(config: DLAConfig, features: Features) -> int:
+    """Bytes on the load device beside the weights: one chunk of layer states, and a few fp32 copies of the result."""
+    batch, _, tokens, width = features.hidden_states.shape
+    copies = 4 if not config.refiner_blocks else 16  # the refiner's MLP is four times as wide
+    return MAX_CHUNK_BYTES + batch * tokens * 4 * (copies * width + 3 * config.context_width)

@@ -1,0 +1,73 @@
+"""The pack's own model folders, `models/mllm` and `models/dla`, among the host's: also in every folder that
+extra_model_paths.yaml gives for these names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PureWindowsPath
+
+import folder_paths
+
+EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}}
+
+
+def register() -> None:
+    """Make both folders known to the host. May be called again. Folders that its YAML names for them stay, and stay
+    first where it says so; the extensions are set here, since the host would list every file under a new name."""
+    for kind, extensions in EXTENSIONS.items():
+        folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
+        paths, _ = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = (paths, set(extensions))
+
+
+def mllm_folders() -> list[str]:
+    """The folders in which MLLMs are looked for, first one first."""
+    return _roots("mllm")
+
+
+def mllm_names() -> list[str]:
+    """Hugging Face folders (those with a config.json) in any of `mllm_folders`, also one level deeper, as the owner/name
+    that a download may leave; names with forward slashes, sorted."""
+    found = set()
+    for root in map(Path, mllm_folders()):
+        for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):
+            name = config.parent.relative_to(root)
+            if name.parts[0].startswith(".") or (config.parent.parent / "config.json").is_file():
+                continue  # a download cache, or a part of the model above
+            found.add(name.as_posix())
+    return sorted(found, key=str.lower)
+
+
+def dla_files() -> list[str]:
+    """DLA files as the host lists them: names relative to `models/dla`, sorted."""
+    return [name for name in folder_paths.get_filename_list("dla") if _inside(name)] if _roots("dla") else []
+
+
+def find(kind: str, name: str) -> Path:
+    """The file or folder `name` of one of the two kinds, in the first configured folder that has it.
+
+    Raises ValueError for a name that leads out of the configured folders (absolute, or with ".."), and for one that is
+    not there; the text lists what is.
+    """
+    if not isinstance(name, str) or not name or not _inside(name):
+        raise ValueError(f"{name!r} is no name in models/{kind}: expected one without '..', drive or leading slash.")
+    if kind == "dla" and Path(name).suffix.lower() not in EXTENSIONS[kind]:
+        raise ValueError(f"{name!r} is no DLA file: expected the extension .safetensors.")
+    for root in _roots(kind):
+        if (Path(root) / name).exists():
+            return Path(root) / name
+    there = dla_files() if kind == "dla" else mllm_names()
+    raise ValueError(
+        f"models/{kind} has no {name!r}; it holds {', '.join(there) or 'nothing'}. "
+        f"Put it into {' or '.join(_roots(kind)) or 'a folder that register() makes known'} and refresh."
+    )
+
+
+def _roots(kind: str) -> list[str]:
+    return list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
+
+
+def _inside(name: str) -> bool:
+    """Whether a name stays below the folder that it is joined to, on any system."""
+    path = PureWindowsPath(name)  # takes both kinds of slash
+    return not path.drive and not path.root and ".." not in path.parts

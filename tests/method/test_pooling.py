@@ -1,0 +1,271 @@
+"""The pooling is the paper's in both readings, starts as the last layer, learns, and stays within its memory."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
+from torch import nn
+
+INFO = MLLMInfo("tiny", "internvl", layers=5, width=32)
+SMALL_CHUNKS = 40_000  # bytes: two or three tokens at a time
+
+
+def make_features(batch=2, tokens=9, info=INFO, dtype=torch.float32, scale=1.0) -> Features:
+    generator = torch.Generator().manual_seed(1)
+    modality = torch.randint(0, 3, (batch, tokens), generator=generator).to(torch.uint8)
+    modality[:, :3] = torch.tensor([0, 1, 2])
+    hidden = torch.randn(batch, info.layers + 1, tokens, info.width, generator=generator)
+    hidden[..., 3] *= scale  # one massive channel, as MLLMs have
+    return Features(
+        hidden.to(dtype),
+        tuple(range(info.layers + 1)),
+        modality,
+        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
+        torch.ones(batch, tokens, dtype=torch.bool),
+        info,
+    )
+
+
+def make_dla(trained=True, dtype=torch.float32, **config) -> DualLayerAggregator:
+    """`trained`: no weight is at its start."""
+    torch.manual_seed(2)
+    config = {"context_width": INFO.width, "heads": 4, **config}
+    dla = DualLayerAggregator(DLAConfig(INFO, **config), dtype=dtype)
+    if trained:
+        with torch.no_grad():
+            for parameter in dla.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return dla
+
+
+def run(dla, features, **settings):
+    with torch.no_grad():
+        return dla(features, **settings)
+
+
+# ---- against a reference written as plainly as possible: one token at a time, torch's own attention
+
+
+def reference_norm(x):
+    return torch.stack([row / (row.pow(2).mean() + 1e-6).sqrt() for row in x])
+
+
+def reference_attention(attention, x):
+    theirs = nn.MultiheadAttention(x.shape[-1], attention.heads, batch_first=True)
+    theirs.in_proj_weight, theirs.in_proj_bias = attention.qkv.weight, attention.qkv.bias
+    theirs.out_proj.weight, theirs.out_proj.bias = attention.out.weight, attention.out.bias
+    return theirs(x[None], x[None], x[None], need_weights=True)[0][0]
+
+
+def reference_token(pooling, x):
+    """(M, C) -> (C,)"""
+    for block in pooling.blocks:
+        x = x + reference_attention(block.attention, reference_norm(x))
+        if block.up is not None:
+            hidden = reference_norm(x) @ block.up.weight.T + block.up.bias
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+            x = x + hidden @ block.down.weight.T + block.down.bias
+    if pooling.layers is not None:  # (b): a linear map over the layers
+        return sum(weight * state for weight, state in zip(pooling.layers.weight[0], x))
+    scores = torch.stack([reference_norm(state[None])[0] @ pooling.score.weight[0] for state in x])
+    pooled = sum(weight * state for weight, state in zip(scores.exp() / scores.exp().sum(), x))
+    gate = pooling.gate.weight[0, 0]
+    return (1 - gate) * x[-1] + gate * pooled
+
+
+@pytest.mark.parametrize("modalities", ["dual", "shared"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("subset", [None, (0, 3, 4)])
+def test_pooling_is_the_plain_formula_token_by_token(pooling, modalities, subset):
+    features = make_features()
+    dla = make_dla(pooling=pooling, modalities=modalities, layer_subset=subset)
+    found = run(dla, features)
+    for b in range(2):
+        for t in range(9):
+            image = features.modality[b, t] == Modality.IMAGE
+            name = "shared" if modalities == "shared" else "image" if image else "text"
+            with torch.no_grad():
+                states = features.hidden_states[b, :, t][list(subset or range(6))]
+                expected = reference_token(dla.pooling[name], states)
+            torch.testing.assert_close(found[b, t], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_gate_one_is_the_papers_softmax_alone():
+    dla, features = make_dla(), make_features()
+    for pooling in dla.pooling.values():
+        nn.init.ones_(pooling.gate.weight)
+    weights = dla.layer_weights(features)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+    assert (weights > 0).all()
+
+
+def test_linear_weights_may_be_negative_and_are_the_same_for_every_token():
+    dla = make_dla(pooling="linear")
+    dla.pooling["text"].layers.weight.data = torch.tensor([[-1.0, 0, 2, 0, 0, 0.5]])
+    features = make_features()
+    weights = dla.layer_weights(features)
+    assert weights[0, 0].tolist() == weights[0, 2].tolist() == [-1.0, 0, 2, 0, 0, 0.5]
+
+
+# ---- what a new one is
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("modalities", ["dual", "shared", "last"])
+@pytest.mark.parametrize("width", [32, 48, 20])
+def test_a_new_dla_is_exactly_the_last_layer(dtype, pooling, modalities, width):
+    features = make_features(dtype=dtype, scale=100)
+    dla = make_dla(False, dtype, pooling=pooling, modalities=modalities, context_width=width, refiner_blocks=2)
+    expected = torch.zeros(2, 9, width, dtype=dtype)
+    expected[..., : min(width, 32)] = features.hidden_states[:, -1, :, :width]
+    found = run(dla, features)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+def test_a_new_dla_learns_from_the_first_step(pooling):
+    features, dla = make_features(), make_dla(False, pooling=pooling, context_width=48, refiner_blocks=1)
+    optimizer = torch.optim.SGD(dla.parameters(), lr=0.1)
+    target = torch.randn(2, 9, 48)
+    outputs, live = [], set()
+    for _ in range(3):
+        outputs.append(dla(features))
+        optimizer.zero_grad()
+        (outputs[-1] - target).square().mean().backward()
+        step = {name for name, p in dla.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        for modality in ("text", "image"):
+            assert any(name.startswith(f"pooling.{modality}.") for name in step)
+        live |= step
+        optimizer.step()
+    assert not torch.equal(outputs[0], outputs[1])
+    # within three steps (attention waits for the gate), no weight may stay dead
+    assert live == {name for name, _ in dla.named_parameters()}
+
+
+# ---- tokens, chunks, neighbours
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+def test_chunks_and_neighbours_do_not_change_a_token(pooling):
+    features, dla = make_features(), make_dla(pooling=pooling, context_width=48)
+    whole = run(dla, features)
+    torch.testing.assert_close(run(dla, features, max_chunk_bytes=SMALL_CHUNKS), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(dla, features, max_chunk_bytes=1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        dla.layer_weights(features, max_chunk_bytes=1), dla.layer_weights(features), rtol=1e-5, atol=1e-6
+    )
+
+    other = features.hidden_states.clone()
+    other[:, :, 4:] = 7.0
+    changed = run(dla, dataclasses.replace(features, hidden_states=other), max_chunk_bytes=1)
+    assert torch.equal(changed[:, :4], run(dla, features, max_chunk_bytes=1)[:, :4])
+    assert not torch.equal(changed[:, 4:], whole[:, 4:])
+
+
+def test_gradients_do_not_depend_on_chunks():
+    features = make_features()
+    grads = []
+    for size in (SMALL_CHUNKS, 2**28):
+        dla = make_dla(pooling="linear")
+        dla(features, max_chunk_bytes=size).square().sum().backward()
+        grads.append([p.grad for p in dla.parameters()])
+    for small, large in zip(*grads):
+        torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-2)
+
+
+def test_each_modality_has_its_own_pooling():
+    features, dla = make_features(), make_dla()
+    before = run(dla, features)
+    with torch.no_grad():
+        dla.pooling["image"].score.weight.add_(1)
+    changed = (run(dla, features) != before).any(-1)
+    assert torch.equal(changed, features.modality == Modality.IMAGE)
+
+
+def test_refiner_looks_both_ways_and_only_at_kept_tokens():
+    features, dla = make_features(), make_dla(refiner_blocks=2)
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    keep[:, 4] = False
+    before = run(dla, features, keep=keep)
+    assert (before[:, 4] == 0).all()
+
+    def after(token):
+        other = features.hidden_states.clone()
+        other[:, :, token] += 1
+        return run(dla, dataclasses.replace(features, hidden_states=other), keep=keep)
+
+    assert torch.equal(after(4), before)
+    assert (after(8) != before).any(-1)[:, :4].all()
+    assert (after(0) != before).any(-1)[:, 5:].all()
+
+
+def test_features_that_do_not_belong_are_refused():
+    features, dla = make_features(), make_dla(layer_subset=(0, 3, 4))
+    text = r"belongs to tiny \(internvl, 5 layers, width 32\).*come from other \(qwen2_5_vl.*Load tiny.*train"
+    with pytest.raises(ValueError, match=text):
+        run(dla, dataclasses.replace(features, info=dataclasses.replace(INFO, name="other", family="qwen2_5_vl")))
+    few = dataclasses.replace(features, hidden_states=features.hidden_states[:, [0, 4]], layers=(0, 4))
+    with pytest.raises(ValueError, match="Layer 3 of tiny is not in these features, which hold layers 0, 4"):
+        run(dla, few)
+    assert dla.config.required_layers == (0, 3, 4)
+    assert DLAConfig(INFO, 32, modalities="last", heads=4, vit_blend=0.5).required_layers == (0, 5)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+def test_massive_activations_neither_overflow_nor_drown_the_rest(dtype, pooling):
+    features = make_features(scale=1e4)
+    # rounded here as well, so that only the arithmetic differs
+    features = dataclasses.replace(features, hidden_states=features.hidden_states.clamp(-6e4, 6e4).to(dtype))
+    dla = make_dla(False, pooling=pooling, context_width=48, refiner_blocks=1)
+    with torch.no_grad():
+        for parameter in dla.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    exact = run(dla, dataclasses.replace(features, hidden_states=features.hidden_states.float()))
+    low = run(dla.to(dtype), features).float()
+    assert low.isfinite().all()
+    assert (low - exact).norm() / exact.norm() < 0.02
+
+
+PEAK = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+import conftest
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo
+info = MLLMInfo("peak", "internvl", 28, 512)
+def features(tokens):
+    kind = torch.zeros(1, tokens, dtype=torch.uint8)
+    kind[:, ::2] = 1
+    index = torch.where(kind == 1, 0, -1).to(torch.int16)
+    hidden = torch.full((1, 29, tokens, 512), 0.5, dtype=torch.bfloat16)
+    return Features(hidden, tuple(range(29)), kind, index, kind < 2, info)
+dla = DualLayerAggregator(DLAConfig(info, 512, pooling=sys.argv[2]), dtype=torch.bfloat16).requires_grad_(False)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+chunk = 16 * 2**20
+dla(features(16), max_chunk_bytes=chunk)  # kernels, thread pools
+given = features(4096)
+before = peak()
+dla(given, max_chunk_bytes=chunk)
+print((peak() - before - chunk) / (given.hidden_states.nbytes))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="measured with getrusage, which Windows lacks")
+@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+def test_peak_memory_is_one_chunk_and_a_fraction_of_the_input(pooling):
+    tests = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tests, pooling], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5  # unchunked: 8 to 15 times the input

@@ -103,7 +103,7 @@ class Server:
     def check_packs(self) -> None:
         """A pack that fails to import leaves only a line in the log."""
         log = self.log.read_text(encoding="utf-8", errors="replace")
-        bad = [line for line in log.splitlines() if "IMPORT FAILED" in line or "comfy_entrypoint" in line]
+        bad = [line for line in log.splitlines() if "(IMPORT FAILED)" in line or "comfy_entrypoint" in line]
         if bad:
             raise HostProblem("ComfyUI started without the pack:\n" + "\n".join(bad) + f"\n{self.last_words()}")
 

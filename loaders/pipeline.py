@@ -33,7 +33,6 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     import folder_paths
 
     from .dit import read_header
-    from .mllm import read_info
 
     dit = read_header(folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model))
     info = read_info(mllm)
@@ -47,16 +46,28 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     from .dla import read_config
 
     config = read_config(dla)
-    if (config.mllm.layers, config.mllm.width) != (info.layers, info.width):
-        raise ValueError(
-            f"DLA {dla!r} was made for the MLLM {config.mllm.name!r} ({config.mllm.layers} layers, {config.mllm.width} wide), "
-            f"but {mllm!r} has {info.layers} layers and is {info.width} wide. Choose the MLLM it was made for, or another DLA."
-        )
+    try:
+        config.check_mllm(info)
+    except ValueError as error:
+        raise ValueError(f"DLA {dla!r} and MLLM {mllm!r} do not belong together: {error}") from None
     if dit.context_width not in (None, config.context_width) or (config.dit and dit.family and dit.family != config.dit):
         raise ValueError(
-            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any'} models, but {diffusion_model!r} "
-            f"is a {dit.family or 'model of unknown family'} and reads {dit.context_width}. Choose a DLA trained for this DiT."
+            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any model'}, but {diffusion_model!r} "
+            f"is {dit.family or 'of a family not known here'} and reads one {dit.context_width or '?'} wide. "
+            "Choose a DLA trained for this DiT."
         )
+
+
+def read_info(mllm: str):
+    """MLLMInfo of a folder under `models/mllm` by its config.json alone."""
+    from ..dla import MLLMInfo
+    from .mllm import find_mllm
+    from .mllm_transformers import read_config
+
+    folder = find_mllm(mllm)
+    config = read_config(folder)
+    text = config.get("text_config", config)
+    return MLLMInfo(folder.name, config["model_type"], text["num_hidden_layers"], text["hidden_size"])
 
 
 def load_vae(name: str):

@@ -1,0 +1,183 @@
+"""The main job from a workflow file: reference pictures and a prompt in, pictures of the subject out, on a real ComfyUI server.
+
+`nox -s demo` runs this in an environment of its own. The last line of standard output is one JSON object:
+{"images": [paths], "seconds": s, "host": version, "workflow": name}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    from family import import_pack  # beside this file
+
+    import_pack()
+
+from subject_dla.demo import family, workflow  # noqa: E402
+from subject_dla.demo.host import HostProblem, Server, WorkflowProblem  # noqa: E402
+
+WORKFLOW = ROOT / "workflows" / "demo.json"
+IMAGES = ROOT / "demo" / "images"
+RANDOM_NOTICE = (
+    "Note: the demo's models are tiny and randomly initialised (no family trained by this project exists yet). Every step of\n"
+    "the main job runs for real, but the pictures are noise. Use --workflow with models of your own for real ones."
+)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__.split("\n")[0])
+    parser.add_argument("--workflow", type=Path, metavar="FILE", default=WORKFLOW, help="workflow file, from the editor or in API format")
+    parser.add_argument("--image", type=Path, metavar="FILE", action="append", default=[], help="reference, for the Load Image nodes in order")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows, for the Encode Subject node")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "output", help="where the pictures go (default: output/)")
+    parser.add_argument("--models", type=Path, metavar="DIR", action="append", default=[], help="a models folder laid out like ComfyUI's")
+    parser.add_argument("--serve", action="store_true", help="leave the editor open afterwards, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    if options.comfyui is None:
+        parser.error("no host: set COMFYUI_PATH, or use `nox -s demo`, which brings one")
+    for file in [options.workflow, *options.image, *options.models]:
+        if not file.exists():
+            parser.error(f"{file}: there is no such file")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
+        signal.signal(number, stop)
+    try:
+        return demo(options)
+    except (HostProblem, WorkflowProblem, workflow.WorkflowFileError) as problem:
+        say(f"\n{problem}")
+        return 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    models = prepare_family(options.comfyui)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="subject-dla-demo-", ignore_cleanup_errors=True) as base:
+        own = options.comfyui / "models"
+        folders = [models, *options.models, *([own] if own.is_dir() else [])]
+        say(f"Starting ComfyUI from {options.comfyui}")
+        with Server(options.comfyui, base, models=folders, arguments=device(), port=options.port) as server:
+            say(f"ComfyUI {server.client.version()} on {server.address} after {time.monotonic() - started:.0f} s")
+            result = run(server, options)
+            if options.serve:
+                say(f"\nThe editor is open at {server.address} (Ctrl-C ends it); its files are in {base}")
+                print(json.dumps(result), flush=True)
+                while server.process.poll() is None:
+                    time.sleep(0.5)
+                raise HostProblem(f"ComfyUI ended.\n{server.last_words()}")
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def run(server: Server, options: argparse.Namespace) -> dict:
+    """Queues the workflow and fetches its pictures into the output folder; what the last line says."""
+    client, started = server.client, time.monotonic()
+    for image in IMAGES.glob("*.jpg"):  # the demo workflow's references, by their names
+        client.upload(image)
+    source = workflow.read(options.workflow)
+    if options.workflow == WORKFLOW:
+        say(RANDOM_NOTICE)
+    prompt = workflow.to_api(source, client.object_info())
+    prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
+    titles = workflow.titles(source)
+    progress = Progress(titles)
+    outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
+    progress.end()
+    pictures = [image for output in outputs.values() for image in output.get("images", []) if image.get("type") == "output"]
+    if not pictures:
+        raise WorkflowProblem(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for image in pictures:
+        path = unused(options.out / image["filename"])
+        path.write_bytes(client.fetch(image))
+        paths.append(str(path.resolve()))
+        say(f"  {path}")
+    seconds = round(time.monotonic() - started, 2)
+    return {"images": paths, "seconds": seconds, "host": client.version(), "workflow": options.workflow.stem}
+
+
+def prepare_family(comfyui: Path) -> Path:
+    """Folder of the demo's models, made once per version of the recipe."""
+    cache = Path(os.environ.get("SUBJECT_DLA_CACHE") or ROOT / ".cache")
+    recipe = max(file.stat().st_mtime_ns for file in [Path(family.__file__), *(ROOT / "dla").glob("*.py")])
+    folder = cache / f"demo-family-{recipe:x}"
+    if not family.complete(folder):
+        say("Making the demo's models")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as work:  # complete or not there
+            # A process of its own: the host decides on devices when it is imported.
+            done = subprocess.run([sys.executable, family.__file__, str(comfyui), f"{work}/family"], stdin=subprocess.DEVNULL)
+            if done.returncode:
+                raise HostProblem("The demo's models could not be made; the reason stands above.")
+            if not folder.exists():
+                Path(work, "family").rename(folder)
+    return folder
+
+
+def device() -> list[str]:
+    """The host's own choice where it has one; without an accelerator it has to be told."""
+    import torch
+
+    found = torch.cuda.is_available() or getattr(torch, "xpu", None) and torch.xpu.is_available() or torch.backends.mps.is_available()
+    return [] if found else ["--cpu"]
+
+
+class Progress:
+    """One line that tells which node runs and how far it is; where nobody looks on, one line per node."""
+
+    def __init__(self, titles: dict[str, str]):
+        self.titles, self.node, self.started = titles, None, time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, node: str, value: int, of: int) -> None:
+        name = self.titles.get(node, node)
+        seconds = time.monotonic() - self.started
+        if self.live:
+            bar = f" [{'#' * (20 * value // of):<20}] {value}/{of}" if of else ""
+            sys.stderr.write(f"\r\033[K{seconds:5.0f} s  {name}{bar}")
+            sys.stderr.flush()
+        elif node != self.node or (of and value == of):
+            say(f"{seconds:5.0f} s  {name}" + (f" {value}/{of}" if of else ""))
+        self.node = node
+
+    def end(self) -> None:
+        if self.live:
+            sys.stderr.write("\r\033[K")
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the next free name beside it: pictures of earlier runs stay."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
+
+
+def stop(number: int, _frame) -> None:
+    """Ends the run through the `with` blocks, which end the server and remove its folder."""
+    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them half done
+    raise SystemExit(128 + number)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Workflow files: from the editor's format to the one that the queue takes, and one's own pictures and words put in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
+NOTES = ("Note", "MarkdownNote")
+
+
+class WorkflowFileError(ValueError):
+    """A workflow file that cannot be used here; the text says why and what to do."""
+
+
+def read(path: Path) -> dict:
+    try:
+        workflow = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkflowFileError(f"{path}: there is no such workflow file.") from None
+    except ValueError as error:
+        raise WorkflowFileError(f"{path}: not JSON ({error}). Save it from the editor again.") from error
+    if not isinstance(workflow, dict):
+        raise WorkflowFileError(f"{path}: expected a workflow saved from the editor, or exported in API format.")
+    return workflow
+
+
+def is_api(workflow: dict) -> bool:
+    return "nodes" not in workflow and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
+
+
+def titles(workflow: dict) -> dict[str, str]:
+    """What the nodes are called, by id."""
+    if is_api(workflow):
+        return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in workflow.items()}
+    return {str(node["id"]): node.get("title") or node["type"] for node in workflow["nodes"]}
+
+
+def to_api(workflow: dict, object_info: dict) -> dict:
+    """The queue's format (id -> class_type, inputs) of a workflow in either format.
+
+    object_info: the server's /object_info: it tells which inputs are widgets, in which order their values are saved.
+    Muted nodes are left out, bypassed ones hand their input through, reroutes vanish. Subgraphs are refused.
+    """
+    if is_api(workflow):
+        return workflow
+    if not isinstance(workflow.get("nodes"), list):
+        raise WorkflowFileError("Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format.")
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}  # id -> [id, from node, from slot, to node, to slot, type]
+    unknown = sorted({n["type"] for n in nodes.values() if n["type"] not in object_info and n["type"] not in (*NOTES, "Reroute")})
+    if unknown:
+        raise WorkflowFileError(f"The server has no node {', '.join(unknown)}. (Subgraphs: unpack them in the editor first.)")
+
+    def source(link: int | None) -> list | None:
+        """[node id, slot] that a link comes from, through reroutes and bypassed nodes."""
+        if link is None or link not in links:
+            return None
+        _, origin, slot, _, _, kind = links[link]
+        node = nodes[origin]
+        if node["type"] == "Reroute":
+            return source(node["inputs"][0].get("link"))
+        if node.get("mode", ALWAYS) == MUTED:
+            return None
+        if node.get("mode", ALWAYS) == BYPASSED:
+            kind = node["outputs"][slot]["type"]
+            return next((source(i["link"]) for i in node.get("inputs", []) if i["type"] == kind and i.get("link") is not None), None)
+        return [str(origin), slot]
+
+    prompt = {}
+    for node in nodes.values():
+        if node["type"] in (*NOTES, "Reroute") or node.get("mode", ALWAYS) in (MUTED, BYPASSED):
+            continue
+        inputs = widget_values(node, object_info[node["type"]])
+        for socket in node.get("inputs", []):
+            found = source(socket.get("link"))
+            if found:
+                inputs[socket["name"]] = found
+        name = node.get("title") or object_info[node["type"]].get("display_name") or node["type"]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": name}}
+    return prompt
+
+
+def widget_values(node: dict, info: dict) -> dict:
+    """Values of a node's widgets by name. They are saved as a list, in the schema's order, with the editor's own in between."""
+    saved = node.get("widgets_values") or []
+    if isinstance(saved, dict):
+        return dict(saved)
+    values, position = {}, 0
+    for name, kind, options in widgets(info):
+        if position >= len(saved):
+            if "default" not in options:
+                raise WorkflowFileError(f"Node {node['id']} ({node['type']}) has no value for {name!r}: open it in the editor and save again.")
+            values[name] = options["default"]
+            continue
+        values[name] = saved[position]
+        position += 1
+        seed = kind == "INT" and (options.get("control_after_generate") or name in ("seed", "noise_seed"))
+        if seed and position < len(saved) and saved[position] in AFTER_GENERATE:
+            position += 1
+        if options.get("image_upload"):
+            position += 1  # the upload button
+    return values
+
+
+def widgets(info: dict):
+    """(name, kind, options) of the inputs that are widgets, in order."""
+    for group in ("required", "optional"):
+        given = info["input"].get(group, {})
+        for name in info.get("input_order", {}).get(group, given):
+            kind, options = given[name][0], given[name][1] if len(given[name]) > 1 else {}
+            kind = "COMBO" if isinstance(kind, list) else kind
+            if kind in WIDGETS and not options.get("forceInput"):
+                yield name, kind, options
+
+
+def put_in(prompt: dict, images: list[str] | None = None, text: str | None = None) -> dict:
+    """The workflow with one's own pictures in its LoadImage nodes, in the order of their ids, and one's own prompt.
+
+    images: names on the server. More of them than LoadImage nodes is an error; nodes left over keep their picture.
+    """
+    prompt = {key: {**node, "inputs": dict(node["inputs"])} for key, node in prompt.items()}
+    loaders = sorted((key for key, node in prompt.items() if node["class_type"] == "LoadImage"), key=by_number)
+    if images and len(images) > len(loaders):
+        raise WorkflowFileError(
+            f"{len(images)} images were given, but this workflow has {len(loaders)} Load Image nodes. Give fewer, or add nodes."
+        )
+    for key, image in zip(loaders, images or []):
+        prompt[key]["inputs"]["image"] = image
+    if text is not None:
+        place = text_input(prompt)
+        prompt[place[0]]["inputs"][place[1]] = text
+    return prompt
+
+
+def text_input(prompt: dict) -> tuple[str, str]:
+    """(node, input) that holds the prompt: Encode Subject's own, or the node linked to it."""
+    encoders = sorted((key for key, node in prompt.items() if node["class_type"] == "SubjectEncode"), key=by_number)
+    if not encoders:
+        raise WorkflowFileError("--prompt was given, but this workflow has no Encode Subject node to put it in.")
+    key, name = encoders[0], "prompt"
+    while isinstance(value := prompt[key]["inputs"].get(name), list):
+        key = str(value[0])
+        found = [n for n in ("prompts", "prompt", "text", "value", "string") if n in prompt[key]["inputs"]]
+        if not found:
+            raise WorkflowFileError(f"The prompt of Encode Subject comes from node {key} ({prompt[key]['class_type']}), which has no text to replace.")
+        name = found[0]
+    return key, name
+
+
+def by_number(key: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else 0 for part in key.split(":"))

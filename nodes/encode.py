@@ -4,6 +4,10 @@ from comfy_api.latest import io
 
 from .schema import DLA, MLLM, Features, advanced, schema
 
+EMPTY_PROMPT = (
+    "Encode Subject: the prompt is empty. Write what the picture shows, e.g. 'the backpack of image 1 on a mossy rock'. "
+    "For the empty negative prompt of CFG write a single space."
+)
 SOCKETS = 5  # image inputs of Encode Subject; each may carry a batch
 
 
@@ -138,16 +142,23 @@ class SubjectEncode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompt):
+        return EMPTY_PROMPT if prompt == "" else True
+
+    @classmethod
     def execute(cls, mllm, prompt, dla=None, image_size=0, tiles=0, system_prompt="", **images) -> io.NodeOutput:
         from ..loaders.images import collect_images
 
+        if prompt == "":  # a linked one is not known before
+            raise ValueError(EMPTY_PROMPT)
         layers = None
         if dla is not None:
             dla.check_mllm(mllm.info)
-            layers = dla.config.layer_subset
+            layers = dla.config.required_layers
+        # by socket, so that an error names the right one; text alone is a prompt too
         references = collect_images(*(images.get(f"image_{index}") for index in range(1, SOCKETS + 1)), required=False)
         features = mllm.encode(
-            prompt, references, image_size=image_size, tiles=tiles, system_prompt=system_prompt or None, layers=layers
+            prompt, references, image_size=image_size, tiles=tiles, system_prompt=system_prompt, layers=layers
         )
         return io.NodeOutput(features)
 

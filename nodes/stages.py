@@ -38,8 +38,8 @@ class SubjectStageSchedule(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time. Read by paper,"
-                        " semantics_first and two_stage."
+                        "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
+                        " Read by paper, semantics_first and two_stage."
                     ),
                 ),
                 io.Float.Input(
@@ -49,8 +49,8 @@ class SubjectStageSchedule(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time. Read by paper alone;"
-                        " below tau1 on the flow-time clocks, above it on steps."
+                        "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
+                        " Read by paper alone; below tau1 on the flow-time clocks, above it on steps."
                     ),
                 ),
             ],

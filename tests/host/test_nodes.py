@@ -1,4 +1,4 @@
-"""The nodes as the host sees them. Saved workflows hold these ids, input names and output positions: they never change."""
+"""The nodes as the host sees them. Saved workflows hold their ids, input names and output positions: these stay."""
 
 import asyncio
 import inspect

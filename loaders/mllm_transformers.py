@@ -245,7 +245,7 @@ class TransformersMLLM(MLLM):
         self.template, self.default_size = family.template, family.default_size
         self.tokenize, self._image_token = tokenize, image_token
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, text, images, size, tiles, wanted):
         tokens, left = [], len(images)
         for token in self.tokenize(text):

@@ -1,0 +1,307 @@
+"""MLLMs from Hugging Face folders: features are the library's own hidden states, however the weights are stored or loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from einops import rearrange
+from subject_dla.dla.features import Modality
+from subject_dla.loaders import mllm_transformers as backend
+from subject_dla.loaders.mllm import MLLMError
+from subject_dla.loaders.mllm_transformers import load_folder
+from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
+
+BUILD = {"qwen2_5_vl": build_qwen25vl, "qwen3_vl": build_qwen3vl, "internvl": build_internvl}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mllm")
+    return {family: build(root / family) for family, build in BUILD.items()}
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def loaded(request, folders):
+    return request.param, folders[request.param], load_folder(folders[request.param])
+
+
+def picture(height, width, seed=0):
+    """Random, in 8-bit steps, as a file would bring it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (height, width, 3), generator=generator).float() / 255
+
+
+@torch.no_grad()
+def library(family, folder, mllm, prompt, images, size):
+    """The library's own model, image processor and tokenizer on images that need no resizing: its hidden states
+    (as it numbers them), its final hidden state and its logits."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = mllm.template.text(prompt, len(images))
+    arrays = [(image * 255).round().to(torch.uint8).numpy() for image in images]
+    inputs = {}
+    if images and family == "internvl":
+        processor = transformers.GotOcr2ImageProcessor.from_pretrained(folder)
+        inputs["pixel_values"] = torch.as_tensor(processor(arrays, return_tensors="pt")["pixel_values"])
+        counts = [(size // 28) ** 2] * len(images)
+    elif images:
+        patch = mllm.vision.patch
+        processor = transformers.Qwen2VLImageProcessor.from_pretrained(folder, do_resize=False)
+        inputs.update(processor(arrays, return_tensors="pt"))
+        inputs["image_grid_thw"] = torch.as_tensor(inputs["image_grid_thw"])
+        assert inputs["image_grid_thw"].tolist() == [[1, i.shape[0] // patch, i.shape[1] // patch] for i in images]
+        counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
+    holder = mllm.family.placeholder
+    for count in counts if images else ():
+        text = text.replace(holder, "<hole>" * count, 1)
+    inputs["input_ids"] = torch.tensor(tokenizer(text.replace("<hole>", holder))["input_ids"])[None]
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if images and family != "internvl" and int(transformers.__version__.split(".")[0]) >= 5:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == mllm._image_token).int()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).float().eval()
+    out = model(**inputs, output_hidden_states=True)
+    final = model.model(**inputs).last_hidden_state
+    return out.hidden_states, final, out.logits, model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_features_are_the_librarys_hidden_states(loaded, with_images):
+    family, folder, mllm = loaded
+    size = 56 if family == "internvl" else 4 * mllm.vision.patch * 2
+    half, double = size // 2, size * 2
+    images = []
+    if with_images:  # of two aspect ratios where the family has them
+        images = [picture(size, size)] + [picture(size, size, 1) if family == "internvl" else picture(half, double, 1)]
+    features = mllm.encode("a red fox, asleep\nin snow", images, image_size=size)
+    states, final, logits, head = library(family, folder, mllm, "a red fox, asleep\nin snow", images, size)
+    assert features.hidden_states.shape[2] == final.shape[1]
+    mine = features.hidden_states
+    assert len(states) == mllm.info.layers + 1 == mine.shape[1]
+    for number, state in enumerate(states[:-1]):
+        text_only = family == "qwen3_vl" and number in (1, 2)  # DeepStack: in by one release's count, out by another's
+        keep = features.modality[0] != Modality.IMAGE if text_only else slice(None)
+        torch.testing.assert_close(mine[:, number][:, keep], state[:, keep], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(mine[:, -1], final, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(head(mine[:, -1]), logits, atol=5e-4, rtol=5e-4)
+
+
+def test_layers_above_the_highest_wanted_are_not_run(loaded):
+    _, _, mllm = loaded
+    images = [picture(100, 60)]
+    every = mllm.encode("a fox", images, image_size=56)
+    ran = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, layer in enumerate(mllm.backbone.model.language_model.layers)
+    ]
+    try:
+        some = mllm.encode("a fox", images, image_size=56, layers=[2, 0])
+        assert ran == [0, 1]
+        ran.clear()
+        first = mllm.encode("a fox", images, image_size=56, layers=[0])
+        assert ran == []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert some.layers == (0, 2) and first.layers == (0,)
+    assert torch.equal(some.hidden_states, every.hidden_states[:, [0, 2]])
+    assert torch.equal(first.hidden_states, every.hidden_states[:, :1])
+    with pytest.raises(MLLMError, match="expected numbers from 0"):
+        mllm.encode("a fox", layers=[mllm.info.layers + 1])
+
+
+def test_modality_says_what_each_token_is(loaded):
+    family, _, mllm = loaded
+    images = [picture(112, 112), picture(200, 60, 1)]
+    features = mllm.encode("a fox", images, image_size=112, tiles=4)
+    modality, index = features.modality[0], features.image_index[0]
+    text = mllm.template.text("a fox", 2)
+    before, after = text.split("<|im_start|>user\n")
+    assert features.prefix == (len(mllm.tokenize(before + "<|im_start|>user\n")),)
+    assert (modality[: features.prefix[0]] == Modality.TEMPLATE).all()
+    tail = len(mllm.tokenize(mllm.template.tail))
+    assert (modality[-tail:] == Modality.TEMPLATE).all()
+    inside = modality[features.prefix[0] : -tail]
+    assert Modality.TEMPLATE not in inside.tolist()
+    words = after.removesuffix(mllm.template.tail).replace(mllm.family.placeholder, "")
+    holes = [len(mllm.tokenize(part)) for part in after.removesuffix(mllm.template.tail).split(mllm.family.placeholder)]
+    assert int((inside == Modality.TEXT).sum()) == sum(holes), words
+    assert set(index[modality == Modality.IMAGE].tolist()) == {0, 1}
+    if family == "internvl":  # 1 tile; 1 x 3 tiles and a thumbnail; 16 tokens each
+        assert [int((index == i).sum()) for i in (0, 1)] == [16, 64]
+    # an empty prompt is template from end to end, and its prefix is still known
+    empty = mllm.encode("")
+    assert (empty.modality == Modality.TEMPLATE).all() and empty.prefix[0] == empty.modality.shape[1] - tail
+    other = mllm.encode("a fox", system_prompt="Be brief.")
+    assert other.prefix[0] < features.prefix[0]
+
+
+def test_features_do_not_depend_on_what_was_encoded_before(loaded):
+    _, _, mllm = loaded
+    images = [picture(100, 60), picture(64, 64, 1)]
+    first = mllm.encode("a fox", images, image_size=84)
+    mllm.encode("an owl in a very different and longer prompt", [picture(200, 300)])
+    mllm.encode("no picture")
+    again = mllm.encode("a fox", images, image_size=84)
+    assert torch.equal(first.hidden_states, again.hidden_states)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_partly_loaded_weights_give_the_same_features(folders, family, monkeypatch):
+    """The host keeps what does not fit where it was and casts it at use; nothing may be left on the wrong device."""
+    whole = load_folder(folders[family])
+    expected = whole.encode("a fox", [picture(60, 100)], image_size=84)
+    mllm = load_folder(folders[family])
+    calls = []
+
+    def partly(patchers, memory_required=0, **_):
+        calls.append(memory_required)
+        for patcher in patchers:
+            patcher.partially_load(patcher.load_device, extra_memory=1 << 20)
+
+    monkeypatch.setattr(backend.comfy.model_management, "load_models_gpu", partly)
+    found = mllm.encode("a fox", [picture(60, 100)], image_size=84)
+    assert calls and calls[0] > 0
+    assert torch.equal(found.hidden_states, expected.hidden_states)
+
+
+def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
+    """What is left to torch.nn would stay behind in low-VRAM mode on older hosts; it must be small."""
+    _, _, mllm = loaded
+    plain = [
+        f"{name}.{key}"
+        for name, module in mllm.backbone.named_modules()
+        if not hasattr(module, "comfy_cast_weights")
+        for key, parameter in module.named_parameters(recurse=False)
+    ]
+    assert all(name.split(".")[-1] in ("cls_token", "position_embeddings", "lambda_1", "lambda_2") or "pos_embed" in name
+               for name in plain), plain  # fmt: skip
+    assert not any("lm_head" in name for name, _ in mllm.backbone.named_parameters())
+    for name, buffer in mllm.backbone.named_buffers():
+        assert buffer.dtype == torch.float32 and buffer.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    "family, weight_dtype",
+    [(family, "fp8_e4m3fn") for family in BUILD] + [("qwen2_5_vl", dtype) for dtype in ("bf16", "fp16", "fp32", "fp8_e5m2")],
+)
+def test_storage_type(folders, family, weight_dtype):
+    """fp8 halves what the linear layers take and changes features little; all types compute in fp32 on a CPU."""
+    reference = load_folder(folders[family]).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
+    mllm = load_folder(folders[family], weight_dtype)
+    layer = mllm.backbone.model.language_model.layers[0]
+    assert layer.mlp.up_proj.weight.dtype == backend.DTYPES[weight_dtype]
+    assert layer.input_layernorm.weight.dtype == torch.float32
+    found = mllm.encode("a fox", [picture(60, 100)], image_size=84).hidden_states
+    assert found.isfinite().all()
+    error = (found - reference).norm() / reference.norm()
+    assert error < {"fp8_e4m3fn": 0.2, "fp8_e5m2": 0.35}.get(weight_dtype, 1e-3)
+    if weight_dtype.startswith("fp8"):
+        assert error > 0
+
+
+def test_shards_and_newer_key_names_load_alike(folders, tmp_path):
+    whole = load_folder(folders["qwen2_5_vl"]).encode("a fox").hidden_states
+    sharded = build_qwen25vl(tmp_path / "sharded", shards=3)
+    assert torch.equal(load_folder(sharded).encode("a fox").hidden_states, whole)
+    resaved = tmp_path / "resaved"  # as the library of this environment writes it
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folders["qwen2_5_vl"], local_files_only=True)
+    model.save_pretrained(resaved)
+    shutil.copy(folders["qwen2_5_vl"] / "tokenizer.json", resaved)
+    assert torch.equal(load_folder(resaved).encode("a fox").hidden_states, whole)
+
+
+def test_pixels_keep_the_aspect_ratio():
+    """A circle stays a circle: the fit pads instead of stretching, and the patches are in the library's order."""
+    vision = backend.FAMILIES["internvl"].vision
+    wide = torch.ones(40, 160, 3)
+    (tile,) = backend.internvl_tiles(wide, vision, 112, 1)
+    rows = (tile[0] != 0).any(dim=1)
+    assert int(rows.sum()) == 28 and bool(rows[42:70].all())
+    assert len(backend.internvl_tiles(wide, vision, 112, 4)) == 5  # 4 x 1 and a thumbnail
+    assert len(backend.internvl_tiles(wide, vision, 112, 1)) == 1
+    qwen = backend.FAMILIES["qwen2_5_vl"].vision
+    patches, (h, w) = backend.qwen_pixels(picture(57, 110), qwen)
+    assert (h, w) == (4, 8)
+    back = rearrange(
+        patches, "(h w mh mw) (c t ph pw) -> t c (h mh ph) (w mw pw)", h=2, w=4, mh=2, mw=2, c=3, t=2, ph=14, pw=14
+    )
+    assert torch.equal(back[0], back[1])
+
+
+def damage_text(path, text):
+    path.write_text(text, encoding="utf-8")
+
+
+DAMAGES = {
+    "no folder": (lambda d: shutil.rmtree(d), ["is not a folder"]),
+    "no config": (lambda d: (d / "config.json").unlink(), ["no config.json"]),
+    "config not JSON": (lambda d: damage_text(d / "config.json", "{"), ["is not JSON"]),
+    "other model": (
+        lambda d: damage_text(d / "config.json", json.dumps({"model_type": "llama"})),
+        ["'llama'", "internvl, qwen2_5_vl, qwen3_vl"],
+    ),
+    "InternVL without -hf": (
+        lambda d: damage_text(d / "config.json", json.dumps({"model_type": "internvl_chat"})),
+        ["internvl_chat", "-hf"],
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["no tokenizer"]),
+    "tokenizer of another model": (
+        lambda d: damage_text(
+            d / "tokenizer.json", (d / "tokenizer.json").read_text("utf-8").replace("<|image_pad|>", "<|picture|>")
+        ),
+        ["<|image_pad|>", "151655"],
+    ),
+    "missing shard": (
+        lambda d: (d / "model-00002-of-00002.safetensors").unlink(),
+        ["model-00002-of-00002.safetensors is missing"],
+    ),
+    "truncated shard": (
+        lambda d: (d / "model-00001-of-00002.safetensors").open("r+b").truncate(100_000),
+        ["model-00001-of-00002.safetensors is 100000 bytes", "cut off"],
+    ),
+    "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], ["no *.safetensors"]),
+    "only pickles": (
+        lambda d: ([file.unlink() for file in d.glob("model*")], (d / "pytorch_model.bin").touch()),
+        ["pickles (.bin)"],
+    ),
+    "config of a wider model": (
+        lambda d: damage_text(
+            d / "config.json",
+            (d / "config.json").read_text("utf-8").replace('"intermediate_size": 128', '"intermediate_size": 256'),
+        ),
+        ["model.layers.", "128", "256", ".safetensors"],
+    ),
+    "config of a deeper model": (
+        lambda d: damage_text(
+            d / "config.json",
+            (d / "config.json").read_text("utf-8").replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'),
+        ),
+        ["language_model.layers.3.", "lack"],
+    ),
+    "config of a shallower model": (
+        lambda d: damage_text(
+            d / "config.json",
+            (d / "config.json").read_text("utf-8").replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'),
+        ),
+        ["unknown key 'model.layers.2."],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return build_qwen25vl(tmp_path_factory.mktemp("sharded") / "qwen", shards=2)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_says_what_is_wrong(sharded, tmp_path, name):
+    folder = tmp_path / "qwen"
+    shutil.copytree(sharded, folder)
+    damage, words = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(ValueError) as error:
+        load_folder(folder)
+    for word in words:
+        assert word in str(error.value)

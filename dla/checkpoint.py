@@ -176,16 +176,17 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
     """Raises unless keys, shapes and dtypes are those of the config."""
     with torch.device("meta"):
         expected = {key: list(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}
-    for prefix in {key[: key.find(end)] for key in found for end in expected if key.endswith("." + end)} - {""}:
-        if all(key.startswith(prefix + ".") for key in found):
+    for prefix in {key[: -len(end) - 1] for key in found for end in expected if key.endswith("." + end)}:
+        if {key.removeprefix(prefix + ".") for key in found} == set(expected):
             raise DLACheckpointError(
                 path, f"all keys begin with {prefix!r}: it was saved from inside another module. Save with save_dla."
             )
-    missing, extra = [key for key in expected if key not in found], [key for key in found if key not in expected]
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
     if missing and extra and len(missing) == len(extra):
         raise DLACheckpointError(
             path,
-            f"{len(extra)} key(s) have other names: found {extra[0]!r}, expected {missing[0]!r}. It was written by another "
+            f"{len(extra)} key(s) have other names: found {min(extra)!r}, expected {min(missing)!r}. It was written by another "
             "program or edited; save with save_dla.",
         )
     if missing:

@@ -1,0 +1,243 @@
+"""A DLA survives its file; every damaged or wrong file says what is the matter, each in its own words."""
+
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from subject_dla.dla import (
+    DLACheckpointError,
+    DLAConfig,
+    DualLayerAggregator,
+    Features,
+    MLLMInfo,
+    describe,
+    load_dla,
+    read_config,
+    save_dla,
+)
+
+INFO = MLLMInfo("tiny", "internvl", layers=3, width=16, drop_leading_template=False)
+CONFIG = DLAConfig(INFO, 24, "flux", heads=4, provenance={"steps": 5})
+SCORE, QKV = "pooling.text.score.weight", "pooling.image.blocks.0.attention.qkv.weight"
+
+
+def saved(path, config=CONFIG, dtype=torch.float32):
+    dla = DualLayerAggregator(config, dtype=dtype)
+    save_dla(path, dla)
+    return dla
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(pooling="linear", modalities="shared", refiner_blocks=2, layer_subset=(0, 2, 3), template="drop"),
+        dict(modalities="last", vit_blend=0.25, context_width=16),  # no weight at all
+    ],
+)
+def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
+    config = DLAConfig(**{"mllm": INFO, "context_width": 24, "dit": "flux", "heads": 4, "provenance": {"a": [1]}, **changes})
+    dla = DualLayerAggregator(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in dla.parameters():
+            parameter.normal_(std=0.3)
+    save_dla(tmp_path / "a.safetensors", dla)
+    loaded = load_dla(tmp_path / "a.safetensors")
+    assert loaded.config == config == read_config(tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]  # nothing temporary stays
+    for key, value in dla.state_dict().items():
+        assert loaded.state_dict()[key].dtype == dtype and torch.equal(loaded.state_dict()[key], value)
+    kinds = torch.tensor([[0, 1]], dtype=torch.uint8)
+    index, mask = torch.tensor([[-1, 0]], dtype=torch.int16), torch.ones(1, 2, dtype=torch.bool)
+    features = Features(torch.randn(1, 4, 2, 16), (0, 1, 2, 3), kinds, index, mask, INFO)
+    assert torch.equal(loaded(features), dla(features))
+
+
+def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    saved(path)
+    before = path.read_bytes()
+    dla = load_dla(path)
+    dla.project.weight.data[0, 0] = float("nan")
+    with pytest.raises(DLACheckpointError, match="a.safetensors.*project.weight has 1 of 384"):
+        save_dla(path, dla)
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("subject_dla.dla.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_dla(path, DualLayerAggregator(CONFIG))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_describe_tells_what_it_belongs_to():
+    text = describe(CONFIG)
+    for part in ("tiny (internvl, 3 layers, width 16)", "context width 24, for flux", "dual", "layers 0-3", "steps 5"):
+        assert part in text
+
+
+# ---- damage: each writes one wrong file, and names the words that must be in its message
+
+
+def write_bytes(content):
+    return lambda path: path.write_bytes(content)
+
+
+def cut(keep):
+    def damage(path):
+        saved(path)
+        content = path.read_bytes()
+        path.write_bytes(content[: keep(content)])
+
+    return damage
+
+
+def header_end(content):
+    return 8 + struct.unpack("<Q", content[:8])[0]
+
+
+def state(change):
+    """Weights changed by `change(dict)`, config as it was."""
+
+    def damage(path):
+        saved(path)
+        tensors = load_file(path)
+        save_file(change(tensors) or tensors, path, metadata={"subject_dla": json.dumps(CONFIG.to_dict())})
+
+    return damage
+
+
+def config(**changes):
+    """Config entries changed ("mllm.width" inside mllm; ... = taken out), weights as they were."""
+
+    def damage(path):
+        saved(path)
+        values = CONFIG.to_dict()
+        for name, value in changes.items():
+            values.pop(name) if value is ... else values.update({name: value})
+        save_file(load_file(path), path, metadata={"subject_dla": json.dumps(values)})
+
+    return damage
+
+
+def metadata(value):
+    def damage(path):
+        saved(path)
+        save_file(load_file(path), path, metadata=value)
+
+    return damage
+
+
+def renamed_zip(path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
+
+
+def with_value(key, value):
+    def change(tensors):
+        tensors[key].view(-1)[:2] = value
+
+    return state(change)
+
+
+DAMAGED = {
+    "does not exist": (lambda path: None, ["does not exist"]),
+    "empty": (write_bytes(b""), ["is empty", "0 bytes"]),
+    "folder": (lambda path: path.mkdir(), ["is a folder"]),
+    "web page": (write_bytes(b"\n<!DOCTYPE html><html>Sign in</html>"), ["web page", "login"]),
+    "git lfs pointer": (write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["Git LFS pointer"]),
+    "renamed .pt": (renamed_zip, ["zip archive", ".pt"]),
+    "renamed pickle": (write_bytes(pickle.dumps({"a": 1}, protocol=2)), ["a pickle", ".ckpt"]),
+    "renamed gguf": (write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64)), ["GGUF"]),
+    "not safetensors": (write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)), ["not a .safetensors file", "PNG"]),
+    "header cut off": (cut(lambda content: 60), ["cut off inside its header", "60 bytes"]),
+    "header damaged": (write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2,'), ["damaged .safetensors header"]),
+    "data cut off": (cut(lambda content: len(content) - 100), ["is cut off: ", "expected"]),
+    "data appended": (
+        lambda path: (saved(path), path.write_bytes(path.read_bytes() + b"0")), ["bytes too many"]
+    ),
+    "no metadata": (metadata(None), ["no entry 'subject_dla'", "save_dla"]),
+    "a LoRA": (
+        lambda path: save_file({"double_blocks.0.lora_A.weight": torch.zeros(2)}, path), ["looks like a LoRA", "models/loras"]
+    ),
+    "a DiT": (
+        lambda path: save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, path),
+        ["looks like a diffusion model", "models/diffusion_models"],
+    ),
+    "an MLLM": (
+        lambda path: save_file({"model.embed_tokens.weight": torch.zeros(2)}, path), ["looks like a language model"]
+    ),
+    "metadata no JSON": (metadata({"subject_dla": "{'heads': 8}"}), ["is not JSON"]),
+    "metadata no object": (metadata({"subject_dla": "[1, 2]"}), ["is [1, 2]", "expected a JSON object"]),
+    "newer format": (config(format_version=2), ["format_version is 2", "expected 1"]),
+    "unknown pooling": (config(pooling="mean"), ["pooling is 'mean'", "softmax, linear"]),
+    "unknown modalities": (config(modalities="triple"), ["modalities is 'triple'"]),
+    "unknown entry": (config(dropout=0.1), ["unknown entry 'dropout'"]),
+    "missing entry": (config(context_width=...), ["'context_width' is missing"]),
+    "no MLLM": (config(mllm="tiny"), ["mllm is 'tiny'"]),
+    "MLLM without width": (config(mllm={"name": "a", "family": "b", "layers": 3}), ["mllm entry 'width' is missing"]),
+    "MLLM of no layers": (config(mllm={**CONFIG.to_dict()["mllm"], "layers": 0}), ["MLLM layers is 0"]),
+    "subset out of range": (config(layer_subset=[0, 4]), ["layer_subset is [0, 4]", "from 0 to 3"]),
+    "heads": (config(heads=5), ["heads is 5", "divisor", "16"]),
+    "absurd size": (config(blocks=10**9), ["blocks is 1000000000"]),
+    "missing key": (state(lambda tensors: {k: v for k, v in tensors.items() if k != SCORE}), [SCORE, "is missing"]),
+    "extra key": (state(lambda tensors: {**tensors, "pooling.audio.score.weight": torch.zeros(1)}), ["pooling.audio"]),
+    "renamed key": (
+        state(lambda tensors: {k.replace("score", "scores"): v for k, v in tensors.items()}),
+        ["pooling.image.scores.weight", "other names", "expected 'pooling.image.score.weight'"],
+    ),
+    "prefixed keys": (
+        state(lambda tensors: {"module." + k: v for k, v in tensors.items()}), ["all keys begin with 'module'"]
+    ),
+    "wrong shape": (
+        state(lambda tensors: {**tensors, SCORE: torch.zeros(1, 15)}), [f"{SCORE} has shape [1, 15]", "expected [1, 16]"]
+    ),
+    "config of another": (config(context_width=32), ["project.weight has shape [24, 16], expected [32, 16]"]),
+    "whole numbers": (
+        state(lambda tensors: {**tensors, QKV: tensors[QKV].to(torch.int8)}), [f"{QKV} has dtype I8", "F32"]
+    ),
+    "NaN": (with_value(SCORE, float("nan")), [f"{SCORE} has 2 of 16", "NaN or infinite"]),
+    "infinite": (with_value(QKV, float("-inf")), [f"{QKV} has 2 of 768", "NaN or infinite"]),
+}
+
+
+def message(path, damage):
+    damage(path)
+    with pytest.raises(DLACheckpointError) as error:
+        load_dla(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_says_what_is_wrong_with_it(tmp_path, name):
+    damage, words = DAMAGED[name]
+    text = message(tmp_path / "broken.safetensors", damage)
+    assert text.startswith("DLA file 'broken.safetensors': ")
+    for word in words:
+        assert word in text
+    assert len(text) < 500
+
+
+def test_no_two_damages_share_a_message(tmp_path):
+    texts = [message(tmp_path / f"{i}.safetensors", damage) for i, (damage, _) in enumerate(DAMAGED.values())]
+    assert len(texts) >= 20
+    bodies = [text.split(": ", 1)[1] for text in texts]
+    assert len(set(bodies)) == len(bodies)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    for protocol in (0, 2, 5):
+        path = tmp_path / f"{protocol}.safetensors"
+        path.write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+        with pytest.raises(DLACheckpointError):
+            load_dla(path)
+    assert not (tmp_path / "exploded").exists()

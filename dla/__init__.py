@@ -1,4 +1,4 @@
-"""The method: MLLM features, layerwise attention pooling, the Dual Layer Aggregator and its checkpoint. No ComfyUI here."""
+"""The method: MLLM features, layerwise attention pooling, the Dual Layer Aggregator and its file. No ComfyUI here."""
 
 from .aggregator import Context, DLAConfig, DualLayerAggregator, aggregate, kept_tokens
 from .checkpoint import DLACheckpointError, check_finite, describe, load_dla, read_config, save_dla

@@ -95,8 +95,8 @@ class DLAConfig:
             if getattr(info, name) != getattr(self.mllm, name):
                 raise ValueError(
                     f"This DLA belongs to {_name(self.mllm)}, the features come from {_name(info)}: {name} "
-                    f"{getattr(info, name)}, expected {getattr(self.mllm, name)}. Load {self.mllm.name} as the MLLM, or "
-                    f"a DLA trained on {info.name}, or train one."
+                    f"{getattr(info, name)}, expected {getattr(self.mllm, name)}. Load {self.mllm.name} as the MLLM, "
+                    f"or a DLA trained on {info.name}, or train one."
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,8 +39,8 @@ class DLACheckpointError(ValueError):
 
 
 def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
-    """Write a DLA as .safetensors, weights in their own dtype. Atomic: the file at `path` is the old one or the new one,
-    never a part. Raises DLACheckpointError for weights that are not finite, OSError if the disk refuses."""
+    """Write a DLA as .safetensors, weights in their own dtype. Atomic: the file at `path` is the old one or the new
+    one, never a part. Raises DLACheckpointError for weights that are not finite, OSError if the disk refuses."""
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in dla.state_dict().items()}
     check_finite(path, state)
@@ -70,7 +71,10 @@ def load_dla(path: str | os.PathLike, *, device=None, dtype: torch.dtype | None 
     """Read a DLA file into torch's own modules, on `device` (None = CPU), in `dtype` (None = as stored).
     Raises DLACheckpointError."""
     config = read_config(path)
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise DLACheckpointError(path, f"cannot be read ({error}). Download or save it again.") from None
     check_finite(path, state)
     with torch.device("meta"):
         dla = DualLayerAggregator(config)
@@ -114,7 +118,7 @@ def describe(config: DLAConfig) -> str:
 
 
 def _read_header(path: str | os.PathLike) -> dict:
-    """The JSON header of a .safetensors file: an unsigned 64 bit length, then that many bytes of JSON, then the data."""
+    """The header of a .safetensors file, which is an unsigned 64 bit length, that many bytes of JSON, the data."""
     path = Path(path)
     if path.is_dir():
         raise DLACheckpointError(path, "is a folder, expected one .safetensors file.")
@@ -132,7 +136,8 @@ def _read_header(path: str | os.PathLike) -> dict:
         if size >= 9 and start[8:9] == b"{" and length <= 100_000_000:  # the format's own limit
             if 8 + length > size:
                 raise DLACheckpointError(
-                    path, f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again."
+                    path,
+                    f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again.",
                 )
             file.seek(8)
             text = file.read(length)
@@ -140,7 +145,7 @@ def _read_header(path: str | os.PathLike) -> dict:
             raise DLACheckpointError(path, f"is not a .safetensors file: it begins with {start[:8]!r}.")
     try:
         header = json.loads(text)
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
         for key, entry in header.items():
             if key != "__metadata__":
                 str(entry["dtype"]), list(entry["shape"])
@@ -164,7 +169,8 @@ def _parse_config(path, metadata: dict, keys: dict) -> DLAConfig:
         ) from None
     if not isinstance(values, dict):
         raise DLACheckpointError(
-            path, f"metadata entry {METADATA_KEY!r} is {values!r:.60}, expected a JSON object. Save it again with save_dla."
+            path,
+            f"metadata entry {METADATA_KEY!r} is {values!r:.60}, expected a JSON object. Save it again with save_dla.",
         )
     try:
         return DLAConfig.from_dict(values)
@@ -186,8 +192,8 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
     if missing and extra and len(missing) == len(extra):
         raise DLACheckpointError(
             path,
-            f"{len(extra)} key(s) have other names: found {min(extra)!r}, expected {min(missing)!r}. It was written by another "
-            "program or edited; save with save_dla.",
+            f"{len(extra)} key(s) have other names: found {min(extra)!r}, expected {min(missing)!r}. It was written by "
+            "another program or edited; save with save_dla.",
         )
     if missing:
         raise DLACheckpointError(
@@ -206,12 +212,13 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
             raise DLACheckpointError(
                 path,
                 f"{key} has shape {found[key]['shape']}, expected {shape} for MLLM width {config.mllm.width}, "
-                f"{len(config.pooled_layers)} layers and context width {config.context_width}. Weights and config are of "
-                "different DLAs: save it again.",
+                f"{len(config.pooled_layers)} layers and context width {config.context_width}. Weights and config are "
+                "of different DLAs: save it again.",
             )
         if found[key]["dtype"] not in FLOATING:
             raise DLACheckpointError(
-                path, f"{key} has dtype {found[key]['dtype']}, expected {', '.join(FLOATING)}. Save it again in one of them."
+                path,
+                f"{key} has dtype {found[key]['dtype']}, expected {', '.join(FLOATING)}. Save it again in one of them.",
             )
 
 

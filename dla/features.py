@@ -66,7 +66,9 @@ class Features:
             raise ValueError(f"hidden_states is {hidden.dtype} {tuple(hidden.shape)}, expected floating (B, M, T, C).")
         batch, entries, tokens, width = hidden.shape
         if batch == 0 or entries == 0 or tokens == 0:
-            raise ValueError(f"hidden_states has shape {tuple(hidden.shape)}, expected at least one prompt, layer and token.")
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden.shape)}, expected at least one prompt, layer and token."
+            )
         if width != info.width:
             raise ValueError(f"hidden_states has width {width}, expected {info.width}, the width of {info.name}.")
         if len(layers) != entries:
@@ -78,7 +80,9 @@ class Features:
             if value.dtype != dtype or value.shape != (batch, tokens):
                 raise ValueError(f"{field} is {value.dtype} {tuple(value.shape)}, expected {dtype} {(batch, tokens)}.")
         if int(self.modality.max()) > max(Modality):
-            raise ValueError(f"modality holds {int(self.modality.max())}, expected 0 (text), 1 (image) or 2 (template).")
+            raise ValueError(
+                f"modality holds {int(self.modality.max())}, expected 0 (text), 1 (image) or 2 (template)."
+            )
         if not torch.equal(self.image_index >= 0, self.modality == Modality.IMAGE):
             raise ValueError("image_index must be 0 or more at image tokens and -1 at all others.")
         if not bool(self.attention_mask.any(dim=1).all()):
@@ -92,8 +96,8 @@ class Features:
         """Hidden states (B, T, C) of one layer, by its number. Raises ValueError if it was not kept."""
         if number not in self.layers:
             raise ValueError(
-                f"Layer {number} of {self.info.name} is not in these features, which hold {describe_layers(self.layers)}. "
-                "Encode again with all layers, or with this DLA connected to the encoder."
+                f"Layer {number} of {self.info.name} is not in these features, which hold "
+                f"{describe_layers(self.layers)}. Encode again with all layers, or with this DLA connected to the encoder."
             )
         return self.hidden_states[:, self.layers.index(number)]
 

@@ -24,7 +24,7 @@ class TorchOperations:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square norm over channels, in fp32. It has no scale of its own: the linear map behind it absorbs one."""
+    """Root mean square norm over channels, in fp32, without a scale, which the linear map behind it would absorb."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 

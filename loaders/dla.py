@@ -76,8 +76,8 @@ class DLA:
         config = self.config
         if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
             raise ValueError(
-                f"DLA {self.name!r} makes tokens {config.context_width} wide for {config.dit or 'any DiT of that width'}; the "
-                f"diffusion model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load "
+                f"DLA {self.name!r} makes tokens {config.context_width} wide for {config.dit or 'any DiT of that width'}; "
+                f"the diffusion model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load "
                 f"{config.dit or f'a DiT with a context of {config.context_width}'}, or a DLA trained for this one."
             )
 
@@ -96,7 +96,7 @@ def read_config(name: str) -> DLAConfig:
 
 
 def load_dla(name: str) -> DLA:
-    """The DLA in that file under models/dla. Raises ValueError: not there (the text lists what is), or no usable DLA."""
+    """The DLA in that file under models/dla. Raises ValueError if it is not there or no usable DLA."""
     path = folders.find("dla", name)
     config = checkpoint.read_config(path)
     # the header check comes first: the host would unpickle a file that is no .safetensors

@@ -26,8 +26,8 @@ def mllm_folders() -> list[str]:
 
 
 def mllm_names() -> list[str]:
-    """Hugging Face folders (those with a config.json) in any of `mllm_folders`, also one level deeper, as the owner/name
-    that a download may leave; names with forward slashes, sorted."""
+    """Hugging Face folders (those with a config.json) in any of `mllm_folders`, also one level deeper, as the
+    owner/name that a download may leave; names with forward slashes, sorted."""
     found = set()
     for root in map(Path, mllm_folders()):
         for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):

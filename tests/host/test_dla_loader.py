@@ -95,15 +95,22 @@ def test_fp16_files_run_in_fp32_on_the_cpu(models):
     assert torch.equal(dla.aggregate(make_features()).tokens, expected.tokens)
 
 
-def test_the_host_can_leave_the_weights_where_they_are(models):
-    """Low-VRAM mode: leaves are called on weights of another dtype and cast at use. Seen here through the dtype, since a
-    CPU has no second device: fp16 weights, fp32 arithmetic."""
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy):
+    """Low-VRAM mode: leaves are cast at use. Seen here through the dtype, since a CPU has no second device: fp16
+    weights, fp32 arithmetic. `lazy`: hosts with dynamic VRAM make leaves without weights until a file is loaded."""
     import comfy.ops
     from subject_dla.dla import load_dla
 
     plain = make_file(models / "models" / "dla" / "a.safetensors", torch.float16, pooling="linear", refiner_blocks=1)
+    memory = getattr(comfy, "memory_management", None)
+    if lazy and memory is not None:
+        monkeypatch.setattr(memory, "aimdo_enabled", True)
     hosted = DualLayerAggregator(plain.config, dtype=torch.float16, operations=comfy.ops.manual_cast)
-    hosted.load_state_dict(load_dla(models / "models" / "dla" / "a.safetensors").state_dict())
+    state = load_dla(models / "models" / "dla" / "a.safetensors").state_dict()
+    hosted.load_state_dict(state, assign=lazy)
+    if lazy and memory is not None:
+        monkeypatch.setattr(memory, "aimdo_enabled", False)
     hosted.compute_dtype = torch.float32
     with torch.no_grad():
         assert torch.equal(aggregate(make_features(), hosted).tokens, aggregate(make_features(), plain.float()).tokens)
@@ -119,7 +126,12 @@ def test_lists_files_of_every_configured_root(models):
     assert list_dlas() == ["a.safetensors", "b.safetensors"]
     assert read_config("a.safetensors").context_width == 20 and load_dla("b.safetensors").config.context_width == 48
 
-    for place in ("models/mllm/internvl", "extra/mllm/owner/qwen", "models/mllm/internvl/vision", "models/mllm/.cache/x"):
+    for place in (
+        "models/mllm/internvl",
+        "extra/mllm/owner/qwen",
+        "models/mllm/internvl/vision",
+        "models/mllm/.cache/x",
+    ):
         (models / place).mkdir(parents=True)
         (models / place / "config.json").write_text("{}")
     (models / "models" / "mllm" / "empty").mkdir()
@@ -129,16 +141,17 @@ def test_lists_files_of_every_configured_root(models):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", ""]
+    "name",
+    ["../secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", ""],
 )
 def test_no_name_leads_out_of_the_folders(models, name):
     from subject_dla.loaders.dla import load_dla, read_config
 
     make_file(models / "models" / "secret.safetensors")
-    for name in (name, str(models / "models" / "secret.safetensors")):
+    for path in (name, str(models / "models" / "secret.safetensors")):
         for read in (load_dla, read_config):
             with pytest.raises(ValueError, match="is no name in models/dla"):
-                read(name)
+                read(path)
 
 
 def test_a_missing_name_lists_what_is_there(models):
@@ -176,5 +189,7 @@ def test_another_dit_is_refused(models):
     for width, dit in ((48, "flux"), (None, ""), (48, ""), (None, "flux")):
         dla.check_context_width(width, dit)
     for width, dit in ((3584, "qwen_image"), (64, "flux"), (48, "flux2"), (64, "")):
-        with pytest.raises(ValueError, match=r"'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"):
+        with pytest.raises(
+            ValueError, match=r"'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"
+        ):
             dla.check_context_width(width, dit)

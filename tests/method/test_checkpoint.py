@@ -41,7 +41,9 @@ def saved(path, config=CONFIG, dtype=torch.float32):
     ],
 )
 def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
-    config = DLAConfig(**{"mllm": INFO, "context_width": 24, "dit": "flux", "heads": 4, "provenance": {"a": [1]}, **changes})
+    config = DLAConfig(
+        **{"mllm": INFO, "context_width": 24, "dit": "flux", "heads": 4, "provenance": {"a": [1]}, **changes}
+    )
     dla = DualLayerAggregator(config, dtype=dtype)
     with torch.no_grad():
         for parameter in dla.parameters():
@@ -150,7 +152,10 @@ DAMAGED = {
     "empty": (write_bytes(b""), ["is empty", "0 bytes"]),
     "folder": (lambda path: path.mkdir(), ["is a folder"]),
     "web page": (write_bytes(b"\n<!DOCTYPE html><html>Sign in</html>"), ["web page", "login"]),
-    "git lfs pointer": (write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["Git LFS pointer"]),
+    "git lfs pointer": (
+        write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ["Git LFS pointer"],
+    ),
     "renamed .pt": (renamed_zip, ["zip archive", ".pt"]),
     "renamed pickle": (write_bytes(pickle.dumps({"a": 1}, protocol=2)), ["a pickle", ".ckpt"]),
     "renamed gguf": (write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64)), ["GGUF"]),
@@ -158,19 +163,19 @@ DAMAGED = {
     "header cut off": (cut(lambda content: 60), ["cut off inside its header", "60 bytes"]),
     "header damaged": (write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2,'), ["damaged .safetensors header"]),
     "data cut off": (cut(lambda content: len(content) - 100), ["is cut off: ", "expected"]),
-    "data appended": (
-        lambda path: (saved(path), path.write_bytes(path.read_bytes() + b"0")), ["bytes too many"]
-    ),
+    "data appended": (lambda path: (saved(path), path.write_bytes(path.read_bytes() + b"0")), ["bytes too many"]),
     "no metadata": (metadata(None), ["no entry 'subject_dla'", "save_dla"]),
     "a LoRA": (
-        lambda path: save_file({"double_blocks.0.lora_A.weight": torch.zeros(2)}, path), ["looks like a LoRA", "models/loras"]
+        lambda path: save_file({"double_blocks.0.lora_A.weight": torch.zeros(2)}, path),
+        ["looks like a LoRA", "models/loras"],
     ),
     "a DiT": (
         lambda path: save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, path),
         ["looks like a diffusion model", "models/diffusion_models"],
     ),
     "an MLLM": (
-        lambda path: save_file({"model.embed_tokens.weight": torch.zeros(2)}, path), ["looks like a language model"]
+        lambda path: save_file({"model.embed_tokens.weight": torch.zeros(2)}, path),
+        ["looks like a language model"],
     ),
     "metadata no JSON": (metadata({"subject_dla": "{'heads': 8}"}), ["is not JSON"]),
     "metadata no object": (metadata({"subject_dla": "[1, 2]"}), ["is [1, 2]", "expected a JSON object"]),
@@ -192,14 +197,17 @@ DAMAGED = {
         ["pooling.image.scores.weight", "other names", "expected 'pooling.image.score.weight'"],
     ),
     "prefixed keys": (
-        state(lambda tensors: {"module." + k: v for k, v in tensors.items()}), ["all keys begin with 'module'"]
+        state(lambda tensors: {"module." + k: v for k, v in tensors.items()}),
+        ["all keys begin with 'module'"],
     ),
     "wrong shape": (
-        state(lambda tensors: {**tensors, SCORE: torch.zeros(1, 15)}), [f"{SCORE} has shape [1, 15]", "expected [1, 16]"]
+        state(lambda tensors: {**tensors, SCORE: torch.zeros(1, 15)}),
+        [f"{SCORE} has shape [1, 15]", "expected [1, 16]"],
     ),
     "config of another": (config(context_width=32), ["project.weight has shape [24, 16], expected [32, 16]"]),
     "whole numbers": (
-        state(lambda tensors: {**tensors, QKV: tensors[QKV].to(torch.int8)}), [f"{QKV} has dtype I8", "F32"]
+        state(lambda tensors: {**tensors, QKV: tensors[QKV].to(torch.int8)}),
+        [f"{QKV} has dtype I8", "F32"],
     ),
     "NaN": (with_value(SCORE, float("nan")), [f"{SCORE} has 2 of 16", "NaN or infinite"]),
     "infinite": (with_value(QKV, float("-inf")), [f"{QKV} has 2 of 768", "NaN or infinite"]),

@@ -37,10 +37,14 @@ def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool =
                 " MASK becomes one with the host's MaskToImage node."
             )
         for index, image in enumerate(socket):
-            where = f"image_{number}" + (f" (number {index + 1} of its batch of {len(socket)})" if len(socket) > 1 else "")
+            where = f"image_{number}" + (
+                f" (number {index + 1} of its batch of {len(socket)})" if len(socket) > 1 else ""
+            )
             images.append(_check(image, where))
     if required and not images:
-        raise ImageError("No reference image is connected, expected at least one. Connect a Load Image node to image_1.")
+        raise ImageError(
+            "No reference image is connected, expected at least one. Connect a Load Image node to image_1."
+        )
     return images
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +44,9 @@ class Template:
 QWEN_IMAGE = Template(
     system="Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of"
     " the objects and background:",
-    system_images="Describe the key features of the input image (color, shape, size, texture, objects, background), then"
-    " explain how the user's text instruction should alter or modify the image. Generate a new image that meets the"
-    " user's requirements while maintaining consistency with the original input where appropriate.",
+    system_images="Describe the key features of the input image (color, shape, size, texture, objects, background),"
+    " then explain how the user's text instruction should alter or modify the image. Generate a new image that meets"
+    " the user's requirements while maintaining consistency with the original input where appropriate.",
 )
 # The host's OmniGen2 text encoder. Its stock model keeps every token.
 OMNIGEN2 = Template(
@@ -93,8 +92,8 @@ class MLLM:
         wanted = self._wanted(layers)
         if images and not self.reads_images:
             raise MLLMError(
-                f"{self.info.name} reads text only, but {len(images)} image(s) are connected. Disconnect them (this model"
-                " gets its references as VAE latents, with Add Identity), or load an MLLM with eyes: Load MLLM."
+                f"{self.info.name} reads text only, but {len(images)} image(s) are connected. Disconnect them (this"
+                " model gets its references as VAE latents, with Add Identity), or load an MLLM with eyes: Load MLLM."
             )
         if image_size and not 28 <= image_size <= 4096:
             raise MLLMError(f"image_size is {image_size}, expected 0 (default, {self.default_size}) or 28 to 4096 px.")
@@ -126,7 +125,9 @@ class MLLM:
         top = self.info.layers
         wanted = tuple(range(top + 1)) if layers is None else tuple(sorted({int(layer) for layer in layers}))
         if not wanted or wanted[0] < 0 or wanted[-1] > top:
-            raise MLLMError(f"layers is {wanted}, expected numbers from 0 (embeddings) to {top}, the last of {self.info.name}.")
+            raise MLLMError(
+                f"layers is {wanted}, expected numbers from 0 (embeddings) to {top}, the last of {self.info.name}."
+            )
         return wanted
 
 
@@ -156,40 +157,25 @@ def lay_out(tokens: list, counts: list[int], header: list[int], tail: int) -> tu
 
 
 def to_area(image: Tensor, side: int) -> Tensor:
-    """(H, W, 3) -> (h, w, 3) of about side x side px in area, aspect kept: as the host's TextEncodeQwenImageEditPlus."""
+    """(H, W, 3) -> (h, w, 3), about side x side px in area, aspect kept: as the host's TextEncodeQwenImageEditPlus."""
     scale = math.sqrt(side * side / (image.shape[0] * image.shape[1]))
     size = (round(image.shape[0] * scale), round(image.shape[1] * scale))
     return F.interpolate(image[None].movedim(-1, 1), size=size, mode="area").movedim(1, -1)[0]
 
 
 def list_mllms() -> list[str]:
-    """Folders under models/mllm that hold a config.json."""
-    from .folders import mllm_folders
+    """Names of the Hugging Face folders under models/mllm."""
+    from .folders import mllm_names
 
-    found = {entry.name for root in map(Path, mllm_folders()) if root.is_dir() for entry in root.iterdir()
-             if (entry / "config.json").is_file()}  # fmt: skip
-    return sorted(found, key=str.lower)
-
-
-def find_mllm(name: str) -> Path:
-    """The folder of that name under models/mllm; raises MLLMError where there is none."""
-    from .folders import mllm_folders
-
-    roots = [Path(root) for root in mllm_folders()]
-    for root in roots:
-        if (root / name).exists():
-            return root / name
-    raise MLLMError(
-        f"No MLLM named {name!r}; found {list_mllms() or 'none'} under {', '.join(map(str, roots))}. Put the Hugging"
-        " Face folder there (all of it: config.json, tokenizer, *.safetensors) and refresh."
-    )
+    return mllm_names()
 
 
 def load_mllm(name: str, weight_dtype: str = "default") -> MLLM:
     """The MLLM in the folder `name` under models/mllm, by transformers. Raises MLLMError."""
+    from .folders import find
     from .mllm_transformers import load_folder
 
-    return load_folder(find_mllm(name), weight_dtype)
+    return load_folder(find("mllm", name), weight_dtype)
 
 
 def mllm_from_clip(clip, name: str = "") -> MLLM:
@@ -200,10 +186,11 @@ def mllm_from_clip(clip, name: str = "") -> MLLM:
 
 
 def read_info(name: str) -> MLLMInfo:
-    """Which MLLM the folder `name` holds, from its config.json alone. Raises MLLMError."""
+    """Which MLLM the folder `name` holds, from its config.json alone. Raises ValueError."""
+    from .folders import find
     from .mllm_transformers import read_config
 
-    folder = find_mllm(name)
+    folder = find("mllm", name)
     config = read_config(folder)
     text = config.get("text_config", config)  # Qwen2.5-VL as published keeps these at the top
     for field in ("num_hidden_layers", "hidden_size"):

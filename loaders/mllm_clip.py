@@ -1,4 +1,4 @@
-"""The MLLM inside a CLIP socket: the host's own Qwen2.5-VL, quantised, patched by a LoRA or from GGUF as the user has it.
+"""The MLLM inside a CLIP socket: the host's own Qwen2.5-VL, quantised, LoRA-patched or from GGUF as the user has it.
 
 Only the socket's public face is used (`load_model`, `tokenize`, `cond_stage_model`), so that whatever a loader put
 behind it goes on working.
@@ -49,9 +49,9 @@ class ClipMLLM(MLLM):
         if native is None or model is None:
             found = key if isinstance(key, str) else type(encoder).__name__
             raise MLLMError(
-                f"This CLIP is {found!r}, expected a multimodal LLM: {', '.join(NATIVE)} (Qwen2.5-VL 7B as Qwen-Image has it,"
-                " or OmniGen2's Qwen2.5 3B, text only). Load one with the host's Load CLIP node (type qwen_image or"
-                " omnigen2), or load a Hugging Face folder with Load MLLM."
+                f"This CLIP is {found!r}, expected a multimodal LLM: {', '.join(NATIVE)} (Qwen2.5-VL 7B as in"
+                " Qwen-Image, or OmniGen2's Qwen2.5 3B, text only). Load one with the host's Load CLIP node (type"
+                " qwen_image or omnigen2), or load a Hugging Face folder with Load MLLM."
             )
         self.visual = getattr(inner.transformer, "visual", None)
         self.clip, self.key, self.template = clip, key, native.template
@@ -76,7 +76,9 @@ class ClipMLLM(MLLM):
         # The text carries its template; a tokenizer that adds one anyway gets an empty one.
         chunks = self.clip.tokenize(text, llama_template="{}", **extra)[self.key]
         if len(chunks) != 1:
-            raise MLLMError(f"{self.info.name} cut the prompt into {len(chunks)} pieces, expected one. Shorten the prompt.")
+            raise MLLMError(
+                f"{self.info.name} cut the prompt into {len(chunks)} pieces, expected one. Shorten the prompt."
+            )
         # Emphasis as in (word:1.2) is a blend on the last layer only: read the words, leave their weights out.
         tokens = [token for token, *_ in chunks[0]]
         pairs = [[(token, 1.0) for token in tokens]]
@@ -103,8 +105,8 @@ class ClipMLLM(MLLM):
         states = out[0]
         if states.ndim != 4 or states.shape[1] != self.info.layers + 1:
             raise MLLMError(
-                f"{self.info.name} gave hidden states {tuple(states.shape)}, expected (1, {self.info.layers + 1}, tokens,"
-                f" {self.info.width}). A node has probably replaced its forward."
+                f"{self.info.name} gave hidden states {tuple(states.shape)}, expected (1, {self.info.layers + 1},"
+                f" tokens, {self.info.width}). A node has probably replaced its forward."
             )
         states = states[:, list(wanted)]
         tokens = [token if isinstance(token, int) else None for token in map(_plain, tokens)]
@@ -150,6 +152,6 @@ def window_ordered(tower: type) -> bool:
     if torch.allclose(out, raster[small.get_window_index(grid)[0]], atol=1e-5):
         return True
     raise MLLMError(
-        "The host's Qwen2.5-VL vision tower returns its tokens in an order this pack does not know. Use Load MLLM with a"
-        " Hugging Face folder, and report it with your ComfyUI version."
+        "The host's Qwen2.5-VL vision tower returns its tokens in an order this pack does not know. Use Load MLLM with"
+        " a Hugging Face folder, and report it with your ComfyUI version."
     )

@@ -59,7 +59,9 @@ class Vision:
         return (image - mean[:, None, None]) / std[:, None, None]
 
 
-def qwen_pixels(image: Tensor, vision: Vision, least: int = 3136, most: int = 12845056) -> tuple[Tensor, tuple[int, int]]:
+def qwen_pixels(
+    image: Tensor, vision: Vision, least: int = 3136, most: int = 12845056
+) -> tuple[Tensor, tuple[int, int]]:
     """(H, W, 3) -> patches (h w, 3 frames patch patch) ordered in merge x merge blocks, and the grid (h, w) in patches.
 
     Sides go to the nearest multiple of patch x merge, bilinearly, as the host's Qwen2.5-VL does.
@@ -95,7 +97,9 @@ def internvl_tiles(image: Tensor, vision: Vision, side: int, most: int) -> Tenso
         if difference < gap or (difference == gap and height * width > 0.5 * side * side * columns * rows):
             best, gap = (columns, rows), difference
     columns, rows = best
-    tiles = rearrange(_fit(image, vision, rows * side, columns * side), "c (r h) (k w) -> (r k) c h w", r=rows, k=columns)
+    tiles = rearrange(
+        _fit(image, vision, rows * side, columns * side), "c (r h) (k w) -> (r k) c h w", r=rows, k=columns
+    )
     if len(tiles) > 1:
         tiles = torch.cat((tiles, _fit(image, vision, side, side)[None]))
     return tiles
@@ -113,8 +117,10 @@ def _fit(image: Tensor, vision: Vision, rows: int, columns: int) -> Tensor:
 
 
 def mrope_positions(tokens: list, grids: list[tuple[int, int]]) -> Tensor:
-    """Positions (3, 1, T) in time, height and width of a text with images (None in `tokens`; grids in tokens): text counts
-    on, an image stands at one time and spans its grid, and the text after it starts past its longer side."""
+    """Positions (3, 1, T) in time, height and width of a text with images (None in `tokens`; grids in tokens).
+
+    Text counts on; an image stands at one time and spans its grid; the text after it starts past its longer side.
+    """
     runs, at, grid = [], 0, iter(grids)
     for token in tokens:
         if token is None:
@@ -159,9 +165,11 @@ class Backbone(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.language_model.embed_tokens(ids, out_dtype=self.compute_dtype)
 
-    def states(self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], keep: Callable, **extra) -> list:
-        """[keep(state)] for every wanted layer number, ascending. State i < L is what decoder layer i reads, whatever the
-        library's own numbering does in this release; state L is the final norm's output."""
+    def states(
+        self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], keep: Callable, **extra
+    ) -> list:
+        """[keep(state)] for every wanted layer number, ascending. State i < L is what decoder layer i reads, whatever
+        the library's own numbering does in this release; state L is the final norm's output."""
         decoder, top = self.model.language_model, wanted[-1]
         count = len(decoder.layers)
         found, hooks = {}, []
@@ -177,7 +185,9 @@ class Backbone(nn.Module):
         if top > 0:
             try:
                 for number in range(1, min(top, count - 1) + 1):
-                    hooks.append(decoder.layers[number].register_forward_pre_hook(partial(read, number), with_kwargs=True))
+                    hooks.append(
+                        decoder.layers[number].register_forward_pre_hook(partial(read, number), with_kwargs=True)
+                    )
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
                 out = decoder(
                     inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False, **extra
@@ -233,14 +243,18 @@ HALF = (0.5, 0.5, 0.5)
 FAMILIES = {
     "qwen2_5_vl": Family(QWEN_IMAGE, "<|image_pad|>", 384, Vision(14, 2, CLIP_MEAN, CLIP_STD), look_qwen),
     "qwen3_vl": Family(QWEN3_VL, "<|image_pad|>", 384, Vision(16, 2, HALF, HALF), look_qwen),
-    "internvl": Family(INTERNVL, "<IMG_CONTEXT>", 448, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), look_internvl, mrope=False),
+    "internvl": Family(
+        INTERNVL, "<IMG_CONTEXT>", 448, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), look_internvl, mrope=False
+    ),
 }
 
 
 class TransformersMLLM(MLLM):
     """An MLLM whose forward is transformers'."""
 
-    def __init__(self, info: MLLMInfo, family: Family, vision: Vision, backbone: Backbone, patcher, tokenize, image_token: int):
+    def __init__(
+        self, info: MLLMInfo, family: Family, vision: Vision, backbone: Backbone, patcher, tokenize, image_token: int
+    ):
         self.info, self.family, self.vision, self.backbone, self.patcher = info, family, vision, backbone, patcher
         self.template, self.default_size = family.template, family.default_size
         self.tokenize, self._image_token = tokenize, image_token
@@ -275,7 +289,9 @@ class TransformersMLLM(MLLM):
             embeds[is_image] = torch.cat([look[0] for look in seen]).to(embeds.dtype)
             if seen[0][2]:
                 extra["visual_pos_masks"] = is_image
-                extra["deepstack_visual_embeds"] = [torch.cat(level) for level in zip(*(look[2] for look in seen))]
+                extra["deepstack_visual_embeds"] = [
+                    torch.cat(level) for level in zip(*(look[2] for look in seen), strict=True)
+                ]
         if self.family.mrope:
             positions = mrope_positions(tokens, [look[1] for look in seen]).to(device)
         kept = self.backbone.states(embeds, positions, wanted, lambda state: state.to(out_device, copy=True), **extra)
@@ -305,8 +321,13 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise MLLMError(f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {error}") from error
-    if getattr(config, "vision_feature_layer", -1) != -1 or getattr(config, "vision_feature_select_strategy", "default") != "default":
+        raise MLLMError(
+            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {error}"
+        ) from error
+    if (
+        getattr(config, "vision_feature_layer", -1) != -1
+        or getattr(config, "vision_feature_select_strategy", "default") != "default"
+    ):
         raise MLLMError(
             f"{folder / 'config.json'}: vision_feature_layer is {config.vision_feature_layer} and"
             f" vision_feature_select_strategy {config.vision_feature_select_strategy!r}, expected -1 and 'default'."
@@ -315,7 +336,9 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         model = transformers.AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     for name, buffer in model.named_buffers():
         if buffer.is_meta:  # would be garbage later
-            raise MLLMError(f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know.")
+            raise MLLMError(
+                f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know."
+            )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = check_keys(headers, expected)
 
@@ -369,7 +392,9 @@ def read_config(folder: Path) -> dict:
             " single-file text encoder goes through the host's CLIP loader and MLLM from CLIP."
         )
     if not path.is_file():
-        raise MLLMError(f"{folder} has no config.json, expected a whole Hugging Face folder. Download the repository again.")
+        raise MLLMError(
+            f"{folder} has no config.json, expected a whole Hugging Face folder. Download the repository again."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -432,7 +457,9 @@ def read_header(path: Path) -> dict[str, Header]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         headers = {key: Header(path, entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise MLLMError(f"{path} is no safetensors file, or cut off in its header ({error}). Download it again.") from error
+        raise MLLMError(
+            f"{path} is no safetensors file, or cut off in its header ({error}). Download it again."
+        ) from error
     if size < end:
         raise MLLMError(f"{path} is {size} bytes, expected {end}: the download was cut off. Download it again.")
     return headers
@@ -459,18 +486,19 @@ def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[s
         if name is None:
             continue
         if name not in expected:
-            hint = " Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one." if re.search(
-                r"scale|qweight|qzeros|absmax", key) else " Weights and config.json do not belong together."  # fmt: skip
-            raise MLLMError(f"{header.path}: unknown key {key!r} {header.shape}.{hint}")
+            hint = "Weights and config.json do not belong together: download both from one repository."
+            if re.search(r"scale|qweight|qzeros|absmax", key):
+                hint = "Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one."
+            raise MLLMError(f"{header.path}: unknown key {key!r} {header.shape}. {hint}")
         if header.shape != expected[name]:
             raise MLLMError(
-                f"{header.path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights and"
-                " config.json do not belong together: download both from one repository."
+                f"{header.path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
+                " and config.json do not belong together: download both from one repository."
             )
         if header.dtype not in FILE_DTYPES:
             raise MLLMError(
-                f"{header.path}: {key!r} is {header.dtype}, expected one of {', '.join(FILE_DTYPES)}. Take the unquantised"
-                " repository; weight_dtype makes it fp8 while loading."
+                f"{header.path}: {key!r} is {header.dtype}, expected one of {', '.join(FILE_DTYPES)}. Take the"
+                " unquantised repository; weight_dtype makes it fp8 while loading."
             )
         found[name] = key
         used.append(key)
@@ -511,15 +539,17 @@ def read_tokenizer(folder: Path, config: dict, family: Family):
             return slow(text, add_special_tokens=False)["input_ids"]
 
     else:
-        raise MLLMError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them.")
+        raise MLLMError(
+            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
+        )
     expected = config.get("image_token_id", config.get("image_token_index"))
     for token in (family.placeholder, "<|im_start|>", "<|im_end|>"):
         ids = tokenize(token)
         if len(ids) != 1 or (token == family.placeholder and expected is not None and ids[0] != expected):
             want = expected if token == family.placeholder else "one id"
             raise MLLMError(
-                f"{folder}: the tokenizer reads {token} as {ids}, expected {want} by config.json. Tokenizer and model do"
-                " not belong together: download both from one repository."
+                f"{folder}: the tokenizer reads {token} as {ids}, expected {want} by config.json. Tokenizer and model"
+                " do not belong together: download both from one repository."
             )
     return tokenize, tokenize(family.placeholder)[0]
 
@@ -528,8 +558,8 @@ def read_tokenizer(folder: Path, config: dict, family: Family):
 
 
 class ParametersOnMeta(TorchFunctionMode):
-    """Like `torch.device("meta")`, but only for what parameters are made of: buffers that a module computes, such as RoPE
-    frequencies, come from `arange` and stay real. A checkpoint does not hold them, so on meta they would be lost."""
+    """Like `torch.device("meta")`, but only for what parameters are made of: buffers that a module computes, such as
+    RoPE frequencies, come from `arange` and stay real. No checkpoint holds them, so on meta they would be lost."""
 
     ALLOCATE = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full)
 

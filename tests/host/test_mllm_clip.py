@@ -1,5 +1,5 @@
-"""The host's native Qwen2.5-VL as an MLLM: same features as transformers on the same weights, and with the last layer alone
-exactly the host's own conditioning."""
+"""The host's native Qwen2.5-VL as an MLLM: same features as transformers on the same weights, and with the last layer
+alone exactly the host's own conditioning."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ class Target:
 def shrink(monkeypatch):
     """The host's own classes, small: only numbers that its constructors hard-code are changed."""
     for config in (llama.Qwen25_7BVLI_Config, llama.Qwen25_3BConfig):
-        defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__))
+        defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__, strict=True))
         monkeypatch.setattr(config.__init__, "__defaults__", tuple((defaults | SMALL).values()))
     original = qwen_vl.Qwen2VLVisionTransformer.__init__
 

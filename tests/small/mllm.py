@@ -20,7 +20,7 @@ IMG_CONTEXT = 151667
 
 def build_qwen25vl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_heads=2, vision_width=32, vision_heads=2,
                    vision_layers=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:  # fmt: skip
-    """Qwen2.5-VL as Qwen/Qwen2.5-VL-7B-Instruct lays it out: flat config, keys "model.layers…", "visual…", "lm_head"."""
+    """Qwen2.5-VL as Qwen/Qwen2.5-VL-7B-Instruct lays it out: flat config, keys "model.layers…", "visual…"."""
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
         "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
@@ -92,7 +92,8 @@ def build_internvl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_he
             "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": width,
             "initializer_range": 0.02, "intermediate_size": 2 * width, "max_position_embeddings": 32768,
             "max_window_layers": 70, "num_attention_heads": heads, "num_hidden_layers": layers,
-            "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"},
+            "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"},
             "rope_theta": 1000000.0, "sliding_window": None, "torch_dtype": _name(dtype), "use_cache": True,
             "use_sliding_window": False, "vocab_size": 151674, "tie_word_embeddings": False,
         },
@@ -113,7 +114,9 @@ def build_internvl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_he
     }  # fmt: skip
     more = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
     layout = {"language_model.": "language_model.model."}
-    return _build(folder, tokenizer, config, processor, layout, "language_model.lm_head.weight", more, seed, dtype, shards)
+    return _build(
+        folder, tokenizer, config, processor, layout, "language_model.lm_head.weight", more, seed, dtype, shards
+    )
 
 
 def _build(folder, tokenizer, config, processor, layout, head, more_tokens, seed, dtype, shards) -> Path:
@@ -126,7 +129,9 @@ def _build(folder, tokenizer, config, processor, layout, head, more_tokens, seed
 
     model_config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in transformers.AutoModel.from_config(model_config).state_dict().items()}
+        shapes = {
+            key: value.shape for key, value in transformers.AutoModel.from_config(model_config).state_dict().items()
+        }
     text = config.get("text_config", config)
     shapes["lm_head.weight"] = torch.Size((text["vocab_size"], text["hidden_size"]))
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +194,10 @@ def _write_tokenizer(folder, source, more, processor):
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     added = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
@@ -200,7 +208,9 @@ def _write_tokenizer(folder, source, more, processor):
     for index, token in enumerate(tokens, VOCABULARY):
         tokenizer.add_tokens([AddedToken(token["content"], special=token["special"], normalized=False)])
         if tokenizer.token_to_id(token["content"]) != index:
-            raise RuntimeError(f"{token['content']} became {tokenizer.token_to_id(token['content'])}, expected {index}.")
+            raise RuntimeError(
+                f"{token['content']} became {tokenizer.token_to_id(token['content'])}, expected {index}."
+            )
         decoder[str(index)] = {**token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

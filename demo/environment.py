@@ -110,8 +110,18 @@ def build_environment(comfyui: Path, transformers: str = "") -> Path:
     run([str(python), "-m", "pip", "install", "--quiet", *wanted])
     if audio:
         run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", TORCHAUDIO])
+        drop_unloadable_audio(python)
     stamp.write_text(recipe, encoding="utf-8")
     return python
+
+
+def drop_unloadable_audio(python: Path) -> None:
+    """torchaudio's compiled half needs CUDA libraries that a CPU torch does not bring; the host uses its Python half only."""
+    look = "import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec('torchaudio').origin).parent)"
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        folder = Path(subprocess.run([str(python), "-c", look], capture_output=True, text=True, check=True).stdout.strip())
+        for library in (folder / "lib").glob("*.so"):
+            library.unlink()
 
 
 def package(requirement: str) -> str:

@@ -93,7 +93,7 @@ def run(server: Server, options: argparse.Namespace) -> dict:
         say(RANDOM_NOTICE)
     prompt = workflow.to_api(source, client.object_info())
     prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
-    titles = workflow.titles(source)
+    titles = workflow.titles(prompt)
     progress = Progress(titles)
     outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
     progress.end()

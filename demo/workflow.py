@@ -31,11 +31,9 @@ def is_api(workflow: dict) -> bool:
     return "nodes" not in workflow and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
 
 
-def titles(workflow: dict) -> dict[str, str]:
-    """What the nodes are called, by id."""
-    if is_api(workflow):
-        return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in workflow.items()}
-    return {str(node["id"]): node.get("title") or node["type"] for node in workflow["nodes"]}
+def titles(prompt: dict) -> dict[str, str]:
+    """What the nodes of a workflow in API format are called, by id."""
+    return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in prompt.items()}
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

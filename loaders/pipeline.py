@@ -61,10 +61,10 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
 def read_info(mllm: str):
     """MLLMInfo of a folder under `models/mllm` by its config.json alone."""
     from ..dla import MLLMInfo
-    from .mllm import find_mllm
+    from .folders import find
     from .mllm_transformers import read_config
 
-    folder = find_mllm(mllm)
+    folder = find("mllm", mllm)
     config = read_config(folder)
     text = config.get("text_config", config)
     return MLLMInfo(folder.name, config["model_type"], text["num_hidden_layers"], text["hidden_size"])

@@ -1,0 +1,69 @@
+"""A real server with the pack in it, on tiny models, for the whole session of tests."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from subject_dla.demo import run as demo
+from subject_dla.demo import workflow
+from subject_dla.demo.host import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    folder = Path(os.environ.get("COMFYUI_PATH", ""))
+    assert (folder / "main.py").is_file(), f"COMFYUI_PATH is {str(folder)!r}, expected a ComfyUI checkout; `nox -s tests` sets it"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family(comfyui) -> Path:
+    """The demo's models."""
+    return demo.prepare_family(comfyui)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, family, tmp_path_factory):
+    with Server(comfyui, tmp_path_factory.mktemp("host"), models=[family], arguments=demo.device()) as running:
+        for image in demo.IMAGES.glob("*.jpg"):
+            running.client.upload(image)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server) -> dict:
+    return server.client.object_info()
+
+
+@pytest.fixture
+def prompt(object_info) -> dict:
+    """The demo workflow in API format, small: node ids by class type where there is one of it."""
+    found = workflow.to_api(json.loads(demo.WORKFLOW.read_text()), object_info)
+    shrink(found)
+    return found
+
+
+def shrink(prompt: dict) -> None:
+    """Sizes and step counts for a processor: same nodes, same links."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name in ("width", "height"):
+            if isinstance(inputs.get(name), int):
+                inputs[name] = 128
+        if isinstance(inputs.get("steps"), int):
+            inputs["steps"] = 4
+        if node["class_type"] == "SubjectAddIdentity":
+            inputs["size"] = 128
+
+
+def of_type(prompt: dict, kind: str) -> dict:
+    """Inputs of the first node of a class type."""
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def run(server, prompt: dict) -> dict:
+    client = server.client
+    return client.wait(client.queue(prompt), prompt)

@@ -1,0 +1,82 @@
+"""The demo as its user starts it: a process of its own, its last line, and nothing left behind however it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from PIL import Image
+from subject_dla.demo import run as demo
+from subject_dla.demo import workflow
+
+SCRIPT = [sys.executable, demo.__file__]
+PROMPT = "the cat of image 1 on a mossy rock"
+
+
+@pytest.fixture
+def small_workflow(tmp_path):
+    """The demo workflow, saved by a user who made it small."""
+    saved = json.loads(demo.WORKFLOW.read_text())
+    for node in saved["nodes"]:
+        if node["type"] == "EmptySD3LatentImage":
+            node["widgets_values"][:2] = [128, 128]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(saved))
+    return path
+
+
+def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tmp_path):
+    images = [argument for name in ("chelsea", "coffee") for argument in ("--image", str(demo.IMAGES / f"{name}.jpg"))]
+    command = [*SCRIPT, "--comfyui", str(comfyui), "--workflow", str(small_workflow), "--prompt", PROMPT, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command + images, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["workflow"] == "mine" and last["seconds"] > 0 and last["host"]
+    [path] = last["images"]
+    with Image.open(path) as picture:
+        assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(2**24)) > 100
+        queued = json.loads(picture.text["prompt"])  # the host saves what it ran in the picture
+    loaded = [node["inputs"]["image"] for _, node in sorted(queued.items(), key=lambda item: int(item[0])) if node["class_type"] == "LoadImage"]
+    assert [name.split(".")[0].split(" ")[0] for name in loaded] == ["chelsea", "coffee"]
+    assert [node["inputs"]["prompt"] for node in queued.values() if node["class_type"] == "SubjectEncode"] == [PROMPT]
+    again = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600).stdout.splitlines()[-1])
+    assert again["images"] != last["images"] and os.path.exists(path), "an earlier picture was overwritten"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_it_leaves_no_process(comfyui, family, number, tmp_path):
+    """SIGKILL too: nothing of ours runs then, and the server ends all the same."""
+    command = [*SCRIPT, "--comfyui", str(comfyui), "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = [line for line in until(process.stderr, "Staged Sampler")]
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("main.py" in " ".join(child.cmdline()) for child in children), running
+    process.send_signal(number)
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    assert process.wait(60) != 0
+    deadline = time.monotonic() + 30
+    while left := [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, f"still running: {[child.cmdline() for child in left]}"
+        time.sleep(0.2)
+
+
+def until(stream, word: str):
+    for line in stream:
+        yield line
+        if word in line:
+            return
+    raise AssertionError(f"the demo ended before it said {word!r}")
+
+
+def test_more_images_than_the_workflow_takes():
+    prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
+    with pytest.raises(workflow.WorkflowFileError, match="2 images were given, but this workflow has 1"):
+        workflow.put_in(prompt, ["b.png", "c.png"])
+    with pytest.raises(workflow.WorkflowFileError, match="no Encode Subject"):
+        workflow.put_in(prompt, text="words")

@@ -97,7 +97,8 @@ class Features:
         if number not in self.layers:
             raise ValueError(
                 f"Layer {number} of {self.info.name} is not in these features, which hold "
-                f"{describe_layers(self.layers)}. Encode again with all layers, or with this DLA connected to the encoder."
+                f"{describe_layers(self.layers)}. Encode again with all layers, or with this DLA "
+                "connected to the encoder."
             )
         return self.hidden_states[:, self.layers.index(number)]
 

@@ -74,11 +74,12 @@ class DLA:
         """Raises ValueError unless a DiT of that family and context width can read this DLA's tokens. None and "" mean
         not known, and pass."""
         config = self.config
+        wanted = config.dit or f"any DiT with a context of {config.context_width}"
         if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
             raise ValueError(
-                f"DLA {self.name!r} makes tokens {config.context_width} wide for {config.dit or 'any DiT of that width'}; "
-                f"the diffusion model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load "
-                f"{config.dit or f'a DiT with a context of {config.context_width}'}, or a DLA trained for this one."
+                f"DLA {self.name!r} makes tokens {config.context_width} wide for {wanted}; the diffusion "
+                f"model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. "
+                f"Load {wanted}, or a DLA trained for this one."
             )
 
     def _load(self, features: Features) -> None:

@@ -110,18 +110,25 @@ def build_environment(comfyui: Path, transformers: str = "") -> Path:
     run([str(python), "-m", "pip", "install", "--quiet", *wanted])
     if audio:
         run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", TORCHAUDIO])
-        drop_unloadable_audio(python)
+    use_python_halves(python)
     stamp.write_text(recipe, encoding="utf-8")
     return python
 
 
-def drop_unloadable_audio(python: Path) -> None:
-    """torchaudio's compiled half needs CUDA libraries that a CPU torch does not bring; the host uses its Python half only."""
-    look = "import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec('torchaudio').origin).parent)"
-    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
-        folder = Path(subprocess.run([str(python), "-c", look], capture_output=True, text=True, check=True).stdout.strip())
+def use_python_halves(python: Path) -> None:
+    """Beside a CPU torch the registry's torchvision and torchaudio, compiled for CUDA, cannot load their compiled halves and
+    fail at import. The host and transformers use the Python halves only: leave those, where that is so."""
+    code = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).submodule_search_locations[0])"
+    for name in ("torchvision", "torchaudio"):
+        found = subprocess.run([str(python), "-c", code, name], capture_output=True, text=True)
+        if found.returncode or not subprocess.run([str(python), "-c", f"import {name}"], capture_output=True).returncode:
+            continue  # not installed, or whole
+        folder = Path(found.stdout.strip())
         for library in (folder / "lib").glob("*.so"):
             library.unlink()
+        registrations = folder / "_meta_registrations.py"  # describes operators of the half that is not there
+        if registrations.exists():
+            registrations.write_text("# emptied: no compiled operators beside this torch\n", encoding="utf-8")
 
 
 def package(requirement: str) -> str:

@@ -33,20 +33,29 @@ def _class(family: str):
 
 def state_dict(family: str, dtype=torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under the keys of the host's own class (built on the meta device)."""
-    import dataclasses
-
-    import comfy.ldm.flux.model
     import comfy.ops
 
     config = _config(family)
-    if "txt_ids_dims" in config and "txt_ids_dims" not in {f.name for f in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}:
-        config.pop("txt_ids_dims")  # hosts before it
+    if not _takes_txt_ids():
+        config.pop("txt_ids_dims", None)
     model = _class(family)(**config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
+    return _random(model, dtype, seed)
+
+
+def _takes_txt_ids() -> bool:
+    """Hosts before FLUX-like models with text positions don't know the parameter."""
+    import dataclasses
+
+    import comfy.ldm.flux.model
+
+    return "txt_ids_dims" in {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
+
+
+def _random(model, dtype, seed: int, spread: float = 0.02) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for key, value in model.state_dict().items():
-        weights = torch.empty(value.shape, dtype=dtype)
-        weights.normal_(0, 0.02 if value.ndim > 1 else 0.1, generator=generator)
+        weights = torch.empty(value.shape, dtype=dtype).normal_(0, spread if value.ndim > 1 else 0.1, generator=generator)
         out[key] = weights + 1 if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales are near one
     return out
 
@@ -72,3 +81,18 @@ def load(family: str, monkeypatch):
 
     one_layer_detection(monkeypatch)
     return comfy.sd.load_diffusion_model_state_dict(state_dict(family))
+
+
+TINY_FLUX = dict(num_heads=2, axes_dim=[4, 6, 6])  # what the host's detection cannot read from a small file
+
+
+def tiny_flux(context_width: int = 24, seed: int = 0):
+    """A FLUX of 32 channels and a few thousand parameters, for what needs many runs; built by the pack's own loader."""
+    import comfy.ops
+
+    from subject_dla.loaders.dit import build_dit
+
+    config = _config("flux") | dict(hidden_size=32, context_in_dim=context_width, vec_in_dim=8, depth=2) | TINY_FLUX
+    config = {k: v for k, v in config.items() if k != "txt_ids_dims" or _takes_txt_ids()}
+    model = _class("flux")(**config, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return build_dit(_random(model, torch.float32, seed, spread=0.2), TINY_FLUX, {}, "tiny flux")

@@ -3,6 +3,7 @@
     nox -s demo                     the main job on a real ComfyUI server: pictures in output/
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest)
+    nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
 
 Both use one environment per host and transformers, made by `demo/environment.py`:
     COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
@@ -44,6 +45,13 @@ def tests(session: nox.Session) -> None:
     session.run(
         str(place.python), "-m", "pytest", *arguments, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **PATIENCE
     )
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """One benchmark: `nox -s bench -- strength`; its last line is one JSON object of ratios."""
+    place = prepare(session)
+    session.run(str(place.python), str(ROOT / "benchmarks"), *session.posargs, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **PATIENCE)
 
 
 def prepare(session: nox.Session) -> environment.Environment:

@@ -97,16 +97,18 @@ def import_pack() -> None:
         place.loader.exec_module(module)
 
 
-def main(comfyui: str, out: str) -> None:
-    import_pack()
+def start_host(comfyui: str) -> None:
+    """Puts the host on sys.path, on the CPU, before anything imports its model management."""
     os.environ["COMFYUI_PATH"] = comfyui  # the MLLM's tokenizer is the host's
     sys.path.insert(0, comfyui)
     sys.argv = sys.argv[:1]  # the host reads the command line when its options are imported
     from comfy.cli_args import args
 
     args.cpu = True
-    build(Path(out))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    comfyui, out = sys.argv[1:3]
+    import_pack()
+    start_host(comfyui)
+    build(Path(out))

@@ -1,0 +1,86 @@
+"""A custom node pack for tests only: the host's models at sizes that a processor runs in seconds.
+
+The host knows the sizes of published models by heart and reads only some of them from the file. Here it reads them all from
+the file, or takes the small ones below. Nothing but numbers is changed: classes, key names, detection and loaders are the host's.
+"""
+
+import json
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.sd1_clip
+from comfy.text_encoders import llama, qwen_vl
+
+WIDTH = 512  # of the text encoders, and so of every DiT's context
+QWEN = {"vocab_size": 152064, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
+# The host tells the 7B and the 3B model apart by the width of their keys.
+QWEN_7B, QWEN_3B = QWEN | {"num_key_value_heads": 4}, QWEN | {"num_key_value_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
+T5 = {"d_model": WIDTH, "d_ff": 256, "d_kv": 64, "num_heads": 8, "num_layers": 2}
+CLIP_L = {"num_hidden_layers": 2}
+
+NODE_CLASS_MAPPINGS = {}
+
+
+def sizes(state_dict: dict, prefix: str, config: dict) -> dict:
+    """The sizes of a DiT that the host takes for granted, read from the weights."""
+
+    def shape(key):
+        return state_dict[prefix + key].shape
+
+    def blocks(name):
+        return len({key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{name}.")})
+
+    if config.get("image_model") in ("flux", "flux2"):
+        return {"num_heads": shape("img_in.weight")[0] // 128}
+    if config.get("image_model") == "qwen_image":
+        return {"num_attention_heads": shape("img_in.weight")[0] // 128, "joint_attention_dim": shape("txt_in.weight")[1]}
+    if config.get("image_model") == "omnigen2":
+        query, key = (shape(f"layers.0.attn.to_{name}.weight") for name in "qk")
+        return {
+            "hidden_size": query[1], "num_attention_heads": query[0] // 120, "num_kv_heads": key[0] // 120,
+            "num_layers": blocks("layers"), "num_refiner_layers": blocks("noise_refiner"),
+            "text_feat_dim": shape("time_caption_embed.caption_embedder.1.weight")[1],
+        }  # fmt: skip
+    return {}
+
+
+def read_sizes_from_file() -> None:
+    detect = comfy.model_detection.detect_unet_config
+
+    def detect_unet_config(state_dict, key_prefix, *args, **kwargs):
+        config = detect(state_dict, key_prefix, *args, **kwargs)
+        return config and {**config, **sizes(state_dict, key_prefix, config)}
+
+    comfy.model_detection.detect_unet_config = detect_unet_config
+
+
+def shrink_text_encoders() -> None:
+    for config, small in ((llama.Qwen25_7BVLI_Config, QWEN_7B), (llama.Qwen25_3BConfig, QWEN_3B)):
+        defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__, strict=True))
+        config.__init__.__defaults__ = tuple((defaults | small).values())
+
+    vision = qwen_vl.Qwen2VLVisionTransformer.__init__
+
+    def small_vision(self, *args, **kwargs):
+        vision(self, *args, **kwargs | VISION)
+        self.fullatt_block_indexes = [1]
+
+    qwen_vl.Qwen2VLVisionTransformer.__init__ = small_vision
+
+    text = comfy.sd1_clip.SDClipModel.__init__
+
+    def small_text(self, *args, textmodel_json_config=None, model_options={}, **kwargs):
+        if textmodel_json_config is None:
+            textmodel_json_config = str(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json"))
+            model_options = {"model_name": "clip_l", **model_options}
+        small = {"t5_config_xxl.json": T5, "sd1_clip_config.json": CLIP_L}.get(Path(str(textmodel_json_config)).name)
+        if small:
+            textmodel_json_config = json.loads(Path(textmodel_json_config).read_text()) | small
+        text(self, *args, textmodel_json_config=textmodel_json_config, model_options=model_options, **kwargs)
+
+    comfy.sd1_clip.SDClipModel.__init__ = small_text
+
+
+read_sizes_from_file()
+shrink_text_encoders()

@@ -1,0 +1,100 @@
+"""Every shared workflow, in the host's real front end in Chromium, and through the queue to a picture, on small models."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from subject_dla.demo import environment, workflow
+from subject_dla.demo import run as demo
+from subject_dla.demo.host import PACK, ROOT, Server
+
+from .conftest import run, shrink
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+EXAMPLE = "example.png"  # the picture that every ComfyUI has in its input folder
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+LOAD = """async (workflow) => {
+    const app = window.app ?? window.comfyAPI.app.app
+    await app.loadGraphData(workflow)
+    const known = (window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types
+    const nodes = app.graph._nodes ?? app.graph.nodes
+    const prompt = await app.graphToPrompt()
+    return {
+        missing: nodes.filter((node) => !known[node.type]).map((node) => node.type),
+        broken: nodes.filter((node) => node.has_errors).map((node) => node.type),
+        unlinked: prompt.workflow.links.filter((link) => link === null).length,
+        count: nodes.length,
+        output: prompt.output,
+    }
+}"""
+
+
+@pytest.fixture(scope="module")
+def small_server(comfyui, family, tmp_path_factory):
+    models = tmp_path_factory.mktemp("small-models")
+    subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
+    packs = {"small_host": Path(__file__).with_name("small_host"), PACK: ROOT}
+    with Server(comfyui, tmp_path_factory.mktemp("small-host"), packs=packs, models=[models, family], arguments=["--cpu"]) as server:
+        for image in demo.IMAGES.glob("*.jpg"):
+            server.client.upload(image)
+        example = tmp_path_factory.mktemp("example") / EXAMPLE
+        with Image.open(demo.IMAGES / "chelsea.jpg") as picture:
+            picture.save(example)
+        server.client.upload(example)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(small_server):
+    browser_path = environment.find_browser()
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        except Exception as error:
+            pytest.fail(
+                f"No Chromium starts here ({browser_path or 'none found'}): install the system's package chromium, run "
+                f"`python -m playwright install chromium`, or name one with CHROMIUM_PATH.\n{error}"
+            )
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.goto(small_server.address, wait_until="domcontentloaded")
+        page.wait_for_function("() => (window.app ?? window.comfyAPI?.app?.app)?.graph && document.querySelector('canvas')", timeout=120_000)
+        page.wait_for_function(
+            "() => !!(window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types.SubjectEncode", timeout=120_000
+        )
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow(small_server, page, path):
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    shown = page.evaluate(LOAD, saved)
+    assert shown["count"] == len(saved["nodes"])
+    assert not shown["missing"] and not shown["broken"] and not shown["unlinked"], shown
+
+    ours = workflow.to_api(saved, small_server.client.object_info())
+    theirs = shown["output"]
+    assert {key: (node["class_type"], node["inputs"]) for key, node in ours.items()} == {
+        key: (node["class_type"], node["inputs"]) for key, node in theirs.items()
+    }
+
+    shrink(theirs)
+    outputs = run(small_server, theirs)
+    images = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+    assert images
+    for image in images:
+        picture = Image.open(io.BytesIO(small_server.client.fetch(image))).convert("RGB")
+        assert picture.size == (128, 128)
+        assert len(picture.getcolors(2**24)) > 100
+
+
+def test_there_are_workflows():
+    assert {"demo"} <= {path.stem for path in WORKFLOWS}

@@ -1,0 +1,96 @@
+"""Small random models under the file names that the shared workflows ask for, in the key layouts of the published ones.
+
+    python tests/small/models.py COMFYUI OUT
+
+They need `tests/server/small_host` in the server: the host does not read these sizes from files by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+QWEN_DIT = {"in_channels": 64, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128}
+OMNIGEN2_DIT = {
+    "axes_dim_rope": [40, 40, 40], "axes_lens": [1024, 1664, 1664], "ffn_dim_multiplier": None, "hidden_size": 240,
+    "in_channels": 16, "multiple_of": 256, "norm_eps": 1e-05, "num_attention_heads": 2, "num_kv_heads": 1, "num_layers": 1,
+    "num_refiner_layers": 1, "out_channels": None, "patch_size": 2, "timestep_scale": 1000.0,
+}  # fmt: skip
+WAN_VAE = {
+    "dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+    "temperal_downsample": [False, True, True], "dropout": 0.0,
+}  # fmt: skip
+
+
+def build(out: Path, small_host) -> None:
+    from subject_dla.demo.family import FLUX, host_shapes, random_like
+    from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
+    from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
+
+    width = small_host.WIDTH
+    for kind in ("diffusion_models", "vae", "text_encoders", "mllm", "dla", "loras"):
+        (out / kind).mkdir(parents=True, exist_ok=True)
+
+    def save(name: str, weights: dict) -> None:
+        save_file({key: value.contiguous() for key, value in weights.items()}, out / name)
+
+    flux = random_like(host_shapes("comfy.ldm.flux.model", "Flux", FLUX | {"context_in_dim": width}))
+    save("diffusion_models/flux1-dev.safetensors", {k.replace("_norm.weight", "_norm.scale"): v for k, v in flux.items()})
+    qwen = ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel", QWEN_DIT | {"joint_attention_dim": width})
+    save("diffusion_models/qwen_image_edit_2509_fp8_e4m3fn.safetensors", random_like(host_shapes(*qwen)))
+    omnigen = ("comfy.ldm.omnigen.omnigen2", "OmniGen2Transformer2DModel", OMNIGEN2_DIT | {"text_feat_dim": width})
+    save("diffusion_models/omnigen2_fp16.safetensors", random_like(host_shapes(*omnigen)))
+
+    taesd = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False)
+    save("vae/ae.safetensors", random_like(taesd, torch.float32))
+    wan = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE, own=False)
+    save("vae/qwen_image_vae.safetensors", random_like(wan, torch.float32))
+
+    for name, sizes in (("qwen_2.5_vl_7b_fp8_scaled", small_host.QWEN_7B), ("qwen_2.5_vl_fp16", small_host.QWEN_3B)):
+        folder = build_qwen25vl(out / "work", width=width, layers=3, heads=4, kv_heads=sizes["num_key_value_heads"])
+        (folder / "model.safetensors").replace(out / "text_encoders" / f"{name}.safetensors")
+        shutil.rmtree(folder)
+    save("text_encoders/t5xxl_fp16.safetensors", random_like(text_encoder_shapes("t5xxl")))
+    save("text_encoders/clip_l.safetensors", random_like(text_encoder_shapes("clip_l")))
+
+    build_internvl(out / "mllm" / "InternVL3-8B-hf", width=64, layers=3)
+    config = DLAConfig(MLLMInfo("InternVL3-8B-hf", "internvl", 3, 64), width, "flux")
+    torch.manual_seed(0)
+    save_dla(out / "dla" / "internvl3-8b-flux-dla.safetensors", DualLayerAggregator(config))
+
+    key = "diffusion_model.double_blocks.0.img_attn.proj"
+    lora = random_like({f"{key}.lora_A.weight": torch.Size((4, 256)), f"{key}.lora_B.weight": torch.Size((256, 4))})
+    for name in ("dit_lora", "subject-flux-lora"):
+        save(f"loras/{name}.safetensors", lora)
+
+
+def text_encoder_shapes(name: str) -> dict[str, torch.Size]:
+    """Keys and shapes of T5-XXL or CLIP-L as the (shrunk) host builds them."""
+    import comfy.sd1_clip
+    from comfy.text_encoders import sd3_clip
+
+    model = sd3_clip.T5XXLModel() if name == "t5xxl" else comfy.sd1_clip.SDClipModel()
+    return {key: value.shape for key, value in model.transformer.state_dict().items() if not key.startswith("text_projection")}
+
+
+def main(comfyui: str, out: str) -> None:
+    sys.path.insert(0, str(ROOT / "demo"))
+    from family import import_pack, start_host  # without the host's or the pack's packages: see there
+
+    import_pack()
+    start_host(comfyui)
+    place = importlib.util.spec_from_file_location("small_host", ROOT / "tests" / "server" / "small_host" / "__init__.py")
+    small_host = importlib.util.module_from_spec(place)
+    place.loader.exec_module(small_host)
+    build(Path(out), small_host)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

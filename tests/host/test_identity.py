@@ -1,0 +1,114 @@
+"""Reference latents: size, crop, placement and what travels beside them, against the host's own nodes where it has one."""
+
+import pytest
+import torch
+
+from tests.small.dit import tiny_flux
+
+WIDTH = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_flux(WIDTH)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """A random VAE in the layout of TAEF1, through the host's own detection."""
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    net = TAESD(latent_channels=16)
+    for weights in net.parameters():
+        torch.nn.init.normal_(weights, 0, 0.05)
+    state = {f"taesd_encoder.{k}": v for k, v in net.taesd_encoder.state_dict().items()}
+    state |= {f"taesd_decoder.{k}": v for k, v in net.taesd_decoder.state_dict().items()}
+    return comfy.sd.VAE(sd=state)
+
+
+def condition(**values):
+    return [[torch.zeros(1, 3, WIDTH), {"pooled_output": None, **values}]]
+
+
+def picture(height, width, count=1, seed=0):
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width, height, size, uno, expected", [
+    (1024, 768, 0, True, (512, 384)),      # UNO: longest side 512
+    (400, 300, 0, True, (512, 384)),       # UNO enlarges
+    (300, 200, 0, False, (288, 192)),      # elsewhere nothing is enlarged, edges are cut to whole tokens
+    (2048, 2048, 0, False, (1024, 1024)),  # at most one megapixel
+    (4000, 1000, 0, False, (2048, 512)),
+    (1000, 500, 640, False, (640, 320)),   # an asked-for longest side
+    (3000, 40, 512, True, (512, 16)),      # never less than one token
+])
+def test_size_keeps_the_aspect_ratio(width, height, size, uno, expected):
+    from subject_dla.loaders.identity import reference_size
+
+    assert reference_size(width, height, size, uno) == expected
+
+
+def test_a_picture_that_fits_is_encoded_as_the_host_encodes_it(model, vae):
+    from subject_dla.loaders.identity import add_identity
+
+    image = picture(64, 48)
+    out = add_identity(condition(), model, vae, image, size=64)[0][1]
+    assert vae.encode(image).isfinite().all() and torch.equal(out["reference_latents"][0], vae.encode(image))
+    assert out["reference_latents_method"] == "uxo"
+    assert out["subject_reference_strengths"] == [1.0] and out["subject_reference_masks"] == [None]
+
+
+def test_nothing_is_stretched(model, vae):
+    """A disc stays a disc: resized evenly and cut, width and height of its box stay equal."""
+    from subject_dla.loaders.identity import resize
+
+    y, x = torch.meshgrid(torch.arange(300.0), torch.arange(500.0), indexing="ij")
+    disc = (((x - 250) ** 2 + (y - 150) ** 2) < 100 ** 2).float()[None].repeat(3, 1, 1)
+    out = resize(disc, 240, 144)[0] > 0.5
+    rows, columns = out.any(1).sum(), out.any(0).sum()
+    assert abs(int(rows) - int(columns)) <= 1 and out.shape == (144, 240)
+
+
+def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae):
+    from subject_dla.loaders.identity import add_identity
+
+    foreign = torch.zeros(1, 16, 4, 4)
+    first = add_identity(condition(reference_latents=[foreign]), model, vae, picture(64, 64, 2), strength=0.5, size=64)
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 16:] = 1
+    values = add_identity(first, model, vae, picture(32, 64), mask, strength=0.25, size=64)[0][1]
+    assert values["reference_latents"][0] is foreign and len(values["reference_latents"]) == 4
+    assert values["subject_reference_strengths"] == [1.0, 0.5, 0.5, 0.25]
+    masks = values["subject_reference_masks"]
+    assert masks[:3] == [None] * 3 and masks[3].shape == (32, 64) and masks[3][0].max() == 0 and masks[3][-1].min() == 1
+    assert len(first[0][1]["reference_latents"]) == 3  # what the user had is untouched
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]),
+    (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
+    (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
+    (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
+    (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
+    (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
+    (dict(placement="nowhere"), ["nowhere", "silently"]),
+])
+def test_bad_references_are_refused_in_words(model, vae, change, words):
+    from subject_dla.loaders.identity import add_identity
+
+    given = dict(image=picture(64, 64), size=64) | change
+    with pytest.raises(ValueError) as error:
+        add_identity(condition(), model, vae, **given)
+    assert all(word.lower() in str(error.value).lower() for word in words), error.value
+
+
+def test_omnigen2_takes_five(model, vae, monkeypatch):
+    import subject_dla.loaders.identity as identity
+
+    monkeypatch.setattr(identity, "dit_family", lambda m: "omnigen2")
+    with pytest.raises(ValueError, match="at most 5.*makes 6"):
+        identity.add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
+    with pytest.raises(ValueError, match="OmniGen2 places references itself"):
+        identity.add_identity(condition(), model, vae, picture(64, 64), size=64, placement="uxo")

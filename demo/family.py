@@ -24,12 +24,13 @@ NAMES = {
     "vae": "demo-taef1-random.safetensors",
 }
 CONTEXT_WIDTH = 128
-# FLUX.1's layout with 2 heads of 128 in place of 24; older hosts take 24 for granted, so the file says it (loaders/dit.py).
+# FLUX.1's layout with 2 heads of 128 in place of 24; older hosts take some sizes for granted, so the file says them (loaders/dit.py).
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 256, "num_heads": 2,
     "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
     "guidance_embed": True, "vec_in_dim": 768, "context_in_dim": CONTEXT_WIDTH, "txt_ids_dims": [],
 }  # fmt: skip
+SIZES = ("num_heads", "hidden_size", "context_in_dim", "vec_in_dim")  # the oldest host reads none of them from the weights
 
 
 def complete(folder: Path) -> bool:
@@ -52,7 +53,8 @@ def build(folder: Path) -> None:
     flux = random_like(host_shapes("comfy.ldm.flux.model", "Flux", FLUX))
     # The published files call the norms' weights "scale"; newer hosts rename them on loading.
     flux = {key.replace("_norm.weight", "_norm.scale"): value for key, value in flux.items()}
-    save_file(flux, places["diffusion_models"], {"unet_config": json.dumps({"num_heads": FLUX["num_heads"]})})
+    sizes = {name: FLUX[name] for name in ("hidden_size", "num_heads")}
+    save_file(flux, places["diffusion_models"], {"unet_config": json.dumps(sizes)})
     vae = random_like(host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False), torch.float32)
     vae |= {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}  # FLUX.1's latent scale
     save_file(vae, places["vae"])

@@ -53,7 +53,7 @@ def build(folder: Path) -> None:
     flux = random_like(host_shapes("comfy.ldm.flux.model", "Flux", FLUX))
     # The published files call the norms' weights "scale"; newer hosts rename them on loading.
     flux = {key.replace("_norm.weight", "_norm.scale"): value for key, value in flux.items()}
-    sizes = {name: FLUX[name] for name in ("hidden_size", "num_heads")}
+    sizes = {name: FLUX[name] for name in ("hidden_size", "num_heads", "context_in_dim")}
     save_file(flux, places["diffusion_models"], {"unet_config": json.dumps(sizes)})
     vae = random_like(host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False), torch.float32)
     vae |= {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}  # FLUX.1's latent scale

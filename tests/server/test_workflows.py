@@ -21,6 +21,12 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+# The pack's nodes are known, and the editor has opened its own first workflow (or ours would be replaced by it).
+READY = """() => {
+    const app = window.app ?? window.comfyAPI?.app?.app
+    const types = (window.LiteGraph ?? window.comfyAPI?.litegraph?.LiteGraph)?.registered_node_types
+    return app?.graph && types?.SubjectEncode && app.extensionManager?.workflow?.activeWorkflow
+}"""
 LOAD = """async (workflow) => {
     const app = window.app ?? window.comfyAPI.app.app
     await app.loadGraphData(workflow)
@@ -65,10 +71,8 @@ def page(small_server):
             )
         page = browser.new_page(viewport={"width": 1600, "height": 900})
         page.goto(small_server.address, wait_until="domcontentloaded")
-        page.wait_for_function("() => (window.app ?? window.comfyAPI?.app?.app)?.graph && document.querySelector('canvas')", timeout=120_000)
-        page.wait_for_function(
-            "() => !!(window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types.SubjectEncode", timeout=120_000
-        )
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_load_state("networkidle")
         yield page
         browser.close()
 

@@ -24,7 +24,7 @@ OMNIGEN2_DIT = {
     "num_refiner_layers": 1, "out_channels": None, "patch_size": 2, "timestep_scale": 1000.0,
 }  # fmt: skip
 WAN_VAE = {
-    "dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
     "temperal_downsample": [False, True, True], "dropout": 0.0,
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def build(out: Path, small_host) -> None:
 
     taesd = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False)
     save("vae/ae.safetensors", random_like(taesd, torch.float32))
-    wan = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE, own=False)
+    wan = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | small_host.WAN_VAE, own=False)
     save("vae/qwen_image_vae.safetensors", random_like(wan, torch.float32))
 
     for name, sizes in (("qwen_2.5_vl_7b_fp8_scaled", small_host.QWEN_7B), ("qwen_2.5_vl_fp16", small_host.QWEN_3B)):

@@ -4,9 +4,11 @@ The host knows the sizes of published models by heart and reads only some of the
 the file, or takes the small ones below. Nothing but numbers is changed: classes, key names, detection and loaders are the host's.
 """
 
+import functools
 import json
 from pathlib import Path
 
+import comfy.ldm.wan.vae
 import comfy.model_detection
 import comfy.sd1_clip
 from comfy.text_encoders import llama, qwen_vl
@@ -17,6 +19,7 @@ QWEN = {"vocab_size": 152064, "hidden_size": WIDTH, "intermediate_size": 2 * WID
 QWEN_7B, QWEN_3B = QWEN | {"num_key_value_heads": 4}, QWEN | {"num_key_value_heads": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
 T5 = {"d_model": WIDTH, "d_ff": 256, "d_kv": 64, "num_heads": 8, "num_layers": 2}
+WAN_VAE = {"dim": 16}
 CLIP_L = {"num_hidden_layers": 2}
 
 NODE_CLASS_MAPPINGS = {}
@@ -32,7 +35,8 @@ def sizes(state_dict: dict, prefix: str, config: dict) -> dict:
         return len({key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{name}.")})
 
     if config.get("image_model") in ("flux", "flux2"):
-        return {"num_heads": shape("img_in.weight")[0] // 128}
+        context, width = shape("txt_in.weight")[1], shape("img_in.weight")[0]
+        return {"hidden_size": width, "num_heads": width // 128, "context_in_dim": context}
     if config.get("image_model") == "qwen_image":
         return {"num_attention_heads": shape("img_in.weight")[0] // 128, "joint_attention_dim": shape("txt_in.weight")[1]}
     if config.get("image_model") == "omnigen2":
@@ -63,7 +67,8 @@ def shrink_text_encoders() -> None:
     vision = qwen_vl.Qwen2VLVisionTransformer.__init__
 
     def small_vision(self, *args, **kwargs):
-        vision(self, *args, **kwargs | VISION)
+        small = {} if "num_layers" in kwargs else VISION  # whoever says how deep does not mean the published model
+        vision(self, *args, **kwargs | small)
         self.fullatt_block_indexes = [1]
 
     qwen_vl.Qwen2VLVisionTransformer.__init__ = small_vision
@@ -82,5 +87,16 @@ def shrink_text_encoders() -> None:
     comfy.sd1_clip.SDClipModel.__init__ = small_text
 
 
+def shrink_vae() -> None:
+    vae = comfy.ldm.wan.vae.WanVAE.__init__
+
+    @functools.wraps(vae)
+    def small_vae(self, *args, **kwargs):
+        vae(self, *args, **kwargs | WAN_VAE)
+
+    comfy.ldm.wan.vae.WanVAE.__init__ = small_vae
+
+
 read_sizes_from_file()
 shrink_text_encoders()
+shrink_vae()

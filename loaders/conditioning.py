@@ -11,8 +11,8 @@ def aggregate_conditioning(
 ) -> list:
     """CONDITIONING with the context tokens of `features`: a DLA's (loaders.dla.DLA), or the MLLM's last layer as it is.
 
-    template, vit_blend: see dla.aggregate; vit_blend 0 = the DLA's own setting. pooled_from: a CONDITIONING whose pooled
-    vector is taken over (FLUX.1: CLIP-L's). Raises ValueError where features, DLA or pooled_from do not fit.
+    template, vit_blend: see dla.aggregate; vit_blend 0 = the DLA's own setting. pooled_from: a CONDITIONING whose
+    pooled vector is taken over (FLUX.1: CLIP-L's). Raises ValueError where features, DLA or pooled_from do not fit.
     """
     run = aggregate if dla is None else dla.aggregate
     context = run(features, template=template, vit_blend=vit_blend)
@@ -30,7 +30,7 @@ def _pooled(conditioning: list | None):
     pooled = conditioning[0][1].get("pooled_output")
     if pooled is None:
         raise ValueError(
-            "Aggregate Layers: the conditioning at pooled_from has no pooled vector. Connect a text encoder that makes one "
-            "(FLUX.1: CLIP-L, e.g. from DualCLIPLoader with type flux), or leave pooled_from open."
+            "Aggregate Layers: the conditioning at pooled_from has no pooled vector. Connect a text encoder that makes"
+            " one (FLUX.1: CLIP-L, e.g. from DualCLIPLoader with type flux), or leave pooled_from open."
         )
     return pooled

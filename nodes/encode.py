@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from .schema import DLA, MLLM, Features, advanced, schema
 
 EMPTY_PROMPT = (
-    "Encode Subject: the prompt is empty. Write what the picture shows, e.g. 'the backpack of image 1 on a mossy rock'. "
-    "For the empty negative prompt of CFG write a single space."
+    "Encode Subject: the prompt is empty. Write what the picture shows, e.g. 'the backpack of image 1 on a mossy rock'."
+    " For the empty negative prompt of CFG write a single space."
 )
 SOCKETS = 5  # image inputs of Encode Subject; each may carry a batch
 
@@ -102,8 +102,8 @@ class SubjectEncode(io.ComfyNode):
                     max=2048,
                     step=28,
                     tooltip=(
-                        "How large the MLLM sees each image, in pixels (side of a square of the same area; the aspect"
-                        " ratio is kept). 0: the MLLM's own default."
+                        "How large the MLLM sees each image, in pixels (side of a square of the same area, for"
+                        " InternVL of a tile; the aspect ratio is kept). 0: the MLLM's own default."
                     ),
                 ),
                 advanced(
@@ -266,11 +266,12 @@ class SubjectAddIdentity(io.ComfyNode):
                     "strength",
                     default=1.0,
                     min=0.0,
-                    max=1.0,
+                    max=2.0,
                     step=0.01,
                     tooltip=(
                         "Strength of this reference, multiplied into the schedule's VAE strength. 1: as the model does"
-                        " by itself; 0: not there; between: attention to it weighted by this much."
+                        " by itself; 0: not there; otherwise attention to it is weighted by"
+                        " this much."
                     ),
                 ),
                 io.Int.Input(

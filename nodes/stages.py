@@ -93,7 +93,7 @@ class SubjectStageKeyframe(io.ComfyNode):
                     "mllm_strength",
                     default=1.0,
                     min=0.0,
-                    max=1.0,
+                    max=2.0,
                     step=0.01,
                     tooltip=(
                         "Strength of the MLLM's context tokens from here on. 0 removes them, 1 is the model's own;"
@@ -104,7 +104,7 @@ class SubjectStageKeyframe(io.ComfyNode):
                     "vae_strength",
                     default=1.0,
                     min=0.0,
-                    max=1.0,
+                    max=2.0,
                     step=0.01,
                     tooltip=(
                         "Strength of the reference latents from here on, multiplied by each reference's own. 0 removes"

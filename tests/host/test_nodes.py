@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from pathlib import Path
 
 import pytest
 from subject_dla.nodes import SubjectExtension
@@ -55,6 +56,11 @@ def test_the_host_accepts_the_schema_and_can_tell_the_user_what_everything_is(na
                 assert options["min"] <= options["default"] <= options["max"], f"{name}.{key}"
             if "default" in options and type_ == "COMBO":
                 assert options["default"] in options["options"], f"{name}.{key}"
+
+
+def test_every_node_has_a_help_page_and_no_page_is_left_over():
+    pages = Path(__file__).parents[2] / "web" / "docs"
+    assert {page.stem for page in pages.glob("*.md")} == set(FROZEN)
 
 
 @pytest.mark.parametrize("name", FROZEN)

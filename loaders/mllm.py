@@ -188,7 +188,7 @@ def mllm_from_clip(clip, name: str = "") -> MLLM:
 def read_info(name: str) -> MLLMInfo:
     """Which MLLM the folder `name` holds, from its config.json alone. Raises ValueError."""
     from .folders import find
-    from .mllm_transformers import read_config
+    from .mllm_files import read_config
 
     folder = find("mllm", name)
     config = read_config(folder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..dla.features import MLLMInfo
 from .mllm import MLLM, OMNIGEN2, QWEN_IMAGE, MLLMError, Template, to_area
-from .mllm_transformers import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
+from .mllm_vision import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
 
 VISION = Vision(14, 2, CLIP_MEAN, CLIP_STD)
 

@@ -1,17 +1,12 @@
 """MLLMs from Hugging Face folders, run by transformers' model classes under the host's model management.
 
-Only the backbone is built (no LM head), its leaves are the host's cast-at-use ones, and this file, not the library,
-prepares pixels, positions and image tokens: the library's own preprocessing changes between releases (PIL or
-torchvision resize, `mm_token_type_ids`), and features must not.
+Only the backbone is built (no LM head), its leaves are the host's cast-at-use ones, and this pack, not the library,
+prepares pixels, positions (mllm_vision) and image tokens: the library's own preprocessing changes between releases (PIL
+or torchvision resize, `mm_token_type_ids`), and features must not.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import struct
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +17,24 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..dla.features import MLLMInfo
 from .mllm import INTERNVL, MLLM, QWEN3_VL, QWEN_IMAGE, WEIGHT_DTYPES, MLLMError, Template, to_area
+from .mllm_files import FILE_DTYPES, check_keys, read_config, read_headers, read_tokenizer, rename
+from .mllm_vision import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Vision,
+    internvl_tiles,
+    mrope_positions,
+    qwen_pixels,
+)
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -37,104 +43,6 @@ DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-# ---------------------------------------------------------------------------------------------------- pixels
-
-
-@dataclass(frozen=True)
-class Vision:
-    """What the vision tower expects: px of a patch, patches merged to a token (a side), normalisation (RGB)."""
-
-    patch: int
-    merge: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    frames: int = 2  # Qwen: a still is two equal frames
-
-    def normalize(self, image: Tensor) -> Tensor:
-        """(3, H, W) in 0..1 -> the same, normalised."""
-        mean, std = image.new_tensor(self.mean), image.new_tensor(self.std)
-        return (image - mean[:, None, None]) / std[:, None, None]
-
-
-def qwen_pixels(
-    image: Tensor, vision: Vision, least: int = 3136, most: int = 12845056
-) -> tuple[Tensor, tuple[int, int]]:
-    """(H, W, 3) -> patches (h w, 3 frames patch patch) ordered in merge x merge blocks, and the grid (h, w) in patches.
-
-    Sides go to the nearest multiple of patch x merge, bilinearly, as the host's Qwen2.5-VL does.
-    """
-    factor = vision.patch * vision.merge
-    height, width = image.shape[:2]
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > most:
-        shrink = math.sqrt(height * width / most)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * columns < least:
-        grow = math.sqrt(least / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    pixels = F.interpolate(image.movedim(-1, 0)[None], size=(rows, columns), mode="bilinear", align_corners=False)[0]
-    pixels = vision.normalize(pixels)[None].expand(vision.frames, -1, -1, -1)
-    patches = rearrange(
-        pixels, "t c (h mh ph) (w mw pw) -> (h w mh mw) (c t ph pw)",
-        mh=vision.merge, mw=vision.merge, ph=vision.patch, pw=vision.patch,
-    )  # fmt: skip
-    return patches, (rows // vision.patch, columns // vision.patch)
-
-
-def internvl_tiles(image: Tensor, vision: Vision, side: int, most: int) -> Tensor:
-    """(H, W, 3) -> tiles (n, 3, side, side), with a thumbnail of the whole last where there are several.
-
-    The grid is InternVL's: the one of at most `most` tiles whose aspect is nearest the image's. InternVL then stretches
-    the image to the grid; our choice is to fit it inside, aspect kept, centred on the mean colour.
-    """
-    height, width = image.shape[:2]
-    best, gap = (1, 1), math.inf
-    for columns, rows in sorted(((c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)), key=math.prod):
-        difference = abs(width / height - columns / rows)
-        if difference < gap or (difference == gap and height * width > 0.5 * side * side * columns * rows):
-            best, gap = (columns, rows), difference
-    columns, rows = best
-    tiles = rearrange(
-        _fit(image, vision, rows * side, columns * side), "c (r h) (k w) -> (r k) c h w", r=rows, k=columns
-    )
-    if len(tiles) > 1:
-        tiles = torch.cat((tiles, _fit(image, vision, side, side)[None]))
-    return tiles
-
-
-def _fit(image: Tensor, vision: Vision, rows: int, columns: int) -> Tensor:
-    height, width = image.shape[:2]
-    scale = min(rows / height, columns / width)
-    h, w = min(rows, max(1, round(height * scale))), min(columns, max(1, round(width * scale)))
-    inner = F.interpolate(image.movedim(-1, 0)[None], size=(h, w), mode="bicubic", antialias=True, align_corners=False)
-    out = image.new_zeros(3, rows, columns)  # zero is the mean colour once normalised
-    top, left = (rows - h) // 2, (columns - w) // 2
-    out[:, top : top + h, left : left + w] = vision.normalize(inner[0].clamp(0, 1))
-    return out
-
-
-def mrope_positions(tokens: list, grids: list[tuple[int, int]]) -> Tensor:
-    """Positions (3, 1, T) in time, height and width of a text with images (None in `tokens`; grids in tokens).
-
-    Text counts on; an image stands at one time and spans its grid; the text after it starts past its longer side.
-    """
-    runs, at, grid = [], 0, iter(grids)
-    for token in tokens:
-        if token is None:
-            h, w = next(grid)
-            y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            runs.append(torch.stack((torch.zeros_like(y), y, x)).flatten(1) + at)
-            at += max(h, w)
-        else:
-            runs.append(torch.full((3, 1), at))
-            at += 1
-    return torch.cat(runs, dim=1)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------- families
 
 
 class Enough(Exception):
@@ -236,10 +144,6 @@ def look_internvl(backbone: Backbone, vision: Vision, image: Tensor, size: int, 
     return tokens, (1, len(tokens)), []
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-# Normalisation is each family's published one and part of the weights, so it is not read from a preprocessor file.
 FAMILIES = {
     "qwen2_5_vl": Family(QWEN_IMAGE, "<|image_pad|>", 384, Vision(14, 2, CLIP_MEAN, CLIP_STD), look_qwen),
     "qwen3_vl": Family(QWEN3_VL, "<|image_pad|>", 384, Vision(16, 2, HALF, HALF), look_qwen),
@@ -299,9 +203,6 @@ class TransformersMLLM(MLLM):
         return torch.stack(kept, dim=1), tokens, mask, counts
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM:
     """The MLLM in a Hugging Face folder. Everything that can be known from headers is checked before weights are read.
 
@@ -314,7 +215,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
     headers = read_headers(folder)
-    tokenize, image_token = read_tokenizer(folder, raw, family)
+    tokenize, image_token = read_tokenizer(folder, raw, family.placeholder)
 
     import transformers  # takes seconds
 
@@ -381,180 +282,6 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         merge = round(1 / raw["downsample_ratio"])
     vision = Vision(patch[0] if isinstance(patch, list) else patch, merge, vision.mean, vision.std)
     return TransformersMLLM(info, family, vision, backbone, patcher, tokenize, image_token)
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a folder whose model type is supported."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise MLLMError(
-            f"{folder} is not a folder, expected a Hugging Face folder with config.json, tokenizer and *.safetensors. A"
-            " single-file text encoder goes through the host's CLIP loader and MLLM from CLIP."
-        )
-    if not path.is_file():
-        raise MLLMError(
-            f"{folder} has no config.json, expected a whole Hugging Face folder. Download the repository again."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MLLMError(f"{path} is not JSON ({error}). Download it again.") from error
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found not in FAMILIES:
-        hint = " Take the repository whose name ends in -hf." if found == "internvl_chat" else ""
-        raise MLLMError(f"{path}: model_type is {found!r}, expected one of {', '.join(sorted(FAMILIES))}.{hint}")
-    return config
-
-
-@dataclass(frozen=True)
-class Header:
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Key -> header, from model.safetensors or the shards of its index; every file is there and whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise MLLMError(f"{index} is damaged ({error!r}). Download it again.") from error
-        files = [folder / name for name in names]
-        for path in files:
-            if not path.is_file():
-                raise MLLMError(f"{path} is missing: {index.name} names it, one of {len(files)} files. Download it.")
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-                raise MLLMError(
-                    f"{folder} has weights only as pickles (.bin), which can run code and are not loaded. Take the"
-                    " repository's safetensors revision, or convert with transformers' save_pretrained."
-                )
-            raise MLLMError(f"{folder} has no *.safetensors. Download the weights (all shards) into it.")
-        if len(files) > 1 and (folder / "model.safetensors") in files:
-            files = [folder / "model.safetensors"]
-        elif len(files) > 1:
-            raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
-    headers = {}
-    for path in files:
-        headers.update(read_header(path))
-    return headers
-
-
-def read_header(path: Path) -> dict[str, Header]:
-    """Header of one safetensors file, checked against the file's size."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(f"header of {length} bytes")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        headers = {key: Header(path, entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise MLLMError(
-            f"{path} is no safetensors file, or cut off in its header ({error}). Download it again."
-        ) from error
-    if size < end:
-        raise MLLMError(f"{path} is {size} bytes, expected {end}: the download was cut off. Download it again.")
-    return headers
-
-
-def rename(key: str) -> str | None:
-    """A checkpoint's key -> the backbone's, None for what the backbone has not (the LM head, old RoPE buffers).
-
-    Three layouts exist: "model.layers", "visual" (Qwen2.5-VL as published); "language_model.model", "vision_tower"
-    (InternVL as published); "model.language_model", "model.visual" (Qwen3-VL, and what transformers saves since 4.52).
-    """
-    if re.match(r"(model\.)?(language_model\.)?lm_head\.", key) or key.endswith("rotary_emb.inv_freq"):
-        return None
-    key = re.sub(r"^model\.(?=(language_model|visual|vision_tower|multi_modal_projector)\.)", "", key)
-    key = re.sub(r"^language_model\.model\.", "language_model.", key)
-    return re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.", key)
-
-
-def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[str]:
-    """The checkpoint's keys that are used; every expected one is there once, in its shape, and nothing is left over."""
-    found, used = {}, []
-    for key, header in headers.items():
-        name = rename(key)
-        if name is None:
-            continue
-        if name not in expected:
-            hint = "Weights and config.json do not belong together: download both from one repository."
-            if re.search(r"scale|qweight|qzeros|absmax", key):
-                hint = "Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one."
-            raise MLLMError(f"{header.path}: unknown key {key!r} {header.shape}. {hint}")
-        if header.shape != expected[name]:
-            raise MLLMError(
-                f"{header.path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
-                " and config.json do not belong together: download both from one repository."
-            )
-        if header.dtype not in FILE_DTYPES:
-            raise MLLMError(
-                f"{header.path}: {key!r} is {header.dtype}, expected one of {', '.join(FILE_DTYPES)}. Take the"
-                " unquantised repository; weight_dtype makes it fp8 while loading."
-            )
-        found[name] = key
-        used.append(key)
-    missing = [name for name in expected if name not in found]
-    if missing:
-        files = ", ".join(sorted({header.path.name for header in headers.values()}))
-        where = next(iter(headers.values())).path.parent if headers else ""
-        raise MLLMError(
-            f"{where}: {files} lack {len(missing)} of {len(expected)} keys, first {missing[0]!r}, expected shape"
-            f" {expected[missing[0]]}. Download all shards."
-        )
-    return used
-
-
-def read_tokenizer(folder: Path, config: dict, family: Family):
-    """-> (text -> ids, id of the image placeholder). tokenizer.json is read by the `tokenizers` library itself: what
-    transformers makes of it differs between its releases."""
-    fast = folder / "tokenizer.json"
-    if fast.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(fast))
-        except Exception as error:
-            raise MLLMError(f"{fast} is damaged ({error}). Download it again.") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-
-        def tokenize(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-        def tokenize(text: str) -> list[int]:
-            return slow(text, add_special_tokens=False)["input_ids"]
-
-    else:
-        raise MLLMError(
-            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
-        )
-    expected = config.get("image_token_id", config.get("image_token_index"))
-    for token in (family.placeholder, "<|im_start|>", "<|im_end|>"):
-        ids = tokenize(token)
-        if len(ids) != 1 or (token == family.placeholder and expected is not None and ids[0] != expected):
-            want = expected if token == family.placeholder else "one id"
-            raise MLLMError(
-                f"{folder}: the tokenizer reads {token} as {ids}, expected {want} by config.json. Tokenizer and model"
-                " do not belong together: download both from one repository."
-            )
-    return tokenize, tokenize(family.placeholder)[0]
-
-
-# ---------------------------------------------------------------------------------------------------- building
 
 
 class ParametersOnMeta(TorchFunctionMode):

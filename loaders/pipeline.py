@@ -62,7 +62,7 @@ def read_info(mllm: str):
     """MLLMInfo of a folder under `models/mllm` by its config.json alone."""
     from ..dla import MLLMInfo
     from .folders import find
-    from .mllm_transformers import read_config
+    from .mllm_files import read_config
 
     folder = find("mllm", mllm)
     config = read_config(folder)

@@ -24,9 +24,9 @@ from demo import environment  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
-# Ctrl-C and a plain kill end a session in the same way: nox interrupts the running command and waits for it.
+# Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its server.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-PATIENCE = {"interrupt_timeout": 30, "terminate_timeout": 10, "external": True}
+PATIENCE = {"terminate_timeout": 30, "external": True}
 
 
 @nox.session(venv_backend="none")

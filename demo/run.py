@@ -27,6 +27,7 @@ from subject_dla.demo.host import HostProblem, Server, WorkflowProblem  # noqa: 
 
 WORKFLOW = ROOT / "workflows" / "demo.json"
 IMAGES = ROOT / "demo" / "images"
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
 RANDOM_NOTICE = (
     "Note: the demo's models are tiny and randomly initialised (no family trained by this project exists yet). Every step of\n"
     "the main job runs for real, but the pictures are noise. Use --workflow with models of your own for real ones."
@@ -54,7 +55,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
+    for number in SIGNALS:
         signal.signal(number, stop)
     try:
         return demo(options)
@@ -171,7 +172,8 @@ def unused(path: Path) -> Path:
 
 def stop(number: int, _frame) -> None:
     """Ends the run through the `with` blocks, which end the server and remove its folder."""
-    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them half done
+    for later in SIGNALS:  # a second one would leave them half done
+        signal.signal(later, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 

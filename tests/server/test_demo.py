@@ -53,7 +53,8 @@ def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tm
 def test_interrupted_it_leaves_no_process(comfyui, family, number, tmp_path):
     """SIGKILL too: nothing of ours runs then, and the server ends all the same."""
     command = [*SCRIPT, "--comfyui", str(comfyui), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # after SIGKILL nobody clears the server's folder
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     running = [line for line in until(process.stderr, "Staged Sampler")]
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("main.py" in " ".join(child.cmdline()) for child in children), running

@@ -91,7 +91,7 @@ WRONG = {
     "one pixel": (one_pixel, ["image_1", "1 x 1"]),
     "no DLA, other width": (change("SubjectLoadPipeline", dla="none"), ["64", "128", "DLA"]),
     "stages out of order": (stages_out_of_order, ["0.9", "0.5"]),
-    "strength above one": (change("SubjectAddIdentity", strength=1.5), ["strength"]),
+    "strength above two": (change("SubjectAddIdentity", strength=2.5), ["strength"]),
 }
 
 

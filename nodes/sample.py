@@ -14,6 +14,21 @@ NEGATIVE_TIP = (
 )
 
 
+def cfg_input():
+    return io.Float.Input(
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip=(
+            "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
+            " samples with 2.5."
+        ),
+    )
+
+
 class SubjectStagedGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -29,18 +44,7 @@ class SubjectStagedGuider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
                 io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
                 Stages.Input("stages", tooltip=STAGES_TIP),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip=(
-                        "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
-                        " samples with 2.5."
-                    ),
-                ),
+                cfg_input(),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="To SamplerCustomAdvanced.")],
@@ -82,18 +86,7 @@ class SubjectStagedSampler(io.ComfyNode):
                     tooltip="The random seed of the noise.",
                 ),
                 io.Int.Input("steps", default=25, min=1, max=10000, tooltip="Number of denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip=(
-                        "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
-                        " samples with 2.5."
-                    ),
-                ),
+                cfg_input(),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,

@@ -26,14 +26,14 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
 # Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its server.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-PATIENCE = {"terminate_timeout": 30, "external": True}
+RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # standard output is the results' alone
 
 
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """A subject and a prompt in, pictures of that subject out, on a real ComfyUI server."""
     place = prepare(session)
-    session.run(str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **PATIENCE)
+    session.run(str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **RUN)
 
 
 @nox.session(venv_backend="none")
@@ -43,7 +43,7 @@ def tests(session: nox.Session) -> None:
     environment.obtain_browser(place.python)
     arguments = session.posargs or [str(ROOT / "tests")]
     session.run(
-        str(place.python), "-m", "pytest", *arguments, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **PATIENCE
+        str(place.python), "-m", "pytest", *arguments, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN
     )
 
 
@@ -51,7 +51,7 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """One benchmark: `nox -s bench -- strength`; its last line is one JSON object of ratios."""
     place = prepare(session)
-    session.run(str(place.python), str(ROOT / "benchmarks"), *session.posargs, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **PATIENCE)
+    session.run(str(place.python), str(ROOT / "benchmarks"), *session.posargs, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN)
 
 
 def prepare(session: nox.Session) -> environment.Environment:

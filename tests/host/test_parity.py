@@ -79,8 +79,10 @@ def test_strength_0_context_leaves_nothing_of_it(subject, sampler, batch):
     assert one.isfinite().all() and torch.equal(one, other)
 
 
-def test_context_off_equals_the_host_with_a_masked_context(subject):
-    """The host's own run on one context token whose keys textbook attention leaves out: equal up to rounding."""
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strength_0_context_equals_the_host_without_its_keys(subject, sampler, batch):
+    """The host's own run on one context token (it takes no empty context) whose keys and values are left out."""
     subject_model, removed = subject.model, []
 
     def attention(func, q, k, v, heads, mask=None, **kwargs):
@@ -93,11 +95,11 @@ def test_context_off_equals_the_host_with_a_masked_context(subject):
     try:
         subject.model = subject_model.clone()
         subject.model.model_options["transformer_options"]["optimized_attention_override"] = attention
-        theirs = subject.host(subject.condition(1, 2), subject.condition(1, 3), cfg=1.0)
+        theirs = subject.host(subject.condition(1, 2), subject.condition(1, 3), sampler, batch, cfg=1.0)
     finally:
         subject.model = subject_model
     assert removed
-    assert torch.equal(subject.staged(preset("vae_only"), subject.condition(9, 8), None, cfg=1.0), theirs)
+    assert torch.equal(subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0), theirs)
 
 
 def test_strengths_near_1_come_near_the_host(subject):

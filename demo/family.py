@@ -1,4 +1,5 @@
-"""A tiny model family with random weights, in the key layouts of the real ones: it exercises every step and draws noise.
+"""A tiny model family with random weights, in the key layouts of the real ones: it exercises every step and draws
+noise.
 
     python demo/family.py COMFYUI OUT
 
@@ -24,13 +25,19 @@ NAMES = {
     "vae": "demo-taef1-random.safetensors",
 }
 CONTEXT_WIDTH = 128
-# FLUX.1's layout with 2 heads of 128 in place of 24; older hosts take some sizes for granted, so the file says them (loaders/dit.py).
+# FLUX.1's layout with 2 heads of 128 in place of 24; older hosts take some sizes for granted, so the file says them
+# (loaders/dit.py).
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 256, "num_heads": 2,
     "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
     "guidance_embed": True, "vec_in_dim": 768, "context_in_dim": CONTEXT_WIDTH, "txt_ids_dims": [],
 }  # fmt: skip
-SIZES = ("num_heads", "hidden_size", "context_in_dim", "vec_in_dim")  # the oldest host reads none of them from the weights
+SIZES = (
+    "num_heads",
+    "hidden_size",
+    "context_in_dim",
+    "vec_in_dim",
+)  # the oldest host reads none of them from the weights
 
 
 def complete(folder: Path) -> bool:
@@ -93,7 +100,9 @@ def random_like(shapes: dict[str, torch.Size], dtype: torch.dtype = torch.bfloat
 def import_pack() -> None:
     """Makes the pack importable as `subject_dla`, whatever its folder is called, as the host does with its own name."""
     if "subject_dla" not in sys.modules:
-        place = importlib.util.spec_from_file_location("subject_dla", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        place = importlib.util.spec_from_file_location(
+            "subject_dla", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         module = importlib.util.module_from_spec(place)
         sys.modules["subject_dla"] = module
         place.loader.exec_module(module)

@@ -1,6 +1,8 @@
-"""A real ComfyUI server of one's own: started on a free loopback port with only this pack, spoken to over HTTP, ended for sure.
+"""A real ComfyUI server of one's own: started on a free loopback port with only this pack, spoken to over HTTP, ended
+for sure.
 
-Everything it writes lies in a folder given to it (models, custom_nodes, input, output, user); the checkout is only read.
+Everything it writes lies in a folder given to it (models, custom_nodes, input, output, user); the checkout is only
+read.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class WorkflowProblem(RuntimeError):
 class Server:
     """`with Server(comfyui, base) as server:` a running host; `server.client` speaks to it.
 
-    comfyui: the checkout. base: folder for everything the server reads and writes. packs: folders linked into custom_nodes
+    comfyui: the checkout. base: folder for everything the server reads and writes. packs: folders linked into
+    custom_nodes
     and enabled, by name. models: further folders laid out like ComfyUI's `models`. arguments: further ones for main.py.
     """
 
@@ -75,7 +78,12 @@ class Server:
         for name, folder in self.packs.items():
             link(Path(folder), self.base / "custom_nodes" / name)
         command = [self.python, str(self.comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
+        command += [
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
+        ]
         command += ["--disable-auto-launch", "--disable-api-nodes"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs]
         if self.models:
@@ -83,8 +91,14 @@ class Server:
             paths.write_text("\n".join(model_paths(self.models)), encoding="utf-8")
             command += ["--extra-model-paths-config", str(paths)]
         command += self.arguments
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
-        # The keeper (below) leads a process group of its own, so that Ctrl-C reaches us first, and ends when our pipe closes.
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        # The keeper (below) leads a process group of its own, so that Ctrl-C reaches us first, and ends when our pipe
+        # closes.
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [self.python, __file__, *command],
@@ -151,7 +165,9 @@ def free_port() -> int:
 class Client:
     """The host's HTTP interface: what there is, upload, queue, wait, fetch."""
 
-    def __init__(self, address: str, *, alive: Callable[[], bool] = lambda: True, last_words: Callable[[], str] = lambda: ""):
+    def __init__(
+        self, address: str, *, alive: Callable[[], bool] = lambda: True, last_words: Callable[[], str] = lambda: ""
+    ):
         self.address, self.alive, self.last_words = address, alive, last_words
         self.id = uuid.uuid4().hex
 
@@ -181,7 +197,8 @@ class Client:
         """Puts a picture into the server's input folder; the name that LoadImage knows it by."""
         mark = uuid.uuid4().hex
         name = urllib.parse.quote(image.name, safe=" .-_()")
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: image/*\r\n\r\n'
+        head = f'--{mark}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+        head += "Content-Type: image/*\r\n\r\n"
         answer = self.post(
             "/upload/image", head.encode() + image.read_bytes() + f"\r\n--{mark}--\r\n".encode(),
             f"multipart/form-data; boundary={mark}",
@@ -196,8 +213,11 @@ class Client:
         except urllib.error.HTTPError as error:
             raise WorkflowProblem(refusal(error.read().decode(errors="replace"), prompt, titles or {})) from None
 
-    def wait(self, job: str, prompt: dict, titles=None, progress: Callable[[str, int, int], None] | None = None) -> dict:
-        """The job's outputs by node id, once it is done. progress(node, value, of) is called as the server reports it."""
+    def wait(
+        self, job: str, prompt: dict, titles=None, progress: Callable[[str, int, int], None] | None = None
+    ) -> dict:
+        """The job's outputs by node id, once it is done. progress(node, value, of) is called as the server reports
+        it."""
         listener = Listener(self.address, self.id, progress) if progress else None
         try:
             while True:
@@ -236,7 +256,9 @@ class Listener:
             import websocket
         except ImportError:
             return
-        self.socket = websocket.create_connection(f"{address.replace('http', 'ws', 1)}/ws?clientId={client}", timeout=10)
+        self.socket = websocket.create_connection(
+            f"{address.replace('http', 'ws', 1)}/ws?clientId={client}", timeout=10
+        )
         self.socket.settimeout(None)
         threading.Thread(target=self.listen, args=(progress,), daemon=True).start()
 
@@ -294,11 +316,16 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def keep(command: list[str]) -> int:
-    """Runs `command` until it ends or standard input closes, which happens however our parent ends; then ends the whole group."""
+    """Runs `command` until it ends or standard input closes, which happens however our parent ends; then ends the
+    whole group."""
     if POSIX:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-    restore = (lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]) if POSIX else None
+    restore = (
+        (lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+        if POSIX
+        else None
+    )
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=restore)
 
     def watch() -> None:

@@ -1,4 +1,5 @@
-"""The main job from a workflow file: reference pictures and a prompt in, pictures of the subject out, on a real ComfyUI server.
+"""The main job from a workflow file: reference pictures and a prompt in, pictures of the subject out, on a real
+ComfyUI server.
 
 `nox -s demo` runs this in an environment of its own. The last line of standard output is one JSON object:
 {"images": [paths], "seconds": s, "host": version, "workflow": name}
@@ -29,18 +30,41 @@ WORKFLOW = ROOT / "workflows" / "demo.json"
 IMAGES = ROOT / "demo" / "images"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
 RANDOM_NOTICE = (
-    "Note: the demo's models are tiny and randomly initialised (no family trained by this project exists yet). Every step of\n"
-    "the main job runs for real, but the pictures are noise. Use --workflow with models of your own for real ones."
+    "Note: the demo's models are tiny and randomly initialised (no family trained by this project exists yet).\n"
+    "Every step of the main job runs for real, but the pictures are noise.\n"
+    "Use --workflow with models of your own for real ones."
 )
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__.split("\n")[0])
-    parser.add_argument("--workflow", type=Path, metavar="FILE", default=WORKFLOW, help="workflow file, from the editor or in API format")
-    parser.add_argument("--image", type=Path, metavar="FILE", action="append", default=[], help="reference, for the Load Image nodes in order")
+    parser.add_argument(
+        "--workflow",
+        type=Path,
+        metavar="FILE",
+        default=WORKFLOW,
+        help="workflow file, from the editor or in API format",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="reference, for the Load Image nodes in order",
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows, for the Encode Subject node")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "output", help="where the pictures go (default: output/)")
-    parser.add_argument("--models", type=Path, metavar="DIR", action="append", default=[], help="a models folder laid out like ComfyUI's")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=ROOT / "output", help="where the pictures go (default: output/)"
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a models folder laid out like ComfyUI's",
+    )
     parser.add_argument("--serve", action="store_true", help="leave the editor open afterwards, until Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=argparse.SUPPRESS)
@@ -98,7 +122,9 @@ def run(server: Server, options: argparse.Namespace) -> dict:
     progress = Progress(titles)
     outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
     progress.end()
-    pictures = [image for output in outputs.values() for image in output.get("images", []) if image.get("type") == "output"]
+    pictures = [
+        image for output in outputs.values() for image in output.get("images", []) if image.get("type") == "output"
+    ]
     if not pictures:
         raise WorkflowProblem(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +148,9 @@ def prepare_family(comfyui: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:  # complete or not there
             # A process of its own: the host decides on devices when it is imported.
-            done = subprocess.run([sys.executable, family.__file__, str(comfyui), f"{work}/family"], stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                [sys.executable, family.__file__, str(comfyui), f"{work}/family"], stdin=subprocess.DEVNULL
+            )
             if done.returncode:
                 raise HostProblem("The demo's models could not be made; the reason stands above.")
             if not folder.exists():
@@ -134,7 +162,12 @@ def device() -> list[str]:
     """The host's own choice where it has one; without an accelerator it has to be told."""
     import torch
 
-    found = torch.cuda.is_available() or getattr(torch, "xpu", None) and torch.xpu.is_available() or torch.backends.mps.is_available()
+    found = (
+        torch.cuda.is_available()
+        or getattr(torch, "xpu", None)
+        and torch.xpu.is_available()
+        or torch.backends.mps.is_available()
+    )
     return [] if found else ["--cpu"]
 
 

@@ -28,7 +28,9 @@ def read(path: Path) -> dict:
 
 
 def is_api(workflow: dict) -> bool:
-    return "nodes" not in workflow and all(isinstance(node, dict) and "class_type" in node for node in workflow.values())
+    return "nodes" not in workflow and all(
+        isinstance(node, dict) and "class_type" in node for node in workflow.values()
+    )
 
 
 def titles(prompt: dict) -> dict[str, str]:
@@ -45,12 +47,18 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     if is_api(workflow):
         return workflow
     if not isinstance(workflow.get("nodes"), list):
-        raise WorkflowFileError("Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format.")
+        raise WorkflowFileError(
+            "Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format."
+        )
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = {link[0]: link for link in workflow["links"]}  # id -> [id, from node, from slot, to node, to slot, type]
-    unknown = sorted({n["type"] for n in nodes.values() if n["type"] not in object_info and n["type"] not in (*NOTES, "Reroute")})
+    unknown = sorted(
+        {n["type"] for n in nodes.values() if n["type"] not in object_info and n["type"] not in (*NOTES, "Reroute")}
+    )
     if unknown:
-        raise WorkflowFileError(f"The server has no node {', '.join(unknown)}. (Subgraphs: unpack them in the editor first.)")
+        raise WorkflowFileError(
+            f"The server has no node {', '.join(unknown)}. (Subgraphs: unpack them in the editor first.)"
+        )
 
     def source(link: int | None) -> list | None:
         """[node id, slot] that a link comes from, through reroutes and bypassed nodes."""
@@ -64,7 +72,10 @@ def to_api(workflow: dict, object_info: dict) -> dict:
             return None
         if node.get("mode", ALWAYS) == BYPASSED:
             kind = node["outputs"][slot]["type"]
-            return next((source(i["link"]) for i in node.get("inputs", []) if i["type"] == kind and i.get("link") is not None), None)
+            return next(
+                (source(i["link"]) for i in node.get("inputs", []) if i["type"] == kind and i.get("link") is not None),
+                None,
+            )
         return [str(origin), slot]
 
     prompt = {}
@@ -82,7 +93,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
 
 
 def widget_values(node: dict, info: dict) -> dict:
-    """Values of a node's widgets by name. They are saved as a list, in the schema's order, with the editor's own in between."""
+    """Values of a node's widgets by name. They are saved as a list, in the schema's order, with the editor's own in
+    between."""
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
         return dict(saved)
@@ -90,7 +102,10 @@ def widget_values(node: dict, info: dict) -> dict:
     for name, kind, options in widgets(info):
         if position >= len(saved):
             if "default" not in options:
-                raise WorkflowFileError(f"Node {node['id']} ({node['type']}) has no value for {name!r}: open it in the editor and save again.")
+                raise WorkflowFileError(
+                    f"Node {node['id']} ({node['type']}) has no value for {name!r}: "
+                    "open it in the editor and save again."
+                )
             values[name] = options["default"]
             continue
         values[name] = saved[position]
@@ -123,7 +138,8 @@ def put_in(prompt: dict, images: list[str] | None = None, text: str | None = Non
     loaders = sorted((key for key, node in prompt.items() if node["class_type"] == "LoadImage"), key=by_number)
     if images and len(images) > len(loaders):
         raise WorkflowFileError(
-            f"{len(images)} images were given, but this workflow has {len(loaders)} Load Image nodes. Give fewer, or add nodes."
+            f"{len(images)} images were given, but this workflow has {len(loaders)} Load Image nodes. "
+            "Give fewer, or add nodes."
         )
     for key, image in zip(loaders, images or []):
         prompt[key]["inputs"]["image"] = image
@@ -143,7 +159,10 @@ def text_input(prompt: dict) -> tuple[str, str]:
         key = str(value[0])
         found = [n for n in ("prompts", "prompt", "text", "value", "string") if n in prompt[key]["inputs"]]
         if not found:
-            raise WorkflowFileError(f"The prompt of Encode Subject comes from node {key} ({prompt[key]['class_type']}), which has no text to replace.")
+            raise WorkflowFileError(
+                f"The prompt of Encode Subject comes from node {key} ({prompt[key]['class_type']}), "
+                "which has no text to replace."
+            )
         name = found[0]
     return key, name
 

@@ -1,4 +1,5 @@
-"""The DiT: loaded by the host, and the two facts about it that the rest of the pack asks for (its family, its context width)."""
+"""The DiT: loaded by the host, and the two facts about it that the rest of the pack asks for (its family, its context
+width)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 
 @dataclass(frozen=True)
 class DiTHeader:
-    """What a file's header tells: family ("" = not one of FAMILIES) and context width in channels (None = not known)."""
+    """What a file's header tells: family ("" = not one of FAMILIES) and context width in channels (None = not
+    known)."""
 
     family: str = ""
     context_width: int | None = None
@@ -51,7 +53,11 @@ def read_header(path: str) -> DiTHeader:
             family = family_of_keys(keys, prefix)
             key = f"{prefix}{CONTEXT_LAYERS.get(family)}.weight"
             # Packed 4-bit weights have half the columns: read plain matrices only.
-            plain = family and key in keys and file.get_slice(key).get_dtype() in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+            plain = (
+                family
+                and key in keys
+                and file.get_slice(key).get_dtype() in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+            )
             return DiTHeader(family, file.get_slice(key).get_shape()[1] if plain else None)
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -78,7 +84,8 @@ def family_of_keys(keys: set[str], prefix: str = "") -> str:
 def load_dit(name: str, weight_dtype: str = "default"):
     """MODEL (a ModelPatcher) of a file under `models/diffusion_models`, through the host's loader.
 
-    weight_dtype: one of DTYPES, as in the host's Load Diffusion Model. A safetensors file whose metadata has `unet_config`
+    weight_dtype: one of DTYPES, as in the host's Load Diffusion Model. A safetensors file whose metadata has
+    `unet_config`
     (JSON) overrides sizes that the host's detection takes for granted, e.g. {"num_heads": 2} for the demo's small FLUX.
     """
     import comfy.sd
@@ -155,11 +162,14 @@ def check_keys(model, state_dict: dict, path: str, dynamic: bool) -> None:
     expected = set(model.diffusion_model.state_dict()) if not dynamic else set()
     missing = expected - set(model.model_config.process_unet_state_dict(dict(state_dict)))
     if missing:
-        raise ValueError(f"{path}: {len(missing)} keys are missing, the first is {min(missing)!r}. Fetch or make the file again.")
+        raise ValueError(
+            f"{path}: {len(missing)} keys are missing, the first is {min(missing)!r}. Fetch or make the file again."
+        )
 
 
 def dit_family(model) -> str:
-    """Family of a MODEL: one of FAMILIES, or "" where this pack does not know its token layout (Chroma, video models, …)."""
+    """Family of a MODEL: one of FAMILIES, or "" where this pack does not know its token layout (Chroma, video models,
+    …)."""
     config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
     family = config.get("image_model")
     if family is None:  # loaders of other packs may leave the config empty, but use the host's model class

@@ -50,10 +50,13 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
         config.check_mllm(info)
     except ValueError as error:
         raise ValueError(f"DLA {dla!r} and MLLM {mllm!r} do not belong together: {error}") from None
-    if dit.context_width not in (None, config.context_width) or (config.dit and dit.family and dit.family != config.dit):
+    if dit.context_width not in (None, config.context_width) or (
+        config.dit and dit.family and dit.family != config.dit
+    ):
         raise ValueError(
-            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any model'}, but {diffusion_model!r} "
-            f"is {dit.family or 'of a family not known here'} and reads one {dit.context_width or '?'} wide. "
+            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any model'}, but "
+            f"{diffusion_model!r} is {dit.family or 'of a family not known here'} "
+            f"and reads one {dit.context_width or '?'} wide. "
             "Choose a DLA trained for this DiT."
         )
 
@@ -71,7 +74,8 @@ def read_info(mllm: str):
 
 
 def load_vae(name: str):
-    """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), through the host's own Load VAE."""
+    """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), through the host's own Load
+    VAE."""
     import nodes  # the host's: this pack's folder of that name is subject_dla.nodes
 
     return nodes.VAELoader().load_vae(name)[0]

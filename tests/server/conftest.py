@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     folder = Path(os.environ.get("COMFYUI_PATH", ""))
-    assert (folder / "main.py").is_file(), f"COMFYUI_PATH is {str(folder)!r}, expected a ComfyUI checkout; `nox -s tests` sets it"
+    assert (folder / "main.py").is_file(), (
+        f"COMFYUI_PATH is {str(folder)!r}, expected a ComfyUI checkout; `nox -s tests` sets it"
+    )
     return folder
 
 

@@ -32,7 +32,17 @@ def small_workflow(tmp_path):
 
 def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tmp_path):
     images = [argument for name in ("chelsea", "coffee") for argument in ("--image", str(demo.IMAGES / f"{name}.jpg"))]
-    command = [*SCRIPT, "--comfyui", str(comfyui), "--workflow", str(small_workflow), "--prompt", PROMPT, "--out", str(tmp_path / "out")]
+    command = [
+        *SCRIPT,
+        "--comfyui",
+        str(comfyui),
+        "--workflow",
+        str(small_workflow),
+        "--prompt",
+        PROMPT,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command + images, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
@@ -41,7 +51,11 @@ def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tm
     with Image.open(path) as picture:
         assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(2**24)) > 100
         queued = json.loads(picture.text["prompt"])  # the host saves what it ran in the picture
-    loaded = [node["inputs"]["image"] for _, node in sorted(queued.items(), key=lambda item: int(item[0])) if node["class_type"] == "LoadImage"]
+    loaded = [
+        node["inputs"]["image"]
+        for _, node in sorted(queued.items(), key=lambda item: int(item[0]))
+        if node["class_type"] == "LoadImage"
+    ]
     assert [name.split(".")[0].split(" ")[0] for name in loaded] == ["chelsea", "coffee"]
     assert [node["inputs"]["prompt"] for node in queued.values() if node["class_type"] == "SubjectEncode"] == [PROMPT]
     again = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600).stdout.splitlines()[-1])

@@ -9,14 +9,16 @@ from subject_dla.demo.host import WorkflowProblem
 from .conftest import of_type, run
 
 NODES = {
-    "SubjectLoadMLLM", "SubjectMLLMFromCLIP", "SubjectLoadDLA", "SubjectLoadPipeline", "SubjectEncode", "SubjectAggregateLayers",
-    "SubjectAddIdentity", "SubjectStageSchedule", "SubjectStageKeyframe", "SubjectStagePreview", "SubjectStagedGuider",
+    "SubjectLoadMLLM", "SubjectMLLMFromCLIP", "SubjectLoadDLA", "SubjectLoadPipeline", "SubjectEncode",
+    "SubjectAggregateLayers", "SubjectAddIdentity",
+    "SubjectStageSchedule", "SubjectStageKeyframe", "SubjectStagePreview", "SubjectStagedGuider",
     "SubjectStagedSampler",
 }  # fmt: skip
 
 
 def test_every_node_is_there(server, object_info):
-    """Ids are in users' saved workflows: none may vanish. (That the pack imported was checked when the server started.)"""
+    """Ids are in users' saved workflows: none may vanish. (That the pack imported was checked when the server
+    started.)"""
     assert NODES <= set(object_info)
     assert all(object_info[name]["python_module"].startswith("custom_nodes.") for name in NODES)
 
@@ -28,7 +30,9 @@ def test_same_seed_same_picture_and_the_references_matter(server, prompt):
         for node in prompt.values():
             if node["class_type"] == "SubjectAddIdentity":
                 node["inputs"]["strength"] = strength
-        of_type(prompt, "SaveImage")["filename_prefix"] = f"same{len(pictures)}"  # a node with the same inputs would not run again
+        of_type(prompt, "SaveImage")["filename_prefix"] = (
+            f"same{len(pictures)}"  # a node with the same inputs would not run again
+        )
         outputs = run(server, prompt)
         image = next(image for output in outputs.values() for image in output.get("images", []))
         pictures.append(Image.open(io.BytesIO(server.client.fetch(image))).convert("RGB"))
@@ -44,11 +48,22 @@ def test_a_keyframe_chain_and_a_preview(server, prompt):
     frame = {"start": 1.0, "mllm_strength": 1.0, "vae_strength": 0.0, "blend": "linear", "clock": "steps"}
     prompt |= {
         "100": {"class_type": "SubjectStageKeyframe", "inputs": frame | {"start": 0.0}},
-        "101": {"class_type": "SubjectStageKeyframe", "inputs": frame | {"start": 0.5, "vae_strength": 1.0, "previous": ["100", 0]}},
-        "102": {"class_type": "BasicScheduler", "inputs": {"model": sampler["model"], "scheduler": "simple", "steps": 4, "denoise": 1.0}},
+        "101": {
+            "class_type": "SubjectStageKeyframe",
+            "inputs": frame | {"start": 0.5, "vae_strength": 1.0, "previous": ["100", 0]},
+        },
+        "102": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": sampler["model"], "scheduler": "simple", "steps": 4, "denoise": 1.0},
+        },
         "103": {
             "class_type": "SubjectStagePreview",
-            "inputs": {"stages": ["101", 0], "model": sampler["model"], "sigmas": ["102", 0], "latent": sampler["latent_image"]},
+            "inputs": {
+                "stages": ["101", 0],
+                "model": sampler["model"],
+                "sigmas": ["102", 0],
+                "latent": sampler["latent_image"],
+            },
         },
     }
     sampler["stages"] = ["101", 0]

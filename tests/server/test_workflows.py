@@ -1,4 +1,5 @@
-"""Every shared workflow, in the host's real front end in Chromium, and through the queue to a picture, on small models."""
+"""Every shared workflow, in the host's real front end in Chromium, and through the queue to a picture, on small
+models."""
 
 import io
 import json
@@ -48,7 +49,9 @@ def small_server(comfyui, family, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
     subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
     packs = {"small_host": Path(__file__).with_name("small_host"), PACK: ROOT}
-    with Server(comfyui, tmp_path_factory.mktemp("small-host"), packs=packs, models=[models, family], arguments=["--cpu"]) as server:
+    with Server(
+        comfyui, tmp_path_factory.mktemp("small-host"), packs=packs, models=[models, family], arguments=["--cpu"]
+    ) as server:
         for image in demo.IMAGES.glob("*.jpg"):
             server.client.upload(image)
         example = tmp_path_factory.mktemp("example") / EXAMPLE

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QWEN_DIT = {"in_channels": 64, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128}
 OMNIGEN2_DIT = {
     "axes_dim_rope": [40, 40, 40], "axes_lens": [1024, 1664, 1664], "ffn_dim_multiplier": None, "hidden_size": 240,
-    "in_channels": 16, "multiple_of": 256, "norm_eps": 1e-05, "num_attention_heads": 2, "num_kv_heads": 1, "num_layers": 1,
-    "num_refiner_layers": 1, "out_channels": None, "patch_size": 2, "timestep_scale": 1000.0,
+    "in_channels": 16, "multiple_of": 256, "norm_eps": 1e-05, "num_attention_heads": 2, "num_kv_heads": 1,
+    "num_layers": 1, "num_refiner_layers": 1, "out_channels": None, "patch_size": 2, "timestep_scale": 1000.0,
 }  # fmt: skip
 WAN_VAE = {
     "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
@@ -42,7 +42,9 @@ def build(out: Path, small_host) -> None:
         save_file({key: value.contiguous() for key, value in weights.items()}, out / name)
 
     flux = random_like(host_shapes("comfy.ldm.flux.model", "Flux", FLUX | {"context_in_dim": width}))
-    save("diffusion_models/flux1-dev.safetensors", {k.replace("_norm.weight", "_norm.scale"): v for k, v in flux.items()})
+    save(
+        "diffusion_models/flux1-dev.safetensors", {k.replace("_norm.weight", "_norm.scale"): v for k, v in flux.items()}
+    )
     qwen = ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel", QWEN_DIT | {"joint_attention_dim": width})
     save("diffusion_models/qwen_image_edit_2509_fp8_e4m3fn.safetensors", random_like(host_shapes(*qwen)))
     omnigen = ("comfy.ldm.omnigen.omnigen2", "OmniGen2Transformer2DModel", OMNIGEN2_DIT | {"text_feat_dim": width})
@@ -77,7 +79,11 @@ def text_encoder_shapes(name: str) -> dict[str, torch.Size]:
     from comfy.text_encoders import sd3_clip
 
     model = sd3_clip.T5XXLModel() if name == "t5xxl" else comfy.sd1_clip.SDClipModel()
-    return {key: value.shape for key, value in model.transformer.state_dict().items() if not key.startswith("text_projection")}
+    return {
+        key: value.shape
+        for key, value in model.transformer.state_dict().items()
+        if not key.startswith("text_projection")
+    }
 
 
 def main(comfyui: str, out: str) -> None:
@@ -86,7 +92,9 @@ def main(comfyui: str, out: str) -> None:
 
     import_pack()
     start_host(comfyui)
-    place = importlib.util.spec_from_file_location("small_host", ROOT / "tests" / "server" / "small_host" / "__init__.py")
+    place = importlib.util.spec_from_file_location(
+        "small_host", ROOT / "tests" / "server" / "small_host" / "__init__.py"
+    )
     small_host = importlib.util.module_from_spec(place)
     place.loader.exec_module(small_host)
     build(Path(out), small_host)

@@ -1,4 +1,4 @@
-"""What a strength between 0 and 1 costs: our channels form and an attention mask, as ratios to the host's plain attention.
+"""What a strength between 0 and 1 costs: our channels form and an attention mask, beside plain attention.
 
     nox -s bench -- strength [--tokens 2304] [--repeats 5]
 
@@ -17,7 +17,9 @@ import time
 
 def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="nox -s bench -- strength", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2304, help="keys and queries (4608 = 1024 px with 512 context tokens)")
+    parser.add_argument(
+        "--tokens", type=int, default=2304, help="keys and queries (4608 = 1024 px with 512 context tokens)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(given)
 
@@ -42,7 +44,13 @@ def main(given: list[str]) -> None:
         "plain": lambda: optimized_attention(q, k, v, heads, skip_reshape=True),
         "channels": lambda: attention_with_key_bias(optimized_attention, q, k, v, heads, bias),
         "mask": lambda: optimized_attention_masked(
-            q, k, v, heads, mask=bias.to(dtype)[:, None, None].expand(1, 1, options.tokens, options.tokens), skip_reshape=True),
+            q,
+            k,
+            v,
+            heads,
+            mask=bias.to(dtype)[:, None, None].expand(1, 1, options.tokens, options.tokens),
+            skip_reshape=True,
+        ),
     }
     seconds = {name: [] for name in forms}
     peak = {}
@@ -59,10 +67,15 @@ def main(given: list[str]) -> None:
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
     plain = statistics.median(seconds["plain"])
-    result = {"benchmark": "strength", "device": device, "dtype": str(dtype), "tokens": options.tokens,
-              "plain_seconds": round(plain, 4),
-              "channels_ratio": round(statistics.median(seconds["channels"]) / plain, 3),
-              "mask_ratio": round(statistics.median(seconds["mask"]) / plain, 3),
-              "max_difference": float((forms["channels"]() - forms["mask"]()).abs().max())}
+    result = {
+        "benchmark": "strength",
+        "device": device,
+        "dtype": str(dtype),
+        "tokens": options.tokens,
+        "plain_seconds": round(plain, 4),
+        "channels_ratio": round(statistics.median(seconds["channels"]) / plain, 3),
+        "mask_ratio": round(statistics.median(seconds["mask"]) / plain, 3),
+        "max_difference": float((forms["channels"]() - forms["mask"]()).abs().max()),
+    }
     result |= {f"{name}_peak_ratio": round(peak[name] / peak["plain"], 3) for name in peak if name != "plain"}
     print(json.dumps(result))

@@ -17,13 +17,22 @@ LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures 
 OMNIGEN2_REFERENCES = 5
 
 
-def add_identity(conditioning: list, model, vae, image: Tensor, mask: Tensor | None = None, *, strength: float = 1.0,
-                 size: int = 0, placement: str = "auto") -> list:
+def add_identity(
+    conditioning: list,
+    model,
+    vae,
+    image: Tensor,
+    mask: Tensor | None = None,
+    *,
+    strength: float = 1.0,
+    size: int = 0,
+    placement: str = "auto",
+) -> list:
     """CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3).
 
-    mask (h, w) or (b, h, w), 1 = use; strength multiplies the schedule's VAE strength; size: longest side in pixels, 0 =
-    the family's default; placement: `reference_latents_method`, "auto" = "uxo" (UNO's diagonal) on FLUX.1 as in the paper,
-    the model's own elsewhere. Aspect ratio is kept; what does not fill a 16-pixel token is cut off evenly at the edges.
+    mask (h, w) or (b, h, w), 1 = use; strength multiplies the schedule's VAE strength; size: longest side in pixels,
+    0 = the family's default; placement: `reference_latents_method`, "auto" = "uxo" (UNO's diagonal) on FLUX.1 as in the
+    paper, the model's own elsewhere. Aspect ratio is kept; what does not fill a 16-pixel token is cut off at the edges.
     Raises ValueError where the model cannot do it.
     """
     family = dit_family(model)
@@ -38,8 +47,10 @@ def add_identity(conditioning: list, model, vae, image: Tensor, mask: Tensor | N
             picture_mask = _stretched(picture_mask, picture.shape[:2])
             picture_mask = resize(picture_mask[None], width, height)[0].clamp(0, 1)
             if not picture_mask.any():
-                raise ValueError("Add Identity: the mask is black everywhere, which removes the whole reference. White is "
-                                 "what to use: invert the mask, or set strength 0.")
+                raise ValueError(
+                    "Add Identity: the mask is black everywhere, which removes the whole reference. White is "
+                    "what to use: invert the mask, or set strength 0."
+                )
         kept_masks.append(picture_mask)
 
     out = []
@@ -47,10 +58,14 @@ def add_identity(conditioning: list, model, vae, image: Tensor, mask: Tensor | N
         values = values.copy()
         before = list(values.get("reference_latents") or [])
         if family == "omnigen2" and len(before) + len(latents) > OMNIGEN2_REFERENCES:
-            raise ValueError(f"Add Identity: OmniGen2 takes at most {OMNIGEN2_REFERENCES} references, this makes "
-                             f"{len(before) + len(latents)}. Leave some out.")
+            raise ValueError(
+                f"Add Identity: OmniGen2 takes at most {OMNIGEN2_REFERENCES} references, this makes "
+                f"{len(before) + len(latents)}. Leave some out."
+            )
         values["reference_latents"] = before + latents
-        values["subject_reference_strengths"] = _grown(values, "subject_reference_strengths", before, 1.0) + [strength] * len(latents)
+        values["subject_reference_strengths"] = _grown(values, "subject_reference_strengths", before, 1.0) + [
+            strength
+        ] * len(latents)
         values["subject_reference_masks"] = _grown(values, "subject_reference_masks", before, None) + kept_masks
         if method is not None:
             values["reference_latents_method"] = method
@@ -59,7 +74,7 @@ def add_identity(conditioning: list, model, vae, image: Tensor, mask: Tensor | N
 
 
 def reference_method(model, family: str, placement: str) -> str | None:
-    """The host's `reference_latents_method`, None = leave the model's default. Unknown ones fall back silently in the host."""
+    """The host's `reference_latents_method`, None = the model's default. Unknown ones fall back silently."""
     method = ("uxo" if family == "flux" else None) if placement == "auto" else placement
     if method is None:
         return None
@@ -67,16 +82,20 @@ def reference_method(model, family: str, placement: str) -> str | None:
     module = sys.modules.get(type(diffusion_model).__module__)
     if family == "omnigen2" or module is None or f'"{method}"' not in inspect.getsource(module):
         raise ValueError(
-            f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} on this version of its "
-            "code and would silently place references elsewhere. "
-            + ("Choose auto: OmniGen2 places references itself." if family == "omnigen2"
-               else "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."))
+            f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} here "
+            "and would silently place references elsewhere. "
+            + (
+                "Choose auto: OmniGen2 places references itself."
+                if family == "omnigen2"
+                else "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."
+            )
+        )
     return method
 
 
 def reference_size(width: int, height: int, size: int = 0, uno: bool = False) -> tuple[int, int]:
-    """(width, height) in pixels, multiples of 16, of a reference that is `width` x `height`. Sources: UNO's preprocessing
-    for its placement; elsewhere at most one megapixel as the host's edit nodes, but never enlarged (our choice)."""
+    """(width, height) in pixels, multiples of 16, of a `width` x `height` reference. Sources: UNO's preprocessing for
+    its placement; elsewhere at most one megapixel as the host's edit nodes, but never enlarged (our choice)."""
     if size or uno:
         scale = (size or UNO_LONGEST_SIDE) / max(width, height)
     else:
@@ -89,7 +108,9 @@ def resize(picture: Tensor, width: int, height: int) -> Tensor:
     if picture.shape[-2:] == (height, width):
         return picture
     shrinks = picture.shape[-1] >= width and picture.shape[-2] >= height
-    return comfy.utils.common_upscale(picture[None], width, height, "area" if shrinks else "bicubic", "center")[0].clamp(0, 1)
+    return comfy.utils.common_upscale(picture[None], width, height, "area" if shrinks else "bicubic", "center")[
+        0
+    ].clamp(0, 1)
 
 
 def _stretched(mask: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -104,7 +125,9 @@ def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
         return [None] * count
     mask = mask.reshape(-1, *mask.shape[-2:])
     if len(mask) not in (1, count):
-        raise ValueError(f"Add Identity: {len(mask)} masks for {count} images. Give one mask for all, or one for each image.")
+        raise ValueError(
+            f"Add Identity: {len(mask)} masks for {count} images. Give one mask for all, or one for each image."
+        )
     return [mask[i % len(mask)] for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds: config, weight headers, keys and tokenizer, each checked before any weight is read."""
+"""What a Hugging Face folder holds: config, weight headers, keys, tokenizer; all checked before any weight is read."""
 
 from __future__ import annotations
 

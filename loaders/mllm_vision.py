@@ -1,4 +1,4 @@
-"""What an MLLM's vision tower is given, and where its tokens stand: pixels and positions, the same on every transformers.
+"""What an MLLM's vision tower is given, and where its tokens stand: pixels and positions on every transformers.
 
 Tensors only: the library's own preprocessing changes between releases, and features must not.
 """

@@ -18,12 +18,13 @@ EXTRA_CHANNELS = 8  # fast kernels want head widths in multiples of 8; two carry
 REMOVED = -1e4  # exp underflows to exactly 0 in every dtype; only for keys that some rows of a batch keep
 
 
-def attention_with_key_bias(attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor,
-                            **kwargs: Any) -> Tensor:
+def attention_with_key_bias(
+    attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, **kwargs: Any
+) -> Tensor:
     """softmax(q kT * scale + bias) v through any attention kernel, without a mask.
 
-    q, k, v (b, h, n, d), k and v possibly with fewer heads; bias (b, keys) float32. A mask would leave the fast kernels,
-    so the bias rides in extra channels: [q, 1, 1, 0...] . [k, high, low, 0...] with bias = high + low, split so that
+    q, k, v (b, h, n, d), k and v possibly with fewer heads; bias (b, keys) float32. A mask would leave the fast
+    kernels, so the bias rides in extra channels: [q, 1, 1, 0...] . [k, high, low, 0...] with bias = high + low, so that
     half precision keeps it. Returns (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
     """
     width = q.shape[-1]
@@ -58,8 +59,16 @@ class KeyStrengthAttention:
         self.applied = 0  # joint attention calls seen; the guider raises if a model shows none
         self._plans: dict[tuple, tuple[Tensor | slice | None, Tensor | None]] = {}
 
-    def __call__(self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-                 **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        attention: Callable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         if self.previous is not None:
             attention = _through(self.previous, attention)
         uuids = kwargs["transformer_options"]["uuids"]

@@ -1,8 +1,8 @@
 """The staged guider: a CFGGuider that gives each model call the tokens that its stage asks for.
 
-For every combination of groups that the schedule needs, the conditions are registered with the host under a name of their
-own; at each call the guider chooses by sigma and lets the host's own `sampling_function` do the rest. So strength 1/1 is
-the host's path, and strength 0 is the host's path without those tokens.
+For every combination of groups that the schedule needs, the conditions are registered with the host under a name of
+their own; at each call the guider chooses by sigma and lets the host's own `sampling_function` do the rest. So strength
+1/1 is the host's path, and strength 0 is the host's path without those tokens.
 """
 
 import logging
@@ -20,7 +20,12 @@ from .attention import KeyStrengthAttention
 from .stages import Stages
 from .tokens import KeyStrengths, grid, key_strengths, reference_log_strength
 
-REFERENCE_KEYS = ("reference_latents", "reference_latents_method", "subject_reference_strengths", "subject_reference_masks")
+REFERENCE_KEYS = (
+    "reference_latents",
+    "reference_latents_method",
+    "subject_reference_strengths",
+    "subject_reference_masks",
+)
 ADAPTIVE = ("dpm_adaptive_function", "dpm_fast_function")  # choose their own steps, whatever the sigmas say
 
 log = logging.getLogger(__name__)
@@ -53,8 +58,10 @@ class StagedGuider(comfy.samplers.CFGGuider):
     def set_cfg(self, cfg: float) -> None:
         super().set_cfg(cfg)
         if cfg != 1.0 and _name("negative", 0) not in self.original_conds:
-            raise ValueError(f"CFG is {cfg:g}, which compares with a negative condition, but none is connected. "
-                             "Connect one (an empty prompt will do), or set CFG to 1.")
+            raise ValueError(
+                f"CFG is {cfg:g}, which compares with a negative condition, but none is connected. "
+                "Connect one (an empty prompt will do), or set CFG to 1."
+            )
 
     # conditions ---------------------------------------------------------------------------------------------------
 
@@ -66,13 +73,17 @@ class StagedGuider(comfy.samplers.CFGGuider):
                 raise ValueError(
                     f"The {which} condition has tokens of width {tokens.shape[-1]}, but this diffusion model "
                     f"({self.family or type(self.model_patcher.model).__name__}) reads width {wanted}. Use the text "
-                    f"encoder that belongs to the model, or a DLA trained with context width {wanted}.")
+                    f"encoder that belongs to the model, or a DLA trained with context width {wanted}."
+                )
             if not references and which == "positive" and any(vae and not mllm for mllm, vae in self.variants):
                 raise ValueError(
                     "The stage schedule has a stage of VAE tokens alone, but the positive condition holds no reference "
-                    "latent: nothing would guide that stage. Add Identity puts one in; or choose the preset mllm_only.")
+                    "latent: nothing would guide that stage. Add Identity puts one in; or choose the preset mllm_only."
+                )
             if self.family == "omnigen2" and len(references) > 5:
-                raise ValueError(f"OmniGen2 takes at most 5 reference latents, the {which} condition has {len(references)}.")
+                raise ValueError(
+                    f"OmniGen2 takes at most 5 reference latents, the {which} condition has {len(references)}."
+                )
             strengths = _padded(values.get("subject_reference_strengths"), len(references), 1.0)
             masks = _padded(values.get("subject_reference_masks"), len(references), None)
             if not self.family and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
@@ -82,12 +93,14 @@ class StagedGuider(comfy.samplers.CFGGuider):
 
     def _only_on_and_off(self, what: str) -> str:
         name = type(self.model_patcher.model.diffusion_model).__name__
-        return (f"{what[0].upper()}{what[1:]} need a model whose token layout this pack knows (FLUX.1, FLUX.2, Qwen-Image, "
-                f"OmniGen2 as ComfyUI runs them); this one is {name}. Use 0 or 1.")
+        return (
+            f"{what[0].upper()}{what[1:]} need a model whose token layout this pack knows (FLUX.1, FLUX.2, Qwen-Image, "
+            f"OmniGen2 as ComfyUI runs them); this one is {name}. Use 0 or 1."
+        )
 
     def _stage_condition(self, condition, which: str, mllm: bool, vae: bool) -> list:
         """The host's CONDITIONING with the groups of one stage: references that are off are left out altogether; a
-        context that is off keeps one token, whose keys the attention override takes out (an empty one fails in hosts)."""
+        context that is off keeps one token, whose keys the attention override takes out (hosts fail on none)."""
         out = []
         for tokens, values in condition:
             values = {**values, "prompt_type": values.get("prompt_type", which)}
@@ -116,12 +129,16 @@ class StagedGuider(comfy.samplers.CFGGuider):
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         function = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
         if self.stages.needs_steps and function in ADAPTIVE:
-            raise ValueError(f"The stage schedule counts steps, but the sampler {function.removesuffix('_function')} "
-                             "chooses its own. Use the clock flow_time, or another sampler.")
+            raise ValueError(
+                f"The stage schedule counts steps, but the sampler {function.removesuffix('_function')} "
+                "chooses its own. Use the clock flow_time, or another sampler."
+            )
         sampling = self.model_patcher.get_model_object("model_sampling")
         if not self.stages.needs_steps and not isinstance(sampling, comfy.model_sampling.CONST):
-            raise ValueError("The stage schedule is on flow time, but this model is no flow-matching model "
-                             f"({type(sampling).__name__}). Use the clock steps.")
+            raise ValueError(
+                "The stage schedule is on flow time, but this model is no flow-matching model "
+                f"({type(sampling).__name__}). Use the clock steps."
+            )
         if not self.family and any(not mllm for mllm, _ in self.variants):
             log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
         self._stage: int | None = None
@@ -143,13 +160,15 @@ class StagedGuider(comfy.samplers.CFGGuider):
         if override is not None:
             options = {**model_options.get("transformer_options", {}), "optimized_attention_override": override}
             model_options = {**model_options, "transformer_options": options}
-        out = comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, self.cfg,
-                                               model_options=model_options, seed=seed)
+        out = comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, negative, positive, self.cfg, model_options=model_options, seed=seed
+        )
         if override is not None and not override.applied and not _skipped_by_cache(model_options):
             raise RuntimeError(
                 "Token strengths were asked for, but the model's attention never passed through ComfyUI's "
                 f"optimized_attention_override ({type(self.inner_model.diffusion_model).__name__}). Another extension "
-                "replaces the attention; remove it, or use strengths that leave both groups at 1.")
+                "replaces the attention; remove it, or use strengths that leave both groups at 1."
+            )
         return out
 
     def _override(self, conditions, mllm: float, vae: float, x: Tensor, patch: int, model_options: dict):
@@ -157,7 +176,9 @@ class StagedGuider(comfy.samplers.CFGGuider):
         place = (mllm, vae, x.shape)
         if place not in self._overrides:
             strengths = {
-                cond["uuid"]: self._key_strengths(cond, mllm, vae, x, patch) for conds in conditions for cond in conds or ()
+                cond["uuid"]: self._key_strengths(cond, mllm, vae, x, patch)
+                for conds in conditions
+                for cond in conds or ()
             }
             if all(s.changes_nothing for s in strengths.values()):
                 strengths = {}
@@ -173,8 +194,10 @@ class StagedGuider(comfy.samplers.CFGGuider):
         latents = inputs["ref_latents"].cond if "ref_latents" in inputs else []
         strengths = _padded(cond.get("subject_reference_strengths"), len(latents), 1.0)
         masks = _padded(cond.get("subject_reference_masks"), len(latents), None)
-        references = [reference_log_strength(latent.shape, patch, vae * strength, mask)
-                      for latent, strength, mask in zip(latents, strengths, masks)]
+        references = [
+            reference_log_strength(latent.shape, patch, vae * strength, mask)
+            for latent, strength, mask in zip(latents, strengths, masks)
+        ]
         return key_strengths(self.family, context, mllm, _covered(cond, x.shape), patch, references)
 
 

@@ -31,17 +31,24 @@ def describe(stages: Stages, steps: list[PlannedStep], tokens: int) -> str:
     """One line per stage of the run."""
     if not steps:
         return "No steps: the sampler's sigmas are empty."
-    lines = [f"{len(steps)} steps, clock {stages.clock}" + (f", {tokens} image tokens" if "resolution" in stages.clock else "")]
+    lines = [
+        f"{len(steps)} steps, clock {stages.clock}"
+        + (f", {tokens} image tokens" if "resolution" in stages.clock else "")
+    ]
     for (mllm, vae), group in groupby(steps, key=lambda s: (round(s.mllm, 3), round(s.vae, 3))):
         group = list(group)
         first, last = group[0], group[-1]
-        lines.append(f"steps {first.step + 1}-{last.step + 1} ({len(group)}), flow time {first.sigma:.3f} to {last.sigma:.3f}: "
-                     f"MLLM {mllm:g}, VAE {vae:g}")
+        lines.append(
+            f"steps {first.step + 1}-{last.step + 1} ({len(group)}), flow time {first.sigma:.3f} to {last.sigma:.3f}: "
+            f"MLLM {mllm:g}, VAE {vae:g}"
+        )
     used = {(s.mllm > 0, s.vae > 0) for s in steps}
     skipped = [pair for pair in stages.switched_on() if pair not in used]
     for mllm, vae in skipped:
         names = " and ".join(name for name, on in (("MLLM", mllm), ("VAE", vae)) if on) or "neither"
-        lines.append(f"No step falls into the stage with {names}: use more steps, another scheduler or other thresholds.")
+        lines.append(
+            f"No step falls into the stage with {names}: use more steps, another scheduler or other thresholds."
+        )
     return "\n".join(lines)
 
 
@@ -60,7 +67,9 @@ def draw(stages: Stages, steps: list[PlannedStep], tokens: int) -> Image.Image:
             height = ROW * min(getattr(s, name), 1.0)
             if height > 0:
                 left = LEFT + s.step * step
-                pen.rectangle((left + 0.5, top + ROW - height, left + step - (1.5 if step > 4 else 0), top + ROW), COLOURS[name])
+                pen.rectangle(
+                    (left + 0.5, top + ROW - height, left + step - (1.5 if step > 4 else 0), top + ROW), COLOURS[name]
+                )
     bottom = TOP + 2 * ROW + GAP
     every = max(1, round(count / 12))
     for s in steps:

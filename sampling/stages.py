@@ -3,7 +3,7 @@
 Three clocks, and every number says which one it is on:
 
 - `flow_time`: t of the flow-matching path, 1 = noise, 0 = picture; the sigma of a flow model *is* t. The paper's clock.
-- `flow_time_resolution`: the same, for thresholds that were chosen at 4096 image tokens (1024 px) and used at another size.
+- `flow_time_resolution`: the same, for thresholds chosen at 4096 image tokens (1024 px) and used at another size.
 - `steps`: share of this run's steps that are done, 0 = start, 1 = end.
 """
 
@@ -22,8 +22,8 @@ TOLERANCE = 1e-5  # sigmas are float32 and some samplers rebuild them through ex
 class Keyframe:
     """From `start` on (on the schedule's clock), the strengths of the two token groups.
 
-    mllm, vae: 0 removes the group's tokens, 1 leaves the host's path untouched, between (and above) adds ln(strength) to
-    the attention logits of the group's keys. blend: "hold" keeps the strengths until the next keyframe, "linear" moves
+    mllm, vae: 0 removes the group's tokens, 1 leaves the host's path untouched, between (and above) adds ln(strength)
+    to the attention logits of the group's keys. blend: "hold" keeps the strengths until the next, "linear" moves
     evenly to the next keyframe's.
     """
 
@@ -35,10 +35,10 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Stages:
-    """Keyframes in the order of denoising: falling flow time, rising share of steps. The first holds from the beginning.
+    """Keyframes in the order of denoising: falling flow time, rising share of steps. The first holds from the start.
 
     On the flow clocks a keyframe acts where t < start (the paper's "t >= tau" belongs to the stage before); on `steps`
-    where share >= start. Source: multi-stage denoising of the paper; keyframes, blends and clocks beyond it are our choice.
+    where share >= start. Source: multi-stage denoising of the paper; keyframes, blends, other clocks are our choice.
     Raises ValueError naming the keyframe when numbers are out of range or out of order.
     """
 
@@ -52,11 +52,15 @@ class Stages:
             raise ValueError("The stage schedule has no keyframe. Choose a preset, or connect a Stage Keyframe.")
         for number, key in enumerate(self.keyframes, 1):
             if not (isfinite(key.start) and 0 <= key.start <= 1):
-                raise ValueError(f"Keyframe {number} starts at {key.start}; a start lies between 0 and 1 on every clock.")
+                raise ValueError(
+                    f"Keyframe {number} starts at {key.start}; a start lies between 0 and 1 on every clock."
+                )
             for name in ("mllm", "vae"):
                 value = getattr(key, name)
                 if not (isfinite(value) and value >= 0):
-                    raise ValueError(f"Keyframe {number} has {name} strength {value}; a strength is a finite number >= 0.")
+                    raise ValueError(
+                        f"Keyframe {number} has {name} strength {value}; a strength is a finite number >= 0."
+                    )
             if key.blend not in BLENDS:
                 raise ValueError(f"Keyframe {number} blends by {key.blend!r}; it must be one of {', '.join(BLENDS)}.")
         for number, (before, after) in enumerate(zip(self.keyframes, self.keyframes[1:]), 2):
@@ -64,7 +68,11 @@ class Stages:
                 raise ValueError(
                     f"Stages out of order: keyframe {number} starts at {after.start:g}, after one that starts at "
                     f"{before.start:g}. On the clock {self.clock!r} starts must "
-                    + ("rise from 0 (first step) to 1 (last)" if self.clock == "steps" else "fall from 1 (noise) to 0 (picture)")
+                    + (
+                        "rise from 0 (first step) to 1 (last)"
+                        if self.clock == "steps"
+                        else "fall from 1 (noise) to 0 (picture)"
+                    )
                     + ". Swap the values, or change the clock; the paper's 0.95 / 0.85 are flow times."
                 )
 
@@ -87,7 +95,7 @@ class Stages:
         """(mllm, vae) at `position` on the schedule's clock."""
         starts = [self._order(start) for start in self.starts(tokens)]
         place = self._order(position)
-        # a flow-time threshold itself still belongs to the stage before it, a share of steps to the stage that it starts
+        # a flow-time threshold itself belongs to the stage before it, a share of steps to the stage that it starts
         place += TOLERANCE if self.clock == "steps" else -TOLERANCE
         index = max(bisect_right(starts, place) - 1, 0)
         key = self.keyframes[index]
@@ -107,7 +115,7 @@ class Stages:
         return self.strengths(self.position(sigma, sigmas), tokens)
 
     def switched_on(self) -> list[tuple[bool, bool]]:
-        """Every (MLLM tokens present, VAE tokens present) that some point of the schedule needs, in order, without repeats."""
+        """Every (MLLM tokens present, VAE tokens present) that the schedule needs, in order, without repeats."""
         needed = {}
         for number, key in enumerate(self.keyframes):
             needed[key.mllm > 0, key.vae > 0] = None
@@ -120,8 +128,8 @@ class Stages:
 def adjust_to_resolution(t: float, tokens: int) -> float:
     """Moves a flow time chosen at 4096 image tokens to one with the same signal-to-noise ratio per picture at `tokens`.
 
-    t / (a - (a - 1) t) with a = sqrt(4096 / tokens): flow matching's own resolution shift, inverted. A heuristic of this
-    project (one match so far), not the paper's.
+    t / (a - (a - 1) t) with a = sqrt(4096 / tokens): flow matching's own resolution shift, inverted. A heuristic of
+    this project (one match so far), not the paper's.
     """
     alpha = sqrt(REFERENCE_TOKENS / max(tokens, 1))
     return t / (alpha - (alpha - 1) * t)
@@ -168,7 +176,7 @@ def keyframes_for(preset: str, tau1: float, tau2: float) -> tuple[Keyframe, ...]
 
 PRESETS = {
     "paper": "MLLM only until tau1, both until tau2, then VAE only. Needs weights trained on each condition alone.",
-    "semantics_first": "MLLM only until tau1, then both to the end. For stock models, which never saw VAE tokens alone.",
+    "semantics_first": "MLLM only until tau1, then both to the end. For stock models, not trained on VAE tokens alone.",
     "two_stage": "MLLM only until tau1, then VAE only. Needs weights trained on each condition alone.",
     "mllm_only": "No VAE tokens. For prompts that need reasoning, and for a picture free of the reference's framing.",
     "vae_only": "No MLLM tokens. What the references alone do; mostly for comparison.",

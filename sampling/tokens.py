@@ -30,7 +30,7 @@ def log_strength(strength: float) -> float:
 
 
 def reference_log_strength(shape: tuple[int, ...], patch: int, strength: float, mask: Tensor | None) -> Tensor:
-    """(tokens,) float32 for one reference latent of `shape`; mask (h, w) in 0..1 over the reference's picture, any size."""
+    """(tokens,) float32 for one reference latent of `shape`; mask (h, w) in 0..1 over its picture, any size."""
     frames, rows, columns = grid(shape, patch)
     if mask is None:
         return torch.full((frames * rows * columns,), log_strength(strength))
@@ -53,12 +53,13 @@ class KeyStrengths:
         return not self.log_strength.any()
 
 
-def key_strengths(family: str, context: int, mllm: float, image_shape: tuple[int, ...], patch: int,
-                  references: list[Tensor]) -> KeyStrengths:
+def key_strengths(
+    family: str, context: int, mllm: float, image_shape: tuple[int, ...], patch: int, references: list[Tensor]
+) -> KeyStrengths:
     """Assembles the groups in `family`'s order.
 
     context: context tokens as the DiT sees them; mllm: their strength; image_shape: the noisy latent (or the area of it
-    that the condition covers); references: one (tokens,) log strength per reference latent, as `reference_log_strength`.
+    that the condition covers); references: one (tokens,) log strength per reference latent.
     """
     groups = {
         "context": [torch.full((context,), log_strength(mllm))],

@@ -1,4 +1,4 @@
-"""The staged guider on a tiny FLUX: what the DiT itself is given, call by call, and what strengths do to its attention."""
+"""The staged guider on a tiny FLUX: what the DiT itself is given, call by call, and what strengths do to attention."""
 
 import math
 
@@ -29,12 +29,26 @@ def condition(tokens=7, seed=2, references=2, **values):
     return [[context, values]]
 
 
-def run(model, stages, positive, negative=None, cfg=1.0, sampler="euler", steps=6, size=8, batch=1, scheduler="simple", **latents):
+def run(
+    model,
+    stages,
+    positive,
+    negative=None,
+    cfg=1.0,
+    sampler="euler",
+    steps=6,
+    size=8,
+    batch=1,
+    scheduler="simple",
+    **latents,
+):
     from subject_dla.sampling.sample import staged_sample
 
     denoise = latents.pop("denoise", 1.0)
     values = {"samples": torch.zeros(batch, 16, size, size), **latents}
-    return staged_sample(model, 3, steps, cfg, sampler, scheduler, positive, negative, values, denoise, stages)["samples"]
+    return staged_sample(model, 3, steps, cfg, sampler, scheduler, positive, negative, values, denoise, stages)[
+        "samples"
+    ]
 
 
 def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, size=8, batch=1, scheduler="simple", **latents):
@@ -43,8 +57,21 @@ def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, size=8, b
     denoise, mask = latents.pop("denoise", 1.0), latents.pop("noise_mask", None)
     image = latents.get("samples", torch.zeros(batch, 16, size, size))
     noise = comfy.sample.prepare_noise(image, 3)
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise,
-                               noise_mask=mask, disable_pbar=True, seed=3)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive,
+        negative,
+        image,
+        denoise=denoise,
+        noise_mask=mask,
+        disable_pbar=True,
+        seed=3,
+    )
 
 
 def seen_by(model):
@@ -74,7 +101,9 @@ def test_every_sampler_switches_exactly_at_the_thresholds(model):
     failures = []
     for name in samplers():
         clone, calls = seen_by(model)
-        run(clone, preset("paper", tau1=0.85, tau2=0.6), condition(), condition(5, 9, 0), cfg=2.0, sampler=name, steps=8)
+        run(
+            clone, preset("paper", tau1=0.85, tau2=0.6), condition(), condition(5, 9, 0), cfg=2.0, sampler=name, steps=8
+        )
         for t, context, references in calls:
             t = round(t, 4)
             if abs(t - 0.85) < 1e-3 or abs(t - 0.6) < 1e-3:
@@ -96,7 +125,9 @@ def test_steps_clock_switches_at_its_step(model, sampler):
     import comfy.samplers
 
     clone, calls = seen_by(model)
-    run(clone, Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps"), condition(), sampler=sampler, scheduler="beta")
+    run(
+        clone, Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps"), condition(), sampler=sampler, scheduler="beta"
+    )
     sigmas = comfy.samplers.KSampler(model, 6, torch.device("cpu"), sampler, "beta", 1.0).sigmas.tolist()
     for t, _, references in calls:
         assert references == (2 if t <= sigmas[3] * 1.0001 else 0), (t, sigmas)
@@ -113,7 +144,9 @@ def test_image_to_image_and_inpainting_equal_the_host(model):
     mask[:, :, 4:] = 1
     for extra in ({"denoise": 0.5}, {"noise_mask": mask}, {"denoise": 0.6, "noise_mask": mask}):
         args = dict(cfg=2.0, samples=picture, **extra)
-        ours, theirs = (f(model, *a, condition(), condition(5, 9), **args) for f, a in ((run, (preset("both"),)), (host, ())))
+        ours, theirs = (
+            f(model, *a, condition(), condition(5, 9), **args) for f, a in ((run, (preset("both"),)), (host, ()))
+        )
         assert torch.equal(ours, theirs), extra
         staged = run(model, preset("paper"), condition(), condition(5, 9), **args)
         assert staged.isfinite().all() and not torch.equal(staged, theirs)
@@ -137,7 +170,9 @@ CONTEXT, IMAGE, FIRST, SECOND = 7, 16, 12, 8  # tokens: 8x8 latent -> 16, refere
 
 @pytest.mark.parametrize("mllm, vae", [(0.5, 1), (1, 0.25), (0.3, 0.6), (1.5, 1)])
 def test_strength_between_is_ln_strength_on_the_groups_logits(model, mllm, vae):
-    expected = torch.cat([torch.full((CONTEXT,), math.log(mllm)), torch.zeros(IMAGE), torch.full((FIRST + SECOND,), math.log(vae))])
+    expected = torch.cat(
+        [torch.full((CONTEXT,), math.log(mllm)), torch.zeros(IMAGE), torch.full((FIRST + SECOND,), math.log(vae))]
+    )
     theirs = host(dense_oracle(model, expected), condition(), condition(seed=4), cfg=2.0, batch=2)
     ours = run(model, Stages((Keyframe(1, mllm, vae),)), condition(), condition(seed=4), cfg=2.0, batch=2)
     assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
@@ -160,7 +195,9 @@ def test_each_reference_has_its_own_strength_and_mask(model):
     first = torch.zeros(4, 3)
     first[:, 0] = -math.inf
     keys[CONTEXT + IMAGE :] = torch.cat([first.flatten(), torch.full((SECOND,), math.log(0.5))])
-    ours = run(model, preset("both"), condition(subject_reference_strengths=[1.0, 0.5], subject_reference_masks=[mask, None]))
+    ours = run(
+        model, preset("both"), condition(subject_reference_strengths=[1.0, 0.5], subject_reference_masks=[mask, None])
+    )
     assert torch.allclose(ours, host(dense_oracle(model, keys), condition(), condition()), atol=2e-4)
 
 
@@ -179,7 +216,9 @@ def test_another_override_on_the_model_still_runs(model):
 
     clone = model.clone()
     clone.model_options["transformer_options"]["optimized_attention_override"] = counted
-    assert torch.equal(run(clone, preset("vae_only"), condition()), run(model, preset("vae_only"), condition())) and calls
+    assert (
+        torch.equal(run(clone, preset("vae_only"), condition()), run(model, preset("vae_only"), condition())) and calls
+    )
 
 
 def test_easycache_is_reset_where_the_stage_changes(model):
@@ -216,11 +255,20 @@ def test_interrupt_reaches_the_caller(model):
         run(clone, preset("both"), condition())
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda m: run(m, preset("both"), [[torch.zeros(1, 3, 99), {"pooled_output": None}]]), ["width 99", "width 24", "positive"]),
-    (lambda m: run(m, preset("vae_only"), condition(references=0)), ["no reference latent", "Add Identity", "mllm_only"]),
-    (lambda m: run(m, preset("both"), condition(), cfg=2.5), ["CFG is 2.5", "negative"]),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (
+            lambda m: run(m, preset("both"), [[torch.zeros(1, 3, 99), {"pooled_output": None}]]),
+            ["width 99", "width 24", "positive"],
+        ),
+        (
+            lambda m: run(m, preset("vae_only"), condition(references=0)),
+            ["no reference latent", "Add Identity", "mllm_only"],
+        ),
+        (lambda m: run(m, preset("both"), condition(), cfg=2.5), ["CFG is 2.5", "negative"]),
+    ],
+)
 def test_conditions_that_cannot_work_are_refused(model, make, words):
     with pytest.raises(ValueError) as error:
         make(model)

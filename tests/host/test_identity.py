@@ -1,4 +1,4 @@
-"""Reference latents: size, crop, placement and what travels beside them, against the host's own nodes where it has one."""
+"""Reference latents: size, crop, placement and what travels beside them, against the host's own encoding."""
 
 import pytest
 import torch
@@ -35,15 +35,18 @@ def picture(height, width, count=1, seed=0):
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("width, height, size, uno, expected", [
-    (1024, 768, 0, True, (512, 384)),      # UNO: longest side 512
-    (400, 300, 0, True, (512, 384)),       # UNO enlarges
-    (300, 200, 0, False, (288, 192)),      # elsewhere nothing is enlarged, edges are cut to whole tokens
-    (2048, 2048, 0, False, (1024, 1024)),  # at most one megapixel
-    (4000, 1000, 0, False, (2048, 512)),
-    (1000, 500, 640, False, (640, 320)),   # an asked-for longest side
-    (3000, 40, 512, True, (512, 16)),      # never less than one token
-])
+@pytest.mark.parametrize(
+    "width, height, size, uno, expected",
+    [
+        (1024, 768, 0, True, (512, 384)),  # UNO: longest side 512
+        (400, 300, 0, True, (512, 384)),  # UNO enlarges
+        (300, 200, 0, False, (288, 192)),  # elsewhere nothing is enlarged, edges are cut to whole tokens
+        (2048, 2048, 0, False, (1024, 1024)),  # at most one megapixel
+        (4000, 1000, 0, False, (2048, 512)),
+        (1000, 500, 640, False, (640, 320)),  # an asked-for longest side
+        (3000, 40, 512, True, (512, 16)),  # never less than one token
+    ],
+)
 def test_size_keeps_the_aspect_ratio(width, height, size, uno, expected):
     from subject_dla.loaders.identity import reference_size
 
@@ -65,7 +68,7 @@ def test_nothing_is_stretched(model, vae):
     from subject_dla.loaders.identity import resize
 
     y, x = torch.meshgrid(torch.arange(300.0), torch.arange(500.0), indexing="ij")
-    disc = (((x - 250) ** 2 + (y - 150) ** 2) < 100 ** 2).float()[None].repeat(3, 1, 1)
+    disc = (((x - 250) ** 2 + (y - 150) ** 2) < 100**2).float()[None].repeat(3, 1, 1)
     out = resize(disc, 240, 144)[0] > 0.5
     rows, columns = out.any(1).sum(), out.any(0).sum()
     assert abs(int(rows) - int(columns)) <= 1 and out.shape == (144, 240)
@@ -86,15 +89,18 @@ def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae
     assert len(first[0][1]["reference_latents"]) == 3  # what the user had is untouched
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]),
-    (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
-    (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
-    (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
-    (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
-    (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
-    (dict(placement="nowhere"), ["nowhere", "silently"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]),
+        (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
+        (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
+        (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
+        (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
+        (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
+        (dict(placement="nowhere"), ["nowhere", "silently"]),
+    ],
+)
 def test_bad_references_are_refused_in_words(model, vae, change, words):
     from subject_dla.loaders.identity import add_identity
 

@@ -41,14 +41,27 @@ class Subject:
         import comfy.sample
 
         image = torch.zeros_like(self.latent(8, 8, batch))
-        return comfy.sample.sample(self.model, comfy.sample.prepare_noise(image, 7), steps, cfg, sampler, "simple", positive,
-                                   negative, image, disable_pbar=True, seed=7)
+        return comfy.sample.sample(
+            self.model,
+            comfy.sample.prepare_noise(image, 7),
+            steps,
+            cfg,
+            sampler,
+            "simple",
+            positive,
+            negative,
+            image,
+            disable_pbar=True,
+            seed=7,
+        )
 
     def staged(self, stages, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
         from subject_dla.sampling.sample import staged_sample
 
         image = {"samples": torch.zeros_like(self.latent(8, 8, batch))}
-        return staged_sample(self.model, 7, steps, cfg, sampler, "simple", positive, negative, image, 1.0, stages)["samples"]
+        return staged_sample(self.model, 7, steps, cfg, sampler, "simple", positive, negative, image, 1.0, stages)[
+            "samples"
+        ]
 
 
 @pytest.fixture(scope="module", params=["flux", "qwen_image", "omnigen2"])
@@ -75,7 +88,9 @@ def test_strength_1_and_strength_0_references_equal_the_host(subject, sampler, b
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_0_context_leaves_nothing_of_it(subject, sampler, batch):
     one = subject.staged(preset("vae_only"), subject.condition(9, 2), subject.condition(9, 3, False), sampler, batch)
-    other = subject.staged(preset("vae_only"), subject.condition(30, 44), subject.condition(5, 77, False), sampler, batch)
+    other = subject.staged(
+        preset("vae_only"), subject.condition(30, 44), subject.condition(5, 77, False), sampler, batch
+    )
     assert one.isfinite().all() and torch.equal(one, other)
 
 
@@ -99,7 +114,9 @@ def test_strength_0_context_equals_the_host_without_its_keys(subject, sampler, b
     finally:
         subject.model = subject_model
     assert removed
-    assert torch.equal(subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0), theirs)
+    assert torch.equal(
+        subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0), theirs
+    )
 
 
 def test_strengths_near_1_come_near_the_host(subject):
@@ -117,5 +134,8 @@ def test_flux2(monkeypatch):
     assert ours.isfinite().all() and torch.equal(ours, subject.host(positive, positive, cfg=1.0))
     bare = subject.condition(6, 2, False)
     assert torch.equal(subject.staged(preset("mllm_only"), positive, None, cfg=1.0), subject.host(bare, bare, cfg=1.0))
-    off = [subject.staged(preset("vae_only"), subject.condition(n, seed), None, cfg=1.0, steps=1) for n, seed in ((6, 2), (3, 9))]
+    off = [
+        subject.staged(preset("vae_only"), subject.condition(n, seed), None, cfg=1.0, steps=1)
+        for n, seed in ((6, 2), (3, 9))
+    ]
     assert off[0].isfinite().all() and torch.equal(*off)

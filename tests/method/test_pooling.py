@@ -155,7 +155,7 @@ def test_a_new_dla_learns_from_the_first_step(pooling):
 def test_chunks_and_neighbours_do_not_change_a_token(pooling):
     features, dla = make_features(), make_dla(pooling=pooling, context_width=48)
     whole = run(dla, features)
-    # matrix kernels round differently for other shapes and thread counts (1.5e-5 seen); a leak is of the size of `whole`
+    # matrix kernels round differently for other shapes and thread counts (1.5e-5 seen); a leak is as large as `whole`
     torch.testing.assert_close(run(dla, features, max_chunk_bytes=SMALL_CHUNKS), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(run(dla, features, max_chunk_bytes=1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(

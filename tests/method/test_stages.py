@@ -1,7 +1,13 @@
 import pytest
 
 from subject_dla.sampling.stages import (
-    PRESETS, Keyframe, Stages, adjust_to_resolution, plan, preset, share_of_steps,
+    PRESETS,
+    Keyframe,
+    Stages,
+    adjust_to_resolution,
+    plan,
+    preset,
+    share_of_steps,
 )
 
 
@@ -9,7 +15,13 @@ def test_papers_thresholds_are_closed_above():
     stages = preset("paper")
     # t >= 0.95 MLLM only; 0.85 <= t < 0.95 both; below VAE only (paper, multi-stage denoising)
     assert [stages.strengths(t) for t in (1.0, 0.95, 0.9499, 0.85, 0.8499, 0.0)] == [
-        (1, 0), (1, 0), (1, 1), (1, 1), (0, 1), (0, 1)]
+        (1, 0),
+        (1, 0),
+        (1, 1),
+        (1, 1),
+        (0, 1),
+        (0, 1),
+    ]
 
 
 def test_float32_sigma_at_the_threshold_belongs_to_the_stage_before():
@@ -32,7 +44,14 @@ def test_flux_schedule_of_25_steps_splits_4_5_16():
 def test_share_of_steps_is_exact_on_the_grid_and_between():
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
     assert [share_of_steps(s, sigmas) for s in (1.0, 0.9, 0.75, 0.5 * (1 + 1e-6), 0.3, 0.25, 0.1)] == [
-        0, 0, 0.25, 0.5, 0.5, 0.75, 0.75]
+        0,
+        0,
+        0.25,
+        0.5,
+        0.5,
+        0.75,
+        0.75,
+    ]
     stages = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 0, 1)), "steps")
     assert [(s.mllm, s.vae) for s in plan(stages, sigmas)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
 
@@ -61,17 +80,20 @@ def test_every_preset_starts_at_the_beginning_of_its_clock(name):
         assert all(mllm or vae for mllm, vae in stages.switched_on())
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: preset("paper", tau1=0.85, tau2=0.95), ["out of order", "0.95", "0.85", "fall"]),
-    (lambda: preset("paper", "steps"), ["out of order", "rise", "flow times"]),
-    (lambda: preset("paper", tau1=1.5), ["1.5", "between 0 and 1"]),
-    (lambda: preset("nonsense"), ["nonsense", "semantics_first"]),
-    (lambda: Stages((Keyframe(1, -0.1, 1),)), ["Keyframe 1", "mllm", "-0.1"]),
-    (lambda: Stages((Keyframe(1, 1, float("nan")),)), ["vae", "nan"]),
-    (lambda: Stages((Keyframe(1, 1, 1, "cubic"),)), ["cubic", "linear"]),
-    (lambda: Stages((Keyframe(1, 1, 1),), "sigma"), ["sigma", "flow_time"]),
-    (lambda: Stages(()), ["no keyframe"]),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: preset("paper", tau1=0.85, tau2=0.95), ["out of order", "0.95", "0.85", "fall"]),
+        (lambda: preset("paper", "steps"), ["out of order", "rise", "flow times"]),
+        (lambda: preset("paper", tau1=1.5), ["1.5", "between 0 and 1"]),
+        (lambda: preset("nonsense"), ["nonsense", "semantics_first"]),
+        (lambda: Stages((Keyframe(1, -0.1, 1),)), ["Keyframe 1", "mllm", "-0.1"]),
+        (lambda: Stages((Keyframe(1, 1, float("nan")),)), ["vae", "nan"]),
+        (lambda: Stages((Keyframe(1, 1, 1, "cubic"),)), ["cubic", "linear"]),
+        (lambda: Stages((Keyframe(1, 1, 1),), "sigma"), ["sigma", "flow_time"]),
+        (lambda: Stages(()), ["no keyframe"]),
+    ],
+)
 def test_bad_schedules_say_what_is_wrong(make, words):
     with pytest.raises(ValueError) as error:
         make()

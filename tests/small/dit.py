@@ -1,4 +1,4 @@
-"""Full-width one-layer random DiTs: real key layouts and widths, so that the host's own detection and loaders take them."""
+"""Full-width one-layer random DiTs: real key layouts and widths, for the host's own detection and loaders."""
 
 import torch
 
@@ -7,19 +7,67 @@ FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2")
 
 def _config(family: str) -> dict:
     if family == "flux":
-        return dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
-                    mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
-                    patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
+        return dict(
+            image_model="flux",
+            in_channels=16,
+            out_channels=16,
+            vec_in_dim=768,
+            context_in_dim=4096,
+            hidden_size=3072,
+            mlp_ratio=4.0,
+            num_heads=24,
+            depth=1,
+            depth_single_blocks=1,
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            patch_size=2,
+            qkv_bias=True,
+            guidance_embed=True,
+            txt_ids_dims=[],
+        )
     if family == "flux2":
-        return dict(image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=15360,
-                    hidden_size=6144, mlp_ratio=3.0, num_heads=48, depth=1, depth_single_blocks=0, axes_dim=[32] * 4,
-                    theta=2000, patch_size=1, qkv_bias=False, guidance_embed=True, global_modulation=True,
-                    mlp_silu_act=True, ops_bias=False, default_ref_method="index", ref_index_scale=10.0, txt_ids_dims=[3])
+        return dict(
+            image_model="flux2",
+            in_channels=128,
+            out_channels=128,
+            vec_in_dim=None,
+            context_in_dim=15360,
+            hidden_size=6144,
+            mlp_ratio=3.0,
+            num_heads=48,
+            depth=1,
+            depth_single_blocks=0,
+            axes_dim=[32] * 4,
+            theta=2000,
+            patch_size=1,
+            qkv_bias=False,
+            guidance_embed=True,
+            global_modulation=True,
+            mlp_silu_act=True,
+            ops_bias=False,
+            default_ref_method="index",
+            ref_index_scale=10.0,
+            txt_ids_dims=[3],
+        )
     if family == "qwen_image":
         return dict(in_channels=64, num_layers=1)
-    return dict(axes_dim_rope=[40, 40, 40], axes_lens=[1024, 1664, 1664], ffn_dim_multiplier=None, hidden_size=2520,
-                in_channels=16, multiple_of=256, norm_eps=1e-05, num_attention_heads=21, num_kv_heads=7, num_layers=1,
-                num_refiner_layers=1, out_channels=None, patch_size=2, text_feat_dim=2048, timestep_scale=1000.0)
+    return dict(
+        axes_dim_rope=[40, 40, 40],
+        axes_lens=[1024, 1664, 1664],
+        ffn_dim_multiplier=None,
+        hidden_size=2520,
+        in_channels=16,
+        multiple_of=256,
+        norm_eps=1e-05,
+        num_attention_heads=21,
+        num_kv_heads=7,
+        num_layers=1,
+        num_refiner_layers=1,
+        out_channels=None,
+        patch_size=2,
+        text_feat_dim=2048,
+        timestep_scale=1000.0,
+    )
 
 
 def _class(family: str):
@@ -27,8 +75,10 @@ def _class(family: str):
     import comfy.ldm.omnigen.omnigen2
     import comfy.ldm.qwen_image.model
 
-    return {"qwen_image": comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
-            "omnigen2": comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel}.get(family, comfy.ldm.flux.model.Flux)
+    return {
+        "qwen_image": comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
+        "omnigen2": comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel,
+    }.get(family, comfy.ldm.flux.model.Flux)
 
 
 def state_dict(family: str, dtype=torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -55,7 +105,9 @@ def _random(model, dtype, seed: int, spread: float = 0.02) -> dict[str, torch.Te
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for key, value in model.state_dict().items():
-        weights = torch.empty(value.shape, dtype=dtype).normal_(0, spread if value.ndim > 1 else 0.1, generator=generator)
+        weights = torch.empty(value.shape, dtype=dtype).normal_(
+            0, spread if value.ndim > 1 else 0.1, generator=generator
+        )
         out[key] = weights + 1 if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales are near one
     return out
 

@@ -50,7 +50,7 @@ def build_qwen25vl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_he
 
 def build_qwen3vl(folder, tokenizer=None, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16,
                   shards=1) -> Path:  # fmt: skip
-    """Qwen3-VL as Qwen/Qwen3-VL-8B-Instruct lays it out: keys "model.language_model…", "model.visual…", DeepStack."""
+    """Qwen3-VL as Qwen/Qwen3-VL-8B-Instruct lays it out: keys "model.language_model…", DeepStack."""
     config = {
         "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": IMAGE_PAD,
         "video_token_id": VIDEO_PAD, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,

@@ -63,10 +63,9 @@ def add_identity(
                 f"{len(before) + len(latents)}. Leave some out."
             )
         values["reference_latents"] = before + latents
-        values["subject_reference_strengths"] = _grown(values, "subject_reference_strengths", before, 1.0) + [
-            strength
-        ] * len(latents)
-        values["subject_reference_masks"] = _grown(values, "subject_reference_masks", before, None) + kept_masks
+        strengths, earlier_masks = strengths_and_masks(values, len(before))
+        values["subject_reference_strengths"] = strengths + [strength] * len(latents)
+        values["subject_reference_masks"] = earlier_masks + kept_masks
         if method is not None:
             values["reference_latents_method"] = method
         out.append([tokens, values])
@@ -131,7 +130,8 @@ def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
     return [mask[i % len(mask)] for i in range(count)]
 
 
-def _grown(values: dict, key: str, before: list, default) -> list:
-    """Our list beside `reference_latents`; references from other nodes get the default."""
-    known = list(values.get(key) or [])
-    return known + [default] * (len(before) - len(known))
+def strengths_and_masks(values: dict, count: int) -> tuple[list[float], list[Tensor | None]]:
+    """What a CONDITIONING says of its `count` reference latents; those that other nodes appended get 1.0 and no mask."""
+    strengths = list(values.get("subject_reference_strengths") or [])
+    masks = list(values.get("subject_reference_masks") or [])
+    return (strengths + [1.0] * count)[:count], (masks + [None] * count)[:count]

@@ -6,7 +6,6 @@ their own; at each call the guider chooses by sigma and lets the host's own `sam
 """
 
 import logging
-from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..loaders.dit import context_width, dit_family
+from ..loaders.identity import strengths_and_masks
 from .attention import KeyStrengthAttention
 from .stages import Stages
 from .tokens import KeyStrengths, grid, key_strengths, reference_log_strength
@@ -84,8 +84,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
                 raise ValueError(
                     f"OmniGen2 takes at most 5 reference latents, the {which} condition has {len(references)}."
                 )
-            strengths = _padded(values.get("subject_reference_strengths"), len(references), 1.0)
-            masks = _padded(values.get("subject_reference_masks"), len(references), None)
+            strengths, masks = strengths_and_masks(values, len(references))
             if not self.family and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
                 raise ValueError(self._only_on_and_off("reference strengths between 0 and 1, and masks"))
         if not self.family and any(s not in (0, 1) for key in self.stages.keyframes for s in (key.mllm, key.vae)):
@@ -105,8 +104,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
         for tokens, values in condition:
             values = {**values, "prompt_type": values.get("prompt_type", which)}
             references = values.get("reference_latents") or []
-            strengths = _padded(values.get("subject_reference_strengths"), len(references), 1.0)
-            masks = _padded(values.get("subject_reference_masks"), len(references), None)
+            strengths, masks = strengths_and_masks(values, len(references))
             kept = [i for i, s in enumerate(strengths) if vae and s > 0]
             if kept:
                 values["reference_latents"] = [references[i] for i in kept]
@@ -192,8 +190,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
         inputs = cond["model_conds"]
         context = inputs["c_crossattn"].cond.shape[1] if "c_crossattn" in inputs else 0
         latents = inputs["ref_latents"].cond if "ref_latents" in inputs else []
-        strengths = _padded(cond.get("subject_reference_strengths"), len(latents), 1.0)
-        masks = _padded(cond.get("subject_reference_masks"), len(latents), None)
+        strengths, masks = strengths_and_masks(cond, len(latents))
         references = [
             reference_log_strength(latent.shape, patch, vae * strength, mask)
             for latent, strength, mask in zip(latents, strengths, masks)
@@ -204,12 +201,6 @@ class StagedGuider(comfy.samplers.CFGGuider):
 def _name(which: str, variant: int) -> str:
     """Condition names: the first variant bears the host's own, which its control and area code looks for."""
     return which if variant == 0 else f"{which} stage {variant}"
-
-
-def _padded(values: Iterable | None, count: int, default) -> list:
-    """One value per reference latent; references that other nodes appended have none of ours."""
-    values = list(values or [])
-    return (values + [default] * count)[:count]
 
 
 def _covered(cond: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:

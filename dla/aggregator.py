@@ -130,6 +130,12 @@ class Context:
     modality: Tensor  # (B, T') uint8, Modality; TEMPLATE at padding
     image_index: Tensor  # (B, T') int16, -1 for tokens that belong to no reference image
 
+    def row(self, index: int) -> "Context":
+        """One prompt of the batch, without padding."""
+        keep = self.attention_mask[index]
+        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
+        return Context(*(value[index : index + 1, keep] for value in rows))
+
 
 class DualLayerAggregator(nn.Module):
     """Pools the layers of every token, text and image tokens each with a pooling of their own, and maps the result to

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .aggregator import DLAConfig, DualLayerAggregator
 from .features import describe_layers
+from .files import save_tensors
 
 METADATA_KEY = "subject_dla"
 FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,17 +44,7 @@ def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in dla.state_dict().items()}
     check_finite(path, state)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(dla.config.to_dict())})
-        umask = os.umask(0)  # mkstemp makes files for the owner alone
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    save_tensors(path, state, {METADATA_KEY: json.dumps(dla.config.to_dict())})
 
 
 def read_config(path: str | os.PathLike) -> DLAConfig:

@@ -1,0 +1,43 @@
+"""Files that are the old ones or the new ones, never a part."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yields a temporary path in the same folder, which takes the place of `path` at the end, on the disk for good."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        umask = os.umask(0)  # mkstemp makes files for the owner alone
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def sync(path) -> None:
+    """Waits until a file has reached the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def save_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

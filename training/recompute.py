@@ -1,0 +1,82 @@
+"""Activation checkpointing that is right for blocks which work in place, as the host's DiTs do.
+
+torch's own checkpointing keeps a block's inputs and the recomputed activations by reference; ComfyUI's FLUX and OmniGen2
+write into both (`img += ...`), which gives wrong gradients without a word. Here every run works on copies of the inputs,
+and autograd is told of the writes by `allow_mutation_on_saved_tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Sequence[nn.Parameter]] = lambda _: ()):
+    """Inside, each of `blocks` keeps its inputs alone and is computed again in the backward pass.
+
+    trained: the parameters that a block reaches and that learn (a LoRA's); all its own are taken to be frozen. The
+    blocks' `forward` is covered by an attribute of the instance for the while, whatever stood there before.
+    """
+    covered = []
+    try:
+        for block in blocks:
+            before = block.__dict__.get("forward")
+            covered.append((block, before))
+            block.forward = _recomputing(block.forward, list(trained(block)))
+        yield
+    finally:
+        for block, before in covered:
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before
+
+
+def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        leaves, layout = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+        def block(tensors: Sequence[Tensor]):
+            inputs = list(leaves)
+            for place, tensor in zip(places, tensors):
+                inputs[place] = tensor.clone()
+            args, kwargs = tree_unflatten(inputs, layout)
+            return forward(*args, **kwargs)
+
+        out = _Recompute.apply(block, len(places), *(leaves[i] for i in places), *parameters)
+        for place in places:
+            leaves[place] = None  # kept by the function, which knows when they are done with
+        return out
+
+    return run
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, block, count: int, *tensors):
+        ctx.block, ctx.count = block, count
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return block(tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        tensors = ctx.saved_tensors
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.count], ctx.needs_input_grad[2:])]
+        wanted = [t for t in (*inputs, *tensors[ctx.count :]) if t.requires_grad]
+        with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            out = ctx.block(inputs)
+            out = (out,) if isinstance(out, Tensor) else out
+            reached = [(o, g) for o, g in zip(out, gradients) if o.requires_grad and g is not None]
+            found = iter(
+                torch.autograd.grad([o for o, _ in reached], wanted, [g for _, g in reached], allow_unused=True)
+            )
+        return None, None, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[ctx.count :]))

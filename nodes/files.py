@@ -9,6 +9,7 @@ KINDS = {
     "dla": "a .safetensors file made by this pack's training",
     "diffusion_models": "the DiT's weights",
     "vae": "the VAE's weights",
+    "loras": "a LoRA of the diffusion model",
 }
 
 

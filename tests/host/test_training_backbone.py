@@ -1,0 +1,188 @@
+"""Gradients through the host's DiTs (full width, one layer, the host's own loaders), and a LoRA that the host reads."""
+
+import gc
+
+import comfy.ldm.flux.math
+import comfy.sd
+import pytest
+import torch
+from subject_dla.dla.aggregator import Context
+from subject_dla.training.backbone import Backbone, GradientError
+from subject_dla.training.lora import LoRA
+from tests.small.dit import load, tiny_flux
+
+
+class Problem:
+    """A loss of one DiT: two prompts of unequal length, a reference, flow times of their own."""
+
+    def __init__(self, model, family):
+        self.backbone, self.family = Backbone(model), family
+        self.backbone.load()
+        frames = (1,) if family == "qwen_image" else ()
+        draw = torch.Generator().manual_seed(0)
+        shape = (2, self.backbone.latent_channels, *frames)
+        self.noisy, self.target = (torch.randn(*shape, 16, 16, generator=draw) for _ in range(2))
+        self.reference = torch.randn(*shape, 8, 12, generator=draw)
+        self.tokens = torch.randn(2, 7, self.backbone.context_width, generator=draw)
+        self.mask = torch.ones(2, 7, dtype=torch.bool)
+        self.mask[1, 5:] = False
+        self.t = torch.tensor([0.7, 0.3])
+        self.draw = draw
+
+    def velocity(self, tokens, mask=None, rows=slice(None), references=True):
+        mask = self.mask if mask is None else mask
+        none = torch.zeros(mask.shape, dtype=torch.uint8)
+        context = Context(tokens, mask, none, none.to(torch.int16)) if tokens is not None else None
+        return self.backbone.velocity(
+            self.noisy[rows],
+            self.t[rows],
+            context,
+            [self.reference[rows]] if references else [],
+            method="uxo" if self.family == "flux" else None,
+            guidance=1.0 if self.family == "flux" else None,
+        )
+
+    def loss(self, tokens):
+        return (self.velocity(tokens) - self.target).square().mean()
+
+    def gradients(self, checkpointing, parameters=()):
+        self.backbone.checkpointing = checkpointing
+        tokens = self.tokens.clone().requires_grad_()
+        for parameter in parameters:
+            parameter.grad = None
+        with self.backbone.gradients():
+            self.loss(tokens).backward()
+        return [tokens.grad] + [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+@pytest.fixture(scope="module", params=["flux", "qwen_image", "omnigen2"])
+def problem(request):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        with torch.inference_mode():  # as a node of the host loads it
+            model = load(request.param, monkeypatch)
+        yield Problem(model, request.param)
+    gc.collect()
+
+
+def difference(loss, point, direction, size=1e-2):
+    with torch.no_grad():
+        return (loss(point + size * direction) - loss(point - size * direction)) / (2 * size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_of_the_context(problem, checkpointing):
+    (gradient,) = problem.gradients(checkpointing)
+    assert gradient[1, 5:].abs().max() == 0  # padding has no say
+    directions = [gradient / gradient.norm() * 30]
+    directions += [torch.randn(gradient.shape, generator=problem.draw) for _ in range(3)]
+    found = torch.stack([difference(problem.loss, problem.tokens, d) for d in directions])
+    ours = torch.stack([(gradient * d).sum() for d in directions])
+    assert (found - ours).norm() / found.norm() < 1e-2
+
+
+def test_gradients_of_a_lora_and_the_host_reads_it(problem, tmp_path):
+    backbone = problem.backbone
+    lora = backbone.lora = LoRA(backbone.dit, problem.family, 4, alpha=2.0)
+    lora.attach()
+    try:
+        bare = problem.velocity(problem.tokens).detach()
+        parameters = list(lora.parameters())
+        with torch.no_grad():
+            for parameter in lora.B.parameters():
+                parameter.normal_(0, 0.05, generator=problem.draw)
+        plain, again = problem.gradients(False, parameters), problem.gradients(True, parameters)
+        for a, b in zip(plain, again):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) + 1e-9)
+        assert sum(float(g.abs().sum()) > 0 for g in plain) >= len(plain) - 4  # the last block of Qwen-Image makes text that nothing reads
+
+        start = [p.detach().clone() for p in parameters]
+        gradients = plain[1:]
+        scale = sum(g.square().sum() for g in gradients).sqrt()
+
+        def loss(shift):
+            for p, s, g in zip(parameters, start, gradients):
+                p.data = s + shift * g / scale
+            return problem.loss(problem.tokens)
+
+        found = difference(loss, torch.zeros(()), torch.ones(()), 3e-2)
+        assert abs(found - scale) / scale < 2e-2
+        for p, s in zip(parameters, start):
+            p.data = s
+        with torch.no_grad():
+            ours = problem.velocity(problem.tokens)
+        assert not torch.allclose(ours, bare, atol=1e-3)
+    finally:
+        lora.detach()
+        backbone.lora = None
+
+    lora.save(tmp_path / "lora.safetensors")
+    weights = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"), safe_load=True)
+    patched, _ = comfy.sd.load_lora_for_models(backbone.patcher, None, weights, 1.0, 0)
+    assert len(patched.patches) == len(lora.parts)
+    problem.backbone = Backbone(patched)
+    try:
+        problem.backbone.load()
+        with torch.no_grad():
+            theirs = problem.velocity(problem.tokens)
+        assert torch.allclose(theirs, ours, atol=2e-4 * float(ours.abs().max()))
+    finally:
+        patched.unpatch_model()
+        problem.backbone = backbone
+        backbone.load()
+
+
+@torch.no_grad()
+def test_padding_is_not_there(problem):
+    both = problem.velocity(problem.tokens)
+    alone = problem.velocity(problem.tokens[1:, :5], torch.ones(1, 5, dtype=torch.bool), slice(1, 2))
+    assert torch.allclose(both[1:], alone, atol=2e-4 * float(alone.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mllm, vae, name", [(1, 1, "both"), (1, 0, "mllm_only"), (0, 1, "vae_only")])
+def test_what_is_trained_is_what_is_sampled(problem, mllm, vae, name):
+    """One Euler step from noise is the whole way along the velocity."""
+    from subject_dla.sampling.guider import StagedGuider
+    from subject_dla.sampling.stages import preset
+
+    backbone, tokens = problem.backbone, problem.tokens[:1]
+    values = {"reference_latents": [problem.reference[:1]], "pooled_output": None}
+    if problem.family == "flux":
+        values |= {"reference_latents_method": "uxo", "guidance": 1.0}
+    if problem.family == "omnigen2":
+        values["attention_mask"] = torch.ones(1, 7, dtype=torch.long)
+    guider = StagedGuider(backbone.patcher, preset(name))
+    guider.set_conds([[tokens, values]])
+    guider.set_cfg(1.0)
+    noise, sampler = problem.noisy[:1], comfy.samplers.sampler_object("euler")
+    sampled = guider.sample(noise, torch.zeros_like(noise), sampler, torch.tensor([1.0, 0.0]), disable_pbar=True)
+    problem.t = torch.ones(2)
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    velocity = problem.velocity(tokens if mllm else None, mask, slice(0, 1), bool(vae))
+    problem.t = torch.tensor([0.7, 0.3])
+    assert torch.allclose(noise - velocity, backbone.latent(sampled), atol=2e-4 * float(velocity.abs().max()))
+
+
+@pytest.mark.parametrize("broken", ["no gradient", "wrong gradient"])
+def test_a_host_without_right_gradients_is_refused(monkeypatch, broken):
+    model = tiny_flux()
+    Backbone(model)
+    original = comfy.ldm.flux.math.apply_rope
+
+    def kernel(q, k, angles):
+        if broken == "no gradient":
+            return original(q.detach(), k.detach(), angles)
+        return tuple(x + 0.5 * (x - x.detach()) for x in original(q, k, angles))
+
+    monkeypatch.setattr(comfy.ldm.flux.math, "apply_rope", kernel)
+    with pytest.raises(GradientError, match="0.14"):
+        Backbone(model)
+
+
+def test_blocks_get_their_forward_back(monkeypatch):
+    backbone = Backbone(tiny_flux())
+    block = backbone.dit.double_blocks[0]
+    with pytest.raises(KeyError), backbone.gradients():
+        assert "forward" in vars(block)
+        raise KeyError
+    assert "forward" not in vars(block)

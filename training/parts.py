@@ -1,0 +1,64 @@
+"""From the names in a recipe to what a run trains with, through the host's loaders and this pack's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..loaders import folders
+from ..loaders.dit import load_dit
+from ..loaders.mllm import load_mllm, mllm_from_clip
+from ..loaders.pipeline import load_vae
+from .loop import Parts
+from .recipe import Models, Recipe, RecipeError
+
+
+def load_parts(recipe: Recipe) -> Parts:
+    """Loads what [models] names. Raises ValueError for a file that is missing or does not fit."""
+    models = recipe.models
+    for name in ("diffusion_model", "vae"):
+        if not getattr(models, name):
+            raise RecipeError(f"models.{name} is empty, expected {_meaning(name)}.")
+    if bool(models.mllm) == bool(models.text_encoder):
+        raise RecipeError(
+            "Expected one of models.mllm and models.text_encoder, the MLLM as a folder or as a CLIP file."
+        )
+    if bool(models.clip) != bool(models.t5):
+        raise RecipeError(
+            "models.clip and models.t5 go together (the host's Load CLIP for FLUX), expected both or none."
+        )
+    dit = load_dit(models.diffusion_model, models.weight_dtype)
+    import nodes  # the host's
+
+    if models.mllm:
+        mllm = load_mllm(models.mllm, models.mllm_weight_dtype)
+    else:
+        (clip,) = nodes.CLIPLoader().load_clip(models.text_encoder, models.text_encoder_type)
+        mllm = mllm_from_clip(clip, models.text_encoder)
+    pooled = nodes.DualCLIPLoader().load_clip(models.clip, models.t5, "flux")[0] if models.clip else None
+    return Parts(dit, load_vae(models.vae), mllm, pooled, *starts(recipe))
+
+
+def starts(recipe: Recipe) -> tuple[Path | None, Path | None]:
+    """Files of the DLA and the LoRA that a run goes on from. Raises ValueError where they are not there."""
+    import folder_paths
+
+    run = recipe.run
+    dla = folders.find("dla", run.start_dla) if run.start_dla else None
+    lora = folder_paths.get_full_path_or_raise("loras", run.start_lora) if run.start_lora else None
+    if lora and not recipe.lora.rank:
+        raise RecipeError(f"run.start_lora is {run.start_lora!r}, but lora.rank is 0. Set the rank of that LoRA.")
+    return dla, Path(lora) if lora else None
+
+
+def homes(output: Path | None = None) -> tuple[Path, Path, tuple[Path, Path]]:
+    """Folders under the host's output folder (or `output`) for runs and for what is cached, and those of finished DLAs
+    and LoRAs: the first that the host knows for each."""
+    import folder_paths
+
+    base = Path(output or folder_paths.get_output_directory()) / "subject_dla"
+    first = tuple(Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("dla", "loras"))
+    return base / "runs", base / "cache", first
+
+
+def _meaning(name: str) -> str:
+    return Models.__dataclass_fields__[name].metadata["help"]

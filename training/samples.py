@@ -1,0 +1,55 @@
+"""Pictures of a run as it goes: references, target, and what the weights of the moment make of the prompt."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..dla.aggregator import aggregate
+from ..sampling.sample import staged_sample
+from ..sampling.stages import preset
+from .batches import Batch
+from .plots import contact_sheet
+
+PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
+
+
+@torch.no_grad()
+def sample_sheet(run) -> Image.Image:
+    """One row for each of the first held-out examples (or training examples, where none are held out)."""
+    options, batches = run.recipe.run, run.held_out or run.batches
+    passes = batches.held_out(options.samples)
+    empty = batches.features.get("", ())
+    rows = []
+    for example, batch in zip(batches.examples, passes):
+        negative = _conditioning(run, batch, empty.features, empty.pooled)
+        positive = _conditioning(run, batch, batch.features, batch.pooled)
+        pictures = [_decode(run, latent) for latent in (*batch.references, batch.clean)]
+        titles = [f"reference {number + 1}" for number in range(len(batch.references))] + ["target"]
+        for title, name in PRESETS[run.recipe.training.stage].items():
+            sampled = staged_sample(
+                run.backbone.patcher, run.recipe.training.seed, options.sample_steps, options.sample_cfg, "euler", "simple",
+                positive, negative, {"samples": torch.zeros_like(batch.clean)}, 1.0, preset(name),
+            )  # fmt: skip
+            pictures.append(_decode(run, sampled["samples"]))
+            titles.append(title)
+        rows.append((f"{example.prompt}\n{' | '.join(titles)}", pictures))
+    return contact_sheet(rows)
+
+
+def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
+    """The host's CONDITIONING, as Aggregate Layers and Add Identity would make it."""
+    context = aggregate(features, run.dla, device=run.backbone.device)
+    values = {"pooled_output": pooled, "guidance": run.recipe.training.guidance}
+    values["attention_mask"] = context.attention_mask.long()
+    values["reference_latents"] = list(batch.references)
+    if run.method is not None:
+        values["reference_latents_method"] = run.method
+    return [[context.tokens.cpu(), values]]
+
+
+def _decode(run, latent: Tensor) -> Image.Image:
+    pixels = run.parts.vae.decode(latent)
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0].float().clamp(0, 1)
+    return Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))

@@ -1,0 +1,49 @@
+"""One pass: DLA, DiT, loss. The module that data parallelism wraps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dla.aggregator import DualLayerAggregator, aggregate
+from .backbone import Backbone
+from .batches import Batch
+from .flow import losses, noisy, weight
+from .lora import LoRA
+
+
+class TrainingStep(nn.Module):
+    """The DLA and, where asked for, the LoRA: what learns. The DiT is reached through `backbone`, which is no part."""
+
+    def __init__(self, dla: DualLayerAggregator, lora: LoRA | None, backbone: Backbone, method: str | None, recipe):
+        super().__init__()
+        self.dla, self.lora = dla, lora
+        self._frozen = (backbone,)
+        self.method, self.training_options = method, recipe.training
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._frozen[0]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Weighted flow-matching losses (b,), fp32."""
+        backbone, options = self.backbone, self.training_options
+        t = batch.t.to(backbone.device)
+        clean, noise = backbone.latent(batch.clean), batch.noise.to(backbone.device)
+        context = None
+        if batch.features is not None:
+            context = aggregate(batch.features, self.dla, device=backbone.device)
+        velocity = backbone.velocity(
+            noisy(clean, noise, t),
+            t,
+            context,
+            list(batch.references),
+            method=self.method,
+            pooled=None if batch.pooled is None else batch.pooled.to(backbone.device),
+            guidance=options.guidance if backbone.family == "flux" else None,
+        )
+        return losses(velocity, clean, noise) * weight(t, options.weighting)
+
+    def untouched(self) -> Tensor:
+        """Zero, by way of every parameter: data parallelism waits for a gradient of each."""
+        return sum((parameter.sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))

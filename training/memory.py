@@ -1,11 +1,15 @@
 """How much device memory training takes. Computed from the models' structure, not measured on a GPU.
 
-What autograd keeps is counted map by map from the host's blocks, for weights that are frozen and context tokens that want
-gradients; tests compare the count with what autograd really saves in one-layer models of full width. Assumed: attention
-that keeps queries, keys, values and output (flash, memory efficient), fused RMS norms (PyTorch 2.9 and newer on CUDA;
-before, the norms' inputs are kept in fp32: up to a fifth more without checkpointing), trained weights, their gradients
-and AdamW's moments in fp32, an optimiser step without temporaries of its own (AdamW with fused=True), one device. Data
-parallel training adds 4 bytes per trained parameter.
+What autograd keeps is counted map by map from the host's blocks, for weights that are frozen and context tokens that
+want gradients; tests compare the count with what autograd really saves in one-layer models of full width, and the sum
+with the allocator's peak on a CPU. Assumed:
+
+- attention keeps queries, keys, values and output (flash, memory efficient);
+- RMS norms are fused, as newer PyTorch has them on CUDA; else their inputs are kept in fp32, which without checkpointing
+  takes up to a quarter more activations;
+- trained weights, their gradients and AdamW's moments are fp32, and the optimiser's step has no temporaries of its own
+  (AdamW with fused=True; its foreach form takes 4 bytes more per trained parameter);
+- one device; data parallel training takes 4 bytes more per trained parameter.
 """
 
 from __future__ import annotations
@@ -195,8 +199,8 @@ def estimate(
     """Memory of a training step on one device. The VAE and the MLLM are not on it then: their outputs are cached, or
     they are offloaded by the host, see `encoding`.
 
-    family: "flux", "qwen_image", "omnigen2" at their real sizes, or sizes of one's own. resolution: side of a square, or
-    (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and image
+    family: "flux", "qwen_image", "omnigen2" at their real sizes, or sizes of one's own. resolution: side of a square,
+    or (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and image
     tokens of the MLLM. mllm: its (layers, width), None = the family's. dla_parameters: None = a new DLA's.
     weight_bytes: of the frozen DiT's storage, 2 = bf16, 1 = fp8; compute_bytes: of its arithmetic.
     Raises ValueError for an unknown family or optimizer.
@@ -266,21 +270,14 @@ def new_dla_parameters(family: str, layers: int, width: int) -> int:
 def fits(
     families: Sequence[str] = tuple(DITS), resolutions: Sequence[int] = (512, 1024), ranks: Sequence[int] = (0, 16, 512)
 ) -> str:
-    """Two markdown tables: GiB of a training step with / without checkpointing, and what fits on cards of 24, 48, 80 GB.
+    """Two markdown tables: GiB of a step with / without checkpointing, and what fits on cards of 24, 48 and 80 GB.
 
     Batch 1, one reference of 512 px, 512 context tokens. "MLLM encodes": GiB while the MLLM (bf16) encodes between
     steps, with AdamW or 8-bit AdamW; where its features are cached, that is over before training. The second table
     names the settings nearest to full precision, then without checkpointing. Computed, not measured on a GPU.
     """
-    sizes = [
-        [
-            "DiT",
-            "trained",
-            "px",
-            *(f"{w}, {o}" for w in STORAGES.values() for o in OPTIMIZER_NAMES.values()),
-            "MLLM encodes",
-        ]
-    ]
+    storages = [f"{w}, {o}" for w, o in product(STORAGES.values(), OPTIMIZER_NAMES.values())]
+    sizes = [["DiT", "trained", "px", *storages, "MLLM encodes"]]
     cards = [["DiT", "trained", "px", *(f"{card} GB" for card in CARDS)]]
     for family, rank, resolution in product(families, ranks, resolutions):
         head = [DIT_NAMES[family], f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]

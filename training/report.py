@@ -63,7 +63,7 @@ def stages(rows: Sequence[Loss]) -> list[str]:
 
 
 def table(rows: Sequence[Loss]) -> str:
-    """Markdown, columns aligned: a line per condition, a column per stage and one for all flow times; mean and interval."""
+    """Markdown, columns aligned: a line per condition, a column per stage and one for all; mean and interval."""
     rows = with_all(rows)
     cells = {(row.condition, row.stage): f"{row.mean:.4f} ({row.low:.4f} to {row.high:.4f})" for row in rows}
     columns = stages(rows)

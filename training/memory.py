@@ -5,8 +5,8 @@ want gradients; tests compare the count with what autograd really saves in one-l
 with the allocator's peak on a CPU. Assumed:
 
 - attention keeps queries, keys, values and output (flash, memory efficient);
-- RMS norms are fused, as newer PyTorch has them on CUDA; else their inputs are kept in fp32, which without checkpointing
-  takes up to a quarter more activations;
+- RMS norms are fused, as newer PyTorch has them on CUDA; else their inputs are kept in fp32, up to a quarter more
+  activations without checkpointing;
 - trained weights, their gradients and AdamW's moments are fp32, and the optimiser's step has no temporaries of its own
   (AdamW with fused=True; its foreach form takes 4 bytes more per trained parameter);
 - one device; data parallel training takes 4 bytes more per trained parameter.
@@ -200,8 +200,8 @@ def estimate(
     they are offloaded by the host, see `encoding`.
 
     family: "flux", "qwen_image", "omnigen2" at their real sizes, or sizes of one's own. resolution: side of a square,
-    or (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and image
-    tokens of the MLLM. mllm: its (layers, width), None = the family's. dla_parameters: None = a new DLA's.
+    or (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and
+    image tokens of the MLLM. mllm: its (layers, width), None = the family's. dla_parameters: None = a new DLA's.
     weight_bytes: of the frozen DiT's storage, 2 = bf16, 1 = fp8; compute_bytes: of its arithmetic.
     Raises ValueError for an unknown family or optimizer.
     """
@@ -273,7 +273,7 @@ def fits(
     """Two markdown tables: GiB of a step with / without checkpointing, and what fits on cards of 24, 48 and 80 GB.
 
     Batch 1, one reference of 512 px, 512 context tokens. "MLLM encodes": GiB while the MLLM (bf16) encodes between
-    steps, with AdamW or 8-bit AdamW; where its features are cached, that is over before training. The second table
+    steps, with AdamW's moments beside it; where its features are cached, that is over before training. The second table
     names the settings nearest to full precision, then without checkpointing. Computed, not measured on a GPU.
     """
     storages = [f"{w}, {o}" for w, o in product(STORAGES.values(), OPTIMIZER_NAMES.values())]
@@ -296,8 +296,8 @@ def fits(
             " / ".join(f"{steps[weight, optimizer, again].total / GIB:.0f}" for again in (True, False))
             for weight, optimizer in product(STORAGES, OPTIMIZER_NAMES)
         ]
-        encodes = [encoding(MLLMS[family], steps[2, optimizer, True]) / GIB for optimizer in OPTIMIZER_NAMES]
-        sizes.append([*head, *cells, " or ".join(dict.fromkeys(f"{gib:.0f}" for gib in encodes))])
+        encodes = encoding(MLLMS[family], steps[2, "adamw", True])
+        sizes.append([*head, *cells, f"{encodes / GIB:.0f}"])
         cards.append([*head, *(_first_that_fits(steps, MLLMS[family], card) for card in CARDS)])
     return f"{markdown(sizes)}\n\n{markdown(cards)}\n"
 

@@ -72,7 +72,8 @@ class Result:
     lora: Path | None
     step: int
     losses: list[float]  # of every step since the run began
-    validation: dict[int, list[Loss]]
+    validation: dict[int, list[Loss]]  # by step
+    held_out: dict[int, float]  # by step, as comparable with the training loss
     problems: tuple[str, ...]
     curve: Image.Image = field(repr=False)
 
@@ -326,9 +327,11 @@ class Run:
         self.listen(Progress(self.step, self.recipe.steps, text=text, picture=picture))
 
     def curve(self) -> Image.Image:
-        """Training losses, and the held-out loss as this run weighs conditions and flow times."""
-        held_out = [(step, self.held_out_loss(rows)) for step, rows in sorted(self.validation.items())]
-        return loss_curve(range(1, len(self.losses) + 1), self.losses, held_out, self.recipe.run.name)
+        steps = range(1, len(self.losses) + 1)
+        return loss_curve(steps, self.losses, list(self.held_out_losses().items()), self.recipe.run.name)
+
+    def held_out_losses(self) -> dict[int, float]:
+        return {step: self.held_out_loss(rows) for step, rows in sorted(self.validation.items())}
 
     def held_out_loss(self, rows: list[Loss]) -> float:
         """Mean over `rows`, each weighed as often as training meets its condition and its flow times."""
@@ -348,7 +351,8 @@ class Run:
     def _result(self) -> Result:
         if not hasattr(self, "files"):
             self.files = export(self)
-        return Result(*self.files, self.step, self.losses, self.validation, self.data.problems, self.curve())
+        found = (self.validation, self.held_out_losses(), self.data.problems, self.curve())
+        return Result(*self.files, self.step, self.losses, *found)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says of the run."""

@@ -135,15 +135,16 @@ def load(family: str, monkeypatch):
     return comfy.sd.load_diffusion_model_state_dict(state_dict(family))
 
 
-def tiny_flux(context_width: int = 24, seed: int = 0):
+def tiny_flux(context_width: int = 24, seed: int = 0, sizes: dict | None = None, **depths: int):
     """A FLUX of 32 channels and a few thousand parameters, for what needs many runs; built by the pack's own loader."""
     import comfy.ops
 
     from subject_dla.loaders.dit import build_dit
 
     # what the host's detection takes for granted; the oldest takes the widths for granted too
-    sizes = dict(num_heads=2, axes_dim=[4, 6, 6], hidden_size=32, context_in_dim=context_width, vec_in_dim=8)
-    config = _config("flux") | dict(depth=2) | sizes
+    small = dict(num_heads=2, axes_dim=[4, 6, 6], hidden_size=32, context_in_dim=context_width, vec_in_dim=8)
+    sizes = small | (sizes or {})
+    config = _config("flux") | dict(depth=2) | depths | sizes
     config = {k: v for k, v in config.items() if k != "txt_ids_dims" or _takes_txt_ids()}
     model = _class("flux")(**config, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     return build_dit(_random(model, torch.float32, seed, spread=0.2), sizes, {}, "tiny flux")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from math import sqrt
+from math import log, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ ORDER = 100  # stream of random numbers, see flow.generator
 def bucket(width: int, height: int, side: int, grid: int = 16) -> tuple[int, int]:
     """(width, height) in px of about side * side, in multiples of `grid`, of the ratio in RATIOS that is nearest."""
     ratios = [*RATIOS, *(1 / ratio for ratio in RATIOS[:-1])]
-    ratio = min(ratios, key=lambda ratio: abs(torch.tensor(width / height / ratio).log().item()))
+    ratio = min(ratios, key=lambda ratio: abs(log(width / height / ratio)))
     return tuple(max(grid, round(side * scale / grid) * grid) for scale in (sqrt(ratio), 1 / sqrt(ratio)))
 
 

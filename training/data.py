@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
-import numpy
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from .pictures import ImageProblem, load_picture, shown_size, whole_pictures
+
+__all__ = ["Collection", "DataError", "Example", "ImageProblem", "load_picture", "read_data"]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = (".json", ".jsonl")
+REFERENCES = ("image_paths", "image_path")
 TARGETS = ("image_tgt_path", "target_path", "target")  # UNO's key first
 
 
 class DataError(ValueError):
     """Data that nothing can be learnt from; the text says what was found."""
-
-
-class ImageProblem(ValueError):
-    """A picture that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Collection:
     training: tuple[Example, ...]
     validation: tuple[Example, ...]
     problems: tuple[str, ...]  # a line for each picture or entry left out
-    fingerprint: str  # of the examples and their files
+    fingerprint: str  # of the examples, their order, split and files
 
 
 def read_data(
@@ -56,197 +54,238 @@ def read_data(
     max_references: int = 4,
     pairs_per_target: int = 4,
 ) -> Collection:
-    """The examples of a folder of subjects or of a .json or .jsonl list.
+    """The examples of a folder of subjects or of a .json or .jsonl list. Every picture is decoded once.
 
     Folder: SUBJECT/*.{jpg,png,webp}; a picture with a caption (the .txt of its name) is a target, its references are
     other pictures of the subject, `pairs_per_target` of them in turn. Pictures right in the folder are one subject.
-    List: objects with `prompt`, `image_paths` (or `image_path`), `image_tgt_path` and, if given, `subject`; paths are
-    relative to the list's folder and stay in it. validation: share of subjects held out (of targets, where there is one
-    subject), or a source of its own. Raises DataError where nothing is left.
+    List: objects with `prompt`, `image_paths` (or `image_path`), `image_tgt_path` and, if given, `subject` (else the
+    first reference's path); paths are relative to the list's folder and stay in it. validation: share of subjects held
+    out, see `held_out`, or a source of its own. Raises DataError where nothing is left.
     """
     reader = _Reader(seed, max_references, pairs_per_target)
-    examples = reader.read(Path(source))
-    if not examples:
-        raise DataError(
-            f"{source}: nothing to train on; {len(reader.problems)} entries could not be used"
-            + "".join(f"\n- {problem}" for problem in reader.problems[:3])
-        )
-    if isinstance(validation, Path):
-        held_out = set()
-        extra = reader.read(validation)
+    examples, root = reader.read(Path(source)), _root(Path(source))
+    if isinstance(validation, (str, Path)):
+        kept, out, other = examples, reader.read(Path(validation)), _root(Path(validation))
     else:
-        held_out, extra = _held_out(examples, validation, seed), []
-    kept = tuple(e for e in examples if _key(e, held_out) not in held_out)
-    out = tuple(e for e in examples if _key(e, held_out) in held_out) + tuple(extra)
-    return Collection(kept, out, tuple(reader.problems), _fingerprint((*kept, *out), Path(source)))
+        sides = held_out(examples, validation, seed, root)
+        kept = [example for example, side in zip(examples, sides) if not side]
+        out, other = [example for example, side in zip(examples, sides) if side], root
+    lines = [*_lines("training", kept, root), *_lines("validation", out, other)]
+    fingerprint = hashlib.sha256(_bytes("\n".join(lines))).hexdigest()
+    return Collection(tuple(kept), tuple(out), tuple(reader.problems), fingerprint)
 
 
-def load_picture(path: Path) -> Tensor:
-    """(H, W, 3) float32 in 0..1: turned as its EXIF says, transparency over white. Raises ImageProblem."""
-    picture = numpy.asarray(_open(path), dtype=numpy.float32) / 255
-    return torch.from_numpy(picture)
+def held_out(examples: Sequence[Example], share: float, seed: int, root: Path) -> list[bool]:
+    """For each example whether it is held out: each subject is, with probability `share`, by a hash of its name, so that
+    a new subject does not move the others; but one at least is, and one is not (of the lowest and highest hash).
 
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):  # 16 bit: Pillow would clip at 255
-                values = numpy.asarray(picture, dtype=numpy.float64)
-                picture = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).astype("uint8"))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageProblem(f"{path.name} cannot be read as a picture ({error})") from None
+    Subjects that share a picture go together; where that leaves one group, subjects are split, and where there is one
+    subject, targets.
+    """
+    if share <= 0:
+        return [False] * len(examples)
+    targets = [_relative(example.target, root) for example in examples]
+    for names in (_linked(examples), [example.subject for example in examples], targets):
+        groups = sorted(set(names), key=lambda name: (_number(seed, name), name))
+        if len(groups) > 1:
+            out = {name for name in groups if _number(seed, name) < share} or {groups[0]}
+            return [name in out - {groups[-1]} for name in names]
+    return [False] * len(examples)
 
 
 class _Reader:
     def __init__(self, seed: int, max_references: int, pairs_per_target: int):
         self.seed, self.max_references, self.pairs = seed, max_references, pairs_per_target
         self.problems: list[str] = []
-        self._sizes: dict[Path, tuple[int, int] | None] = {}
+        self._found: dict[Path, tuple[int, int] | str] = {}  # a picture's size, or what is wrong with it
 
     def read(self, source: Path) -> list[Example]:
+        before = len(self.problems)
+        if not source.exists():
+            raise DataError(f"{source}: there is no such folder or file.")
         if source.is_dir():
-            return self._folder(source)
-        if source.suffix.lower() not in LISTS:
+            examples = self._folder(source)
+        elif source.suffix.lower() not in LISTS:
             raise DataError(f"{source}: expected a folder of subjects, or a list ending in {' or '.join(LISTS)}.")
-        if not source.is_file():
-            raise DataError(f"{source}: there is no such file.")
-        return self._list(source)
+        else:
+            examples = self._list(source)
+        if not examples:
+            found = self.problems[before:]
+            raise DataError(
+                f"{source}: nothing to train on, {len(found)} problem(s) found. Expected a folder of subjects with a .txt"
+                " beside each target, or a list with prompt, image_paths and image_tgt_path."
+                + "".join(f"\n- {problem}" for problem in found[:3])
+            )
+        return examples
+
+    def problem(self, where: str, text: str) -> None:
+        line = f"{where}: {text}"[:400]
+        self.problems.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+    def look(self, paths: Iterable[Path]) -> None:
+        """Decodes pictures, several at a time."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._found]
+        with whole_pictures(), ThreadPoolExecutor(8) as pool:
+            self._found.update(zip(new, pool.map(_size_or_problem, new)))
 
     def size(self, path: Path, where: str) -> tuple[int, int] | None:
-        """Of a picture that decodes; else None and a problem."""
-        if path not in self._sizes:
-            try:
-                self._sizes[path] = _open(path).size
-            except ImageProblem as problem:
-                self._sizes[path] = None
-                self.problems.append(f"{where}: {problem}")
-                return None
-        elif self._sizes[path] is None:
-            self.problems.append(f"{where}: {path.name} cannot be read as a picture")
-        return self._sizes[path]
+        found = self._found[path]
+        return self.problem(where, found) if isinstance(found, str) else found
 
     def _folder(self, root: Path) -> list[Example]:
-        out = []
-        homes = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        for home in [root, *homes]:
-            files = sorted(path for path in home.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
-            if not files and home == root:
-                continue
-            name = home.name
-            sizes = {path: size for path in files if (size := self.size(path, f"{name}/{path.name}"))}
-            if len(sizes) < 2:
-                self.problems.append(f"{name}: {len(sizes)} picture(s), expected at least two of a subject")
-                continue
-            captions = {path: self._caption(path) for path in sizes}
-            if not any(captions.values()):
-                self.problems.append(f"{name}: no picture has a caption, expected a .txt beside each target")
-            for target in (path for path in sizes if captions[path]):
-                others = sorted(
-                    (path for path in sizes if path != target),
-                    key=lambda path: _number(self.seed, name, target.name, path.name),
-                )
-                for reference in others[: self.pairs]:
-                    out.append(
-                        Example(captions[target], (reference,), target, name, sizes[target], (sizes[reference],))
-                    )
-        return out
+        homes = {path: self._files(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+        if loose := self._files(root):
+            homes = {root.resolve(): loose, **homes}
+        self.look(path for files in homes.values() for path in files)
+        return [example for home, files in homes.items() for example in self._subject(home.name, files)]
+
+    def _files(self, home: Path) -> list[Path]:
+        try:
+            return sorted(path for path in home.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
+        except OSError as error:
+            self.problem(home.name, f"cannot be read ({error.strerror})")
+            return []
+
+    def _subject(self, name: str, files: list[Path]) -> Iterator[Example]:
+        sizes = {path: size for path in files if (size := self.size(path, f"{name}/{path.name}"))}
+        if len(sizes) < 2:
+            return self.problem(name, f"{len(sizes)} picture(s), expected at least two of a subject")
+        captions = {path: self._caption(path) for path in sizes}
+        if not any(captions.values()):
+            self.problem(name, "no picture has a caption, expected a .txt beside each target")
+        for target in (path for path in sizes if captions[path]):
+            others = [path for path in sizes if path != target]
+            others.sort(key=lambda path: (_number(self.seed, name, target.name, path.name), path.name))
+            for other in others[: self.pairs]:
+                yield Example(captions[target], (other,), target, name, sizes[target], (sizes[other],))
 
     def _caption(self, path: Path) -> str:
-        text = path.with_suffix(".txt")
+        text, where = path.with_suffix(".txt"), f"{path.parent.name}/{path.stem}.txt"
         try:
-            return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+            if not text.is_file():
+                return ""
+            caption = text.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(f"{path.parent.name}/{text.name}: is no UTF-8 text ({error})")
-            return ""
+            return self.problem(where, f"is no UTF-8 text ({error})") or ""
+        return caption or self.problem(where, "is empty, expected a caption") or ""
 
     def _list(self, path: Path) -> list[Example]:
-        entries = self._entries(path)
-        found = (self._entry(entry, f"{path.name} entry {number}", path.parent) for number, entry in entries)
-        return [example for example in found if example is not None]
+        found = []
+        for number, entry in self._entries(path):
+            where = f"{path.name} entry {number}"
+            if parts := self._entry(entry, where, path.parent):
+                found.append((where, *parts))
+        self.look(path for _, _, _, paths in found for path in paths)
+        out = []
+        for where, prompt, subject, paths in found:
+            sizes = [self.size(path, where) for path in paths]
+            if all(sizes):
+                out.append(Example(prompt, tuple(paths[1:]), paths[0], subject, sizes[0], tuple(sizes[1:])))
+        return out
 
-    def _entries(self, path: Path) -> list[tuple[int, object]]:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    def _entries(self, path: Path) -> Iterator[tuple[int, object]]:
+        """(number from 1, value) of a list's entries; those of a .jsonl are its lines."""
         if path.suffix.lower() == ".json":
             try:
-                values = json.loads(text)
-            except ValueError as error:
+                values = json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: is not JSON ({error}). A list with an entry per line is a .jsonl.") from None
             if not isinstance(values, list):
                 raise DataError(f"{path}: holds {type(values).__name__}, expected a list of objects.")
-            return list(enumerate(values, 1))
-        out = []
-        for number, line in enumerate(text.splitlines(), 1):
+            yield from enumerate(values, 1)
+            return
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if line.strip():
                 try:
-                    out.append((number, json.loads(line)))
-                except ValueError as error:
-                    self.problems.append(f"{path.name} entry {number}: is not JSON ({error})")
-        return out
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    self.problem(f"{path.name} entry {number}", f"is not JSON ({error})")
 
-    def _entry(self, entry: object, where: str, root: Path) -> Example | None:
+    def _entry(self, entry: object, where: str, root: Path) -> tuple[str, str, list[Path]] | None:
+        """Prompt, subject, and paths of target and references."""
+
         def problem(text: str) -> None:
-            self.problems.append(f"{where}: {text}")
+            self.problem(where, text)
 
         if not isinstance(entry, dict):
             return problem(f"is {type(entry).__name__}, expected an object")
         prompt = entry.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            return problem(f"prompt is {prompt!r}, expected text")
-        names = entry.get("image_paths", entry.get("image_path"))
+        if not _is_text(prompt):
+            return problem(f"prompt is {prompt!r:.60}, expected text")
+        names = next((entry[key] for key in REFERENCES if entry.get(key) is not None), None)
         names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-            return problem(f"image_paths is {names!r}, expected a list of one path or more")
+        if not isinstance(names, list) or not names or not all(_is_text(name) for name in names):
+            return problem(f"image_paths is {names!r:.60}, expected a list of one path or more")
         if len(names) > self.max_references:
             return problem(f"has {len(names)} references, expected at most {self.max_references} (max_references)")
-        target = next((entry[key] for key in TARGETS if key in entry), None)
-        if not isinstance(target, str) or not target:
-            return problem(f"image_tgt_path is {target!r}, expected a path")
+        target = next((entry[key] for key in TARGETS if entry.get(key) is not None), None)
+        if not _is_text(target):
+            return problem(f"image_tgt_path is {target!r:.60}, expected a path")
+        subject = entry.get("subject")
+        if subject is not None and not _is_text(subject):
+            return problem(f"subject is {subject!r:.60}, expected text, or none")
         paths = []
         for name in (target, *names):
             plain = PureWindowsPath(name)  # takes both kinds of slash
-            if plain.drive or plain.root or ".." in plain.parts:
-                return problem(f"{name!r} leads out of the list's folder, expected a path inside it")
+            if plain.drive or plain.root or ".." in plain.parts or not plain.name:
+                return problem(f"{name!r:.60} leads out of the list's folder, expected a picture inside it")
             paths.append(root.joinpath(*plain.parts))
-        sizes = [self.size(path, where) for path in paths]
-        if not all(sizes):
-            return None
-        given = entry.get("subject")
-        subject = given if isinstance(given, str) and given else PurePosixPath(names[0]).with_suffix("").as_posix()
-        return Example(prompt.strip(), tuple(paths[1:]), paths[0], subject, sizes[0], tuple(sizes[1:]))
+        return prompt.strip(), subject or _relative(paths[1].with_suffix(""), root), paths
 
 
-def _held_out(examples: list[Example], share: float, seed: int) -> set[str]:
-    """Subjects (or, where there is one, targets) with the lowest hashes: adding a subject hardly moves the others."""
-    subjects = {e.subject for e in examples}
-    names = subjects if len(subjects) > 1 else {str(e.target) for e in examples}
-    if share <= 0 or len(names) < 2:
-        return set()
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    return set(sorted(names, key=lambda name: _number(seed, Path(name).name))[:count])
+def _size_or_problem(path: Path) -> tuple[int, int] | str:
+    try:
+        return shown_size(path)
+    except ImageProblem as problem:
+        return str(problem)
 
 
-def _key(example: Example, held_out: set[str]) -> str:
-    return example.subject if example.subject in held_out else str(example.target)
+def _is_text(value: object) -> bool:
+    """Something to read that UTF-8 can write (JSON may hold halves of surrogate pairs)."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _number(*parts: object) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+def _linked(examples: Sequence[Example]) -> list[str]:
+    """For each example one name for all subjects that its own shares pictures with, in one step or in several."""
+    leader: dict[object, object] = {}
 
+    def find(thing: object) -> object:
+        while leader.setdefault(thing, thing) != thing:
+            leader[thing] = leader[leader[thing]]
+            thing = leader[thing]
+        return thing
 
-def _fingerprint(examples: tuple[Example, ...], source: Path) -> str:
-    root = source if source.is_dir() else source.parent
-    lines = []
     for example in examples:
         for path in (example.target, *example.references):
+            leader[find(path)] = find(example.subject)
+    first: dict[object, str] = {}
+    for example in examples:
+        group = find(example.subject)
+        first[group] = min(first.get(group, example.subject), example.subject)
+    return [first[find(example.subject)] for example in examples]
+
+
+def _number(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone."""
+    return int(hashlib.sha256(_bytes("\0".join(map(str, parts)))).hexdigest()[:13], 16) / 16**13
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # file names need not be UTF-8
+
+
+def _root(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _lines(side: str, examples: Sequence[Example], root: Path) -> Iterator[str]:
+    """What the fingerprint is of."""
+    for example in examples:
+        yield f"{side}\0{example.subject}\0{example.prompt}"
+        for path in (example.target, *example.references):
             status = path.stat()
-            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-            lines.append(f"{example.prompt}\0{name}\0{status.st_size}\0{status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+            yield f"{_relative(path, root)}\0{status.st_size}\0{status.st_mtime_ns}"

@@ -1,0 +1,457 @@
+"""What a run learns from: damaged pictures and lists, the split, buckets, and the order of the micro-batches."""
+
+import json
+import os
+import random
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image, ImageFile
+from subject_dla.training.buckets import RATIOS, Order, bucket, crop
+from subject_dla.training.data import DataError, ImageProblem, load_picture, read_data
+
+SIZE = (64, 48)
+
+
+def painted(size=SIZE, seed=0):
+    """Smooth, so that JPEG keeps it, and not symmetric."""
+    noise = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.nn.functional.interpolate(noise, size[::-1], mode="bilinear")[0].movedim(0, -1)
+    return Image.fromarray((pixels.numpy() * 255).astype("uint8"))
+
+
+def subject(home, pictures=3, captions=None, suffix=".jpg"):
+    home.mkdir(parents=True, exist_ok=True)
+    for number in range(pictures):
+        painted(seed=seed_of(home.name) + number).save(home / f"{number}{suffix}", quality=95)
+        if captions is None or number < captions:
+            (home / f"{number}.txt").write_text(f"{home.name} seen from {number}", encoding="utf-8")
+    return home
+
+
+def seed_of(text):
+    return sum(ord(c) * (i + 1) for i, c in enumerate(text))
+
+
+def subjects(root, count, first=0):
+    for number in range(first, first + count):
+        subject(root / f"subject-{number:02d}")
+    return root
+
+
+def names(examples):
+    return {example.subject for example in examples}
+
+
+# pictures -----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_as_they_are_shown(tmp_path):
+    plain = torch.frombuffer(bytearray(painted().tobytes()), dtype=torch.uint8).reshape(48, 64, 3) / 255
+    painted().save(tmp_path / "plain.png")
+    torch.testing.assert_close(load_picture(tmp_path / "plain.png"), plain)
+
+    turned = painted().getexif()
+    turned[0x0112] = 6  # shown after a quarter turn clockwise
+    painted().save(tmp_path / "turned.png", exif=turned)
+    torch.testing.assert_close(load_picture(tmp_path / "turned.png"), plain.rot90(-1, (0, 1)))
+
+    alpha = painted().convert("RGBA")
+    alpha.putalpha(51)
+    alpha.save(tmp_path / "alpha.png")
+    torch.testing.assert_close(load_picture(tmp_path / "alpha.png"), 0.2 * plain + 0.8, atol=1.01 / 255, rtol=0)
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([9, 9, 9, 0, 0, 255])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert (load_picture(tmp_path / "palette.png") == 1).all()
+
+    deep = Image.fromarray((torch.arange(2048).reshape(32, 64) * 32).numpy().astype("uint16"))  # 0 to 65504
+    deep.save(tmp_path / "deep.png")
+    grey = load_picture(tmp_path / "deep.png")
+    torch.testing.assert_close(grey[..., 0], torch.arange(2048).reshape(32, 64) * 32 / 65535, atol=0.51 / 255, rtol=0)
+    assert (grey == grey[..., :1]).all()
+    dark = Image.fromarray(torch.full((32, 32), 200).numpy().astype("uint16"))  # nearly black, no 8 bit picture
+    dark.save(tmp_path / "dark.png")
+    assert load_picture(tmp_path / "dark.png").max() <= 1 / 255
+
+    cmyk = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    cmyk.save(tmp_path / "cmyk.jpg", quality=100)
+    torch.testing.assert_close(load_picture(tmp_path / "cmyk.jpg")[5, 5], torch.tensor([1.0, 0, 0]), atol=0.03, rtol=0)
+    for name in ("grey.webp", "grey.jpg", "grey.jpeg"):
+        painted().convert("L").save(tmp_path / name)
+        assert load_picture(tmp_path / name).shape == (48, 64, 3)
+    painted().convert("1").save(tmp_path / "bits.png")
+    assert set(load_picture(tmp_path / "bits.png").unique().tolist()) <= {0.0, 1.0}
+
+
+def damaged(folder):
+    """Pictures that cannot be used, by the word that their problem must hold."""
+    folder.mkdir(exist_ok=True)
+    out = {}
+
+    def add(name, data, word):
+        (folder / name).write_bytes(data)
+        out[name] = word
+
+    add("empty.jpg", b"", "0 bytes")
+    add("text.png", b"<html>not found</html>", "cannot identify")
+    painted((640, 480)).save(folder / "whole.jpg", quality=95)
+    painted((640, 480)).save(folder / "whole.png")
+    painted((640, 480)).save(folder / "whole.webp")
+    for suffix in ("jpg", "png", "webp"):
+        data = (folder / f"whole.{suffix}").read_bytes()
+        add(f"half.{suffix}", data[: len(data) // 2], "cannot be read")
+        add(f"header.{suffix}", data[:40], "cannot be read")
+        (folder / f"whole.{suffix}").unlink()
+    data = bytearray((folder / "half.png").read_bytes())
+    data[60:90] = bytes(30)
+    add("zeros.png", bytes(data), "cannot be read")
+    painted((20, 64)).save(folder / "small.png")
+    painted((28, 6000)).save(folder / "slim.png")
+    return out | {"small.png": "20 x 64", "slim.png": "200:1"}
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_damaged_pictures_are_named_and_left_out_also_where_pillow_is_told_to_fill_them(tmp_path, monkeypatch, lenient):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    home = subject(tmp_path / "data" / "fox")
+    words = damaged(home)
+    for name in words:
+        (home / name).with_suffix(".txt").write_text("a caption", encoding="utf-8")
+    data = read_data(tmp_path / "data", validation=0)
+    assert len(data.training) == 3 * 2 and len(data.problems) == len(words)
+    for name, word in words.items():
+        assert any(name in problem and word in problem for problem in data.problems), (name, data.problems)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
+    for name in set(words) - {"small.png", "slim.png"}:
+        with pytest.raises(ImageProblem, match=name):
+            load_picture(home / name)
+
+
+def test_whatever_is_accepted_can_be_loaded_later(tmp_path):
+    """Random damage to headers, EXIF and data of every kind of file: read_data must not let anything through on which
+    the run would stop."""
+    draw, exif = random.Random(0), painted().getexif()
+    exif[0x0112] = 8
+    accepted = refused = 0
+    for suffix in ("jpg", "png", "webp"):
+        path = tmp_path / f"whole.{suffix}"
+        painted().save(path, exif=exif)
+        whole = path.read_bytes()
+        for trial in range(120):
+            data = bytearray(whole)
+            for _ in range(draw.choice((1, 3, 10))):
+                data[draw.randrange(min(len(data), draw.choice((80, 10_000))))] = draw.randrange(256)
+            home = tmp_path / suffix / str(trial)
+            home.mkdir(parents=True)
+            (home / f"a.{suffix}").write_bytes(data)
+            (home / "a.txt").write_text("damaged", encoding="utf-8")
+            (home / f"b.{suffix}").write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for suffix in ("jpg", "png", "webp"):
+            try:
+                data = read_data(tmp_path / suffix, validation=0)
+            except DataError as error:
+                pytest.fail(str(error))
+            refused += len({problem.split(":")[0] for problem in data.problems if "/a." in problem})
+            for example in data.training:
+                width, height = example.target_size
+                assert load_picture(example.target).shape == (height, width, 3)
+                accepted += 1
+    assert accepted > 20 and refused > 20
+
+
+# folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_subjects(tmp_path):
+    subject(tmp_path / "fox", 4, captions=2)
+    subject(tmp_path / "owl", 2, captions=1, suffix=".PNG")
+    subject(tmp_path / "lonely", 1)
+    subject(tmp_path / "silent", 3, captions=0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "fox" / "3.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "fox" / "2.txt").write_text(" \n", encoding="utf-8")
+    data = read_data(tmp_path, validation=0, pairs_per_target=2)
+    found = Counter((e.subject, e.target.name) for e in data.training)
+    assert found == {("fox", "0.jpg"): 2, ("fox", "1.jpg"): 2, ("owl", "0.PNG"): 1}
+    for example in data.training:
+        (reference,) = example.references
+        assert reference != example.target and reference.parent == example.target.parent
+        assert example.target_size == example.reference_sizes[0] == SIZE
+        assert example.prompt == f"{example.subject} seen from {example.target.stem}"
+    for words in (("lonely", "1 picture"), ("silent", "caption"), ("empty", "0 picture"), ("3.txt", "UTF-8"), ("2.txt", "empty")):  # fmt: skip
+        assert sum(all(word in problem for word in words) for problem in data.problems) == 1, (words, data.problems)
+    assert len(data.problems) == 5
+    pairs = [(e.target, e.references) for e in read_data(tmp_path, validation=0, seed=1).training]
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_pictures_right_in_the_folder_are_one_subject_split_by_target(tmp_path):
+    subject(tmp_path / "my cat", 6)
+    data = read_data(tmp_path / "my cat", validation=0.3)
+    assert names(data.training) == names(data.validation) == {"my cat"}
+    assert not {e.target for e in data.training} & {e.target for e in data.validation}
+    assert data.validation
+
+
+def test_longest_names_and_names_that_are_no_utf8(tmp_path):
+    home = subject(tmp_path / ("s" * 255))
+    long = "n" * 251
+    painted(seed=9).save(home / f"{long}.png")
+    (home / f"{long}.txt").write_text("a long name", encoding="utf-8")
+    strange = os.fsencode(home) + b"/\xff\xfe\n.png"
+    painted(seed=8).save(os.fsdecode(strange), "PNG")
+    (tmp_path / "other").mkdir()
+    with open(os.fsencode(tmp_path / "other") + b"/\xff\n.jpg", "wb") as file:
+        file.write(b"broken")
+    data = read_data(tmp_path, validation=0.1)
+    assert any(e.prompt == "a long name" for e in (*data.training, *data.validation))
+    assert any("\n" in e.references[0].name for e in (*data.training, *data.validation))
+    for problem in data.problems:  # each stays one line that can be printed
+        assert problem.isprintable() and problem.encode("utf-8")
+
+
+def test_nothing_usable_says_how_many_problems_and_the_first_three(tmp_path):
+    for number in range(5):
+        subject(tmp_path / f"lonely-{number}", 1)
+    with pytest.raises(DataError, match=r"5 problem") as error:
+        read_data(tmp_path)
+    assert str(error.value).count("\n- ") == 3 and "lonely-0" in str(error.value)
+    for path in (tmp_path / "missing", tmp_path / "missing.json"):
+        with pytest.raises(DataError, match="no such"):
+            read_data(path)
+    (tmp_path / "list.csv").write_text("a,b", encoding="utf-8")
+    with pytest.raises(DataError, match=".jsonl"):
+        read_data(tmp_path / "list.csv")
+
+
+# lists --------------------------------------------------------------------------------------------------------------
+
+
+def entry(reference="a/0.jpg", target="a/1.jpg", **more):
+    return {"prompt": "a fox", "image_paths": [reference], "image_tgt_path": target, **more}
+
+
+GOOD = [
+    entry(),
+    {"prompt": "one path", "image_path": "a/0.jpg", "target": "a/2.jpg"},
+    {"prompt": "null is not there", "image_paths": None, "image_path": "a/1.jpg", "target_path": "a/2.jpg"},
+    {"prompt": "both\u2028lines", "image_paths": ["a/0.jpg", "./b//0.jpg"], "image_tgt_path": "b\\1.jpg", "subject": "ab"},
+]  # fmt: skip
+BAD = {
+    "null": "NoneType",
+    "17": "int",
+    '["a"]': "list",
+    '{"prompt": "p"}': "image_paths is None",
+    '{"prompt": 3, "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "prompt is 3",
+    '{"prompt": " \\n ", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "expected text",
+    '{"prompt": "\\ud800", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "expected text",
+    '{"image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "prompt is None",
+    '{"prompt": "p", "image_paths": [], "image_tgt_path": "a/1.jpg"}': "image_paths is []",
+    '{"prompt": "p", "image_paths": {"a": 1}, "image_tgt_path": "a/1.jpg"}': "image_paths is {",
+    '{"prompt": "p", "image_paths": ["a/0.jpg", 5], "image_tgt_path": "a/1.jpg"}': "image_paths is",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"]}': "image_tgt_path is None",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": 7}': "image_tgt_path is 7",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg", "subject": 5}': "subject is 5",
+    '{"prompt": "p", "image_paths": ["../out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
+    '{"prompt": "p", "image_paths": ["a/../../out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
+    '{"prompt": "p", "image_paths": ["a\\\\..\\\\..\\\\out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "/etc/passwd"}': "leads out",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "C:\\\\x.jpg"}': "leads out",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "."}': "leads out",
+    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "a"}': "cannot be read",
+    '{"prompt": "p", "image_paths": ["a/9.jpg"], "image_tgt_path": "a/1.jpg"}': "does not exist",
+    '{"prompt": "p", "image_paths": ["a/broken.jpg"], "image_tgt_path": "a/1.jpg"}': "broken.jpg cannot be read",
+    '{"prompt": "p", "image_paths": ["a/broken.jpg"], "image_tgt_path": "a/2.jpg"}': "broken.jpg cannot be read",
+    '{"prompt": "p", "image_paths": ["a/\\u0000.jpg"], "image_tgt_path": "a/1.jpg"}': "cannot be read",
+    '{"prompt": "p", "image_paths": ["a/\\ud800.jpg"], "image_tgt_path": "a/1.jpg"}': "image_paths is",
+    '{"prompt": "p", "image_paths": ["%s"], "image_tgt_path": "a/1.jpg"}' % ("n" * 5000): "cannot be read",
+    '{"prompt": "p", "image_paths": ["a/0.jpg", "a/0.jpg", "a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "max_references",
+}
+UNREADABLE = {  # as lines of a .jsonl
+    b'{"prompt": "p", "image_pa': "not JSON",
+    b"\xff\xfe\xff": "not JSON",
+    b'{"prompt": "\xe9"}': "not JSON",
+    b"[" * 100_000: "not JSON",
+}
+
+
+@pytest.fixture
+def lists(tmp_path):
+    subject(tmp_path / "a")
+    subject(tmp_path / "b")
+    painted().save(tmp_path.parent / "out.jpg")
+    (tmp_path / "a" / "broken.jpg").write_bytes((tmp_path / "a" / "0.jpg").read_bytes()[:300])
+    return tmp_path
+
+
+def check_list(data, problems):
+    assert [e.prompt for e in data.training] == [good["prompt"] for good in GOOD]
+    assert [e.subject for e in data.training] == ["a/0", "a/0", "a/1", "ab"]
+    assert [len(e.references) for e in data.training] == [1, 1, 1, 2]
+    assert data.training[3].target == data.training[3].references[1].parent / "1.jpg"
+    assert len(data.problems) == len(problems)
+    for number, word in problems.items():
+        (found,) = [problem for problem in data.problems if f"entry {number}:" in problem]
+        assert word in found and len(found) <= 400 and found.isprintable()
+
+
+def test_lists_with_every_kind_of_damage(lists):
+    lines = [json.dumps(good, ensure_ascii=False) for good in GOOD]
+    (lists / "list.json").write_text(f"[{','.join(lines + list(BAD))}]", encoding="utf-8-sig")
+    data = read_data(lists / "list.json", validation=0, max_references=2)
+    check_list(data, dict(enumerate(BAD.values(), len(GOOD) + 1)))
+    bad = {line.encode(): word for line, word in BAD.items()} | UNREADABLE
+    rows = [*(line.encode() for line in lines), b"", *bad, b""]
+    (lists / "list.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
+    data = read_data(lists / "list.jsonl", validation=0, max_references=2)
+    check_list(data, dict(enumerate(bad.values(), len(GOOD) + 2)))
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [("", "not JSON"), ('[{"prompt": ', "not JSON"), ("{}", "dict"), ("[]", "nothing"), ("[" * 99_999, "not JSON"), ("[1]", "1 problem")],
+)  # fmt: skip
+def test_lists_that_are_none(tmp_path, text, word):
+    (tmp_path / "list.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=word):
+        read_data(tmp_path / "list.json")
+
+
+# the split ----------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_by_subject_and_stays_when_a_subject_comes(tmp_path):
+    subjects(tmp_path, 20)
+    before = read_data(tmp_path, validation=0.3)
+    held, seen = names(before.validation), names(before.training)
+    assert held and seen and not held & seen and len(held | seen) == 20
+    assert before == read_data(tmp_path, validation=0.3)
+    assert held != names(read_data(tmp_path, validation=0.3, seed=1).validation)
+    subjects(tmp_path, 4, first=20)
+    after = read_data(tmp_path, validation=0.3)
+    assert names(after.validation) >= held and names(after.training) >= seen
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("share, count", [(0.001, 2), (0.9, 2), (0.001, 5), (0.9, 5)])
+def test_at_least_one_subject_on_each_side(tmp_path, share, count):
+    subjects(tmp_path, count)
+    for seed in range(8):
+        data = read_data(tmp_path, validation=share, seed=seed)
+        assert data.training and data.validation
+    assert not read_data(tmp_path, validation=0.0).validation
+
+
+def test_subjects_that_share_pictures_lie_on_one_side(lists):
+    """As in UNO's lists, where each picture of a pair is the other's reference once."""
+    entries = []
+    for number in range(8):
+        subject(lists / str(number), 2)
+        left, right = f"{number}/0.jpg", f"{number}/1.jpg"
+        entries += [entry(left, right), entry(right, left)]
+    (lists / "list.json").write_text(json.dumps(entries), encoding="utf-8")
+    data = read_data(lists / "list.json", validation=0.4)
+    sides = [{path for e in side for path in (e.target, *e.references)} for side in (data.training, data.validation)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_held_out_examples_of_their_own(tmp_path):
+    subjects(tmp_path / "training", 3)
+    subjects(tmp_path / "held", 2, first=9)
+    data = read_data(tmp_path / "training", validation=tmp_path / "held")
+    assert (len(names(data.training)), names(data.validation)) == (3, {"subject-09", "subject-10"})
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing"):
+        read_data(tmp_path / "training", validation=tmp_path / "nothing")
+
+
+def test_fingerprint_follows_prompts_files_split_and_order(lists):
+    path = lists / "list.json"
+
+    def fingerprint(entries=GOOD[:2], **options):
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        return read_data(path, **{"validation": 0, **options}).fingerprint
+
+    first = fingerprint()
+    os.utime(lists / "b" / "0.jpg", ns=(1, 1))  # of no example
+    assert fingerprint() == first
+    seen = {
+        first,
+        fingerprint(GOOD[1::-1]),
+        fingerprint([entry(prompt="an owl"), GOOD[1]]),
+        fingerprint(validation=0.5),
+    }
+    seen.add(fingerprint([entry("a/1.jpg", "a/0.jpg"), GOOD[1]]))
+    os.utime(lists / "a" / "0.jpg", ns=(1, 1))
+    seen.add(fingerprint())
+    assert len(seen) == 6
+
+
+# buckets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side, grid", [(1024, 16), (512, 16), (256, 32), (64, 16)])
+def test_buckets_keep_area_and_ratio(side, grid):
+    found = {bucket(w, h, side, grid) for w in range(100, 2000, 37) for h in range(100, 2000, 41)}
+    assert len(found) <= 2 * len(RATIOS) - 1 and {(h, w) for w, h in found} == found and (side, side) in found
+    for width, height in found:
+        assert width % grid == height % grid == 0
+        assert abs(width * height / side**2 - 1) < 4 * grid / side
+    if side >= 512:
+        for width, height in ((1000, 1000), (1500, 1000), (800, 1000), (1000, 2000), (1234, 987)):
+            w, h = bucket(width, height, side, grid)
+            assert abs(torch.tensor(w / h / (width / height)).log()) < 0.13
+    assert bucket(10_000, 10, side, grid) == bucket(2, 1, side, grid)
+
+
+def test_crop_scales_evenly_and_cuts_the_centre():
+    x, y = torch.meshgrid(torch.linspace(0, 1, 200), torch.linspace(0, 1, 100), indexing="xy")
+    ramp = torch.stack([x, y, torch.zeros_like(x)], dim=-1)  # 200 px wide, 100 high
+    out = crop(ramp, 64, 64)
+    assert out.shape == (64, 64, 3) and out.min() >= 0 and out.max() <= 1
+    torch.testing.assert_close(out[32, :, 0], torch.linspace(0.25, 0.75, 64), atol=0.01, rtol=0)
+    torch.testing.assert_close(out[2:-2, 32, 1], torch.linspace(0, 1, 64)[2:-2], atol=0.01, rtol=0)
+    assert crop(ramp, 400, 304).shape == (304, 400, 3)
+    assert torch.equal(crop(ramp, 200, 100), ramp)
+    assert crop(torch.rand(37, 91, 3).round(), 33, 48).shape == (48, 33, 3)
+    checks = (torch.arange(512)[:, None] + torch.arange(512)) % 2  # finer than the result can show: grey, no pattern
+    assert crop(checks[..., None].expand(-1, -1, 3).float(), 64, 64)[8:-8, 8:-8].sub(0.5).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_order_covers_each_index_once_an_epoch_and_never_mixes_keys(batch_size, processes):
+    keys = [("tall", i % 3) if i % 5 else "wide" for i in range(41)]
+    order = Order(keys, batch_size, seed=3, processes=processes)
+    epochs = []
+    for epoch in range(3):
+        places = range(epoch * len(order), (epoch + 1) * len(order))
+        batches = [order.at(place, process) for place in places for process in range(processes)]
+        assert all(len({keys[i] for i in batch}) == 1 and 1 <= len(batch) <= batch_size for batch in batches)
+        repeated = len(order) * processes - order.batches
+        assert 0 <= repeated < processes
+        once = batches[: order.batches]
+        assert sorted(i for batch in once for i in batch) == list(range(41))
+        assert all(batch in once for batch in batches[order.batches :])
+        epochs.append(once)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_order_is_a_function_of_seed_and_position_alone():
+    keys = [i % 2 for i in range(10)]
+    places = list(range(25))
+    torch.manual_seed(1)
+    straight = [Order(keys, 2, seed=5).at(place) for place in places]
+    torch.manual_seed(2)
+    one = Order(keys, 2, seed=5)
+    assert [one.at(place) for place in reversed(places)] == straight[::-1]
+    assert [Order(keys, 2, seed=6).at(place) for place in places] != straight
+    two = Order(keys, 2, seed=5, processes=2)  # an epoch of two processes is one of a single one
+    assert len(two) * 2 == len(one)
+    assert [two.at(place, process) for place in range(6) for process in (0, 1)] == [one.at(p) for p in range(12)]

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..dla.features import Features, MLLMInfo, Modality
 from ..dla.files import save_tensors
-from .data import load_picture
+from .latents import fingerprint
+from .pictures import load_picture
 
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")
+HEADER = 700  # bytes of a file beside its values
 Prompt = tuple[str, tuple[Path, ...]]
 
 
@@ -29,8 +31,9 @@ class Encoded:
 
 
 class FeatureSource:
-    """mllm: loaders.mllm.MLLM. layers: numbers that are wanted, None = all. clip: a host CLIP for the pooled vector.
-    folder: where to keep them; None = nowhere, beside the `keep` last used in memory."""
+    """mllm: loaders.mllm.MLLM; one that reads text only gets no references. layers: numbers that are wanted, None = all.
+    clip: a host CLIP for the pooled vector. folder: where to keep features; None = nowhere, beside the `keep` last used
+    in memory. image_size: of MLLM.encode."""
 
     def __init__(
         self, mllm, *, layers=None, clip=None, folder: Path | None = None, image_size: int = 0, keep: int = 64
@@ -38,9 +41,14 @@ class FeatureSource:
         self.mllm, self.layers, self.clip = mllm, layers, clip
         self.folder, self.image_size, self.keep = folder, image_size, keep
         self._memory: OrderedDict[str, Encoded] = OrderedDict()
+        self._models = ""
 
+    # Not inference mode, for the reasons of LatentCache.get.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def get(self, prompt: str, references: tuple[Path, ...]) -> Encoded:
-        """Of one prompt, read together with its references."""
+        """Of one prompt, read together with its references. Raises ImageProblem, MLLMError."""
+        references = references if self.mllm.reads_images else ()
         key = self._key(prompt, references)
         if key not in self._memory:
             self._memory[key] = self._read(key) or self._encode(key, prompt, references)
@@ -52,31 +60,37 @@ class FeatureSource:
     def prefetch(self, wanted: Iterable[Prompt]) -> None:
         """Encodes these in one go, so that the MLLM is loaded once for them."""
         wanted = list(wanted)
-        self.keep = max(self.keep, len(wanted))
+        if self.folder is None:
+            self.keep = max(self.keep, len(wanted))
         for prompt in wanted:
             self.get(*prompt)
 
     def size(self, wanted: Iterable[Prompt]) -> int:
-        """Bytes on disk that these will take, from the longest prompt's with the most pictures: an upper bound that is
-        near where prompts are alike."""
-        wanted = list(wanted)
+        """Bytes on disk that these will take, each once, from encoding one with the most pictures and from counting the
+        others' text tokens. Pictures are taken to have as many tokens as that one's on average."""
+        eyes = self.mllm.reads_images
+        wanted = list(dict.fromkeys((prompt, references if eyes else ()) for prompt, references in wanted))
         if not wanted:
             return 0
-        longest = self.get(*max(wanted, key=lambda prompt: (len(prompt[1]), len(prompt[0])))).features
-        one = sum(getattr(longest, name).nbytes for name in FIELDS)
-        return len(wanted) * (one + 700)
+
+        def text_tokens(prompt: str, pictures: int) -> int:  # with one placeholder for each picture
+            return len(self.mllm.tokenize(self.mllm.template.text(prompt, pictures)))
+
+        prompt, references = max(wanted, key=lambda item: len(item[1]))
+        encoded, pictures = self.get(prompt, references), len(references)
+        tokens = encoded.features.attention_mask.shape[1]
+        picture = (tokens - text_tokens(prompt, pictures)) / max(pictures, 1)
+        token = sum(getattr(encoded.features, name).nbytes for name in FIELDS) / tokens
+        fixed = HEADER + (0 if encoded.pooled is None else encoded.pooled.nbytes)
+        return round(sum(token * (text_tokens(p, len(r)) + picture * len(r)) + fixed for p, r in wanted))
 
     def _encode(self, key: str, prompt: str, references: tuple[Path, ...]) -> Encoded:
-        with torch.inference_mode():
-            pictures = [load_picture(path) for path in references]
-            features = self.mllm.encode(prompt, pictures, image_size=self.image_size, layers=self.layers)
-            pooled = None
-            if self.clip is not None:
-                pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)[1]
-        with torch.inference_mode(False):  # tensors that a backward pass may keep
-            tensors = {name: getattr(features, name).clone().cpu().contiguous() for name in FIELDS}
-            if pooled is not None:
-                tensors["pooled"] = pooled.clone().cpu().contiguous()
+        pictures = [load_picture(path) for path in references]
+        features = self.mllm.encode(prompt, pictures, image_size=self.image_size, layers=self.layers)
+        tensors = {name: getattr(features, name).clone().cpu().contiguous() for name in FIELDS}
+        if self.clip is not None:
+            pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)[1]
+            tensors["pooled"] = pooled.clone().cpu().contiguous()
         facts = {"layers": features.layers, "info": asdict(features.info), "prefix": features.prefix}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,8 +110,17 @@ class FeatureSource:
 
     def _key(self, prompt: str, references: tuple[Path, ...]) -> str:
         files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in references]
-        facts = (prompt, files, self.layers, self.image_size, self.mllm.info, self.clip is not None)
+        text = self.mllm.template.text(prompt, len(references))
+        if self.folder is not None and not self._models:
+            self._models = " ".join(_weights(part.patcher) for part in (self.mllm, self.clip) if part is not None)
+        facts = (prompt, text, files, self.layers, self.image_size, self.mllm.info, self._models)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+def _weights(patcher) -> str:
+    """Of a model under the host's model management; with patches, such as a LoRA's, of this session alone."""
+    patches = patcher.patches_uuid if patcher.patches else ""
+    return f"{fingerprint(patcher.model)} {patcher.load_device.type} {patches}"
 
 
 def stack(features: Sequence[Features]) -> Features:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dla.files import save_tensors
 from .buckets import crop
-from .data import load_picture
+from .pictures import load_picture
+
+HEADER = 88  # bytes of a latent's file beside its values
 
 
 class LatentCache:
@@ -21,12 +23,16 @@ class LatentCache:
 
     def __init__(self, vae, folder: Path | None):
         self.vae, self.folder = vae, folder
-        self._fingerprint = ""
+        self._model = ""
         self._memory: dict[str, Tensor] = {}
 
+    # Not inference mode, where hosts run nodes: a backward pass may keep what comes out; and the host may offload the
+    # DiT meanwhile, whose weights would then be of no use to autograd.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def get(self, path: Path, width: int, height: int) -> Tensor:
         """The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU, of the picture cut to
-        width x height px."""
+        width x height px. Raises ImageProblem; ValueError where the VAE fails."""
         key = self._key(path, width, height)
         if self.folder is None:
             if key not in self._memory:
@@ -42,31 +48,33 @@ class LatentCache:
             return latent
 
     def size(self, images: Iterable[tuple[Path, int, int]]) -> int:
-        """Bytes on disk that these pictures will take, from the first one's."""
-        images = list(images)
+        """Bytes on disk that these pictures (path, width, height) will take, each once, from encoding the first."""
+        images = list(dict.fromkeys(images))
         if not images:
             return 0
         path, width, height = images[0]
-        latent = self.get(path, width, height)
-        return round(sum(latent.numel() * 4 * (w * h) / (width * height) + 88 for _, w, h in images))
+        pixel = self.get(path, width, height).nbytes / (width * height)
+        return round(sum(pixel * w * h + HEADER for _, w, h in images))
 
     def _encode(self, path: Path, width: int, height: int) -> Tensor:
-        with torch.inference_mode():
-            latent = self.vae.encode(crop(load_picture(path), width, height)[None])[0]
-        with torch.inference_mode(False):  # a tensor that a backward pass may keep
-            return latent.clone().float().cpu().contiguous()
+        latent = self.vae.encode(crop(load_picture(path), width, height)[None])[0]
+        if not bool(latent.isfinite().all()):
+            raise ValueError(
+                f"The VAE gave NaN or infinite values for {path.name}. Load it in bf16 or fp32 instead of fp16."
+            )
+        return latent.clone().float().cpu().contiguous()
 
     def _key(self, path: Path, width: int, height: int) -> str:
         status = path.stat()
-        self._fingerprint = self._fingerprint or fingerprint(self.vae)
-        facts = (path.resolve(), status.st_size, status.st_mtime_ns, width, height, self._fingerprint)
-        return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:40]
+        self._model = self._model or fingerprint(self.vae.first_stage_model)
+        facts = (path.resolve(), status.st_size, status.st_mtime_ns, width, height, self._model)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
 
 
-def fingerprint(vae) -> str:
-    """Of a VAE's weights: names, shapes, and some values of each."""
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's weights: names, shapes, dtypes, and some values of each."""
     digest = hashlib.sha256()
-    for key, value in vae.first_stage_model.state_dict().items():
+    for key, value in model.state_dict().items():
         some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
-        digest.update(f"{key} {tuple(value.shape)} {some}".encode())
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} {some}".encode())
     return digest.hexdigest()

@@ -1,0 +1,311 @@
+"""Latents and features of a run, from the host's VAEs and real MLLM folders: what comes from the disk is what was
+encoded, and both are fit for a backward pass."""
+
+import os
+
+import comfy.ldm.wan.vae
+import comfy.sd
+import pytest
+import torch
+from PIL import Image
+from subject_dla.demo.family import host_shapes, random_like
+from subject_dla.dla.features import Modality
+from subject_dla.loaders.mllm_transformers import load_folder
+from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
+from subject_dla.training.buckets import crop
+from subject_dla.training.features import FIELDS, FeatureSource, stack
+from subject_dla.training.latents import LatentCache
+from subject_dla.training.pictures import load_picture
+
+from tests.small.models import WAN_VAE, text_encoder_shapes
+
+SMALL = {"dim": 16}  # of the Wan VAE
+PROMPTS = ["a red fox", "an owl asleep in the snow, seen from far above, with a lantern beside it", ""]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for number, (width, height) in enumerate([(96, 96), (150, 90), (90, 150)]):
+        noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(number))
+        paths.append(folder / f"{number}.png")
+        Image.fromarray((noise.numpy() * 255).astype("uint8")).save(paths[-1])
+    return paths
+
+
+def build_vae(kind, seed=0):
+    """As the host's loader node makes it: under inference mode."""
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        if kind == "flux":
+            shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False)
+        else:
+            shapes, real = (
+                host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | SMALL, own=False),
+                comfy.ldm.wan.vae.WanVAE,
+            )
+            patch.setattr(
+                comfy.ldm.wan.vae, "WanVAE", lambda **sizes: real(**(sizes | SMALL))
+            )  # older hosts: 96 always
+        weights = random_like(shapes, torch.float32)
+        return comfy.sd.VAE(sd={key: value * (1 + seed / 10) for key, value in weights.items()})
+
+
+@pytest.fixture(scope="module", params=["flux", "wan"])
+def vae(request):
+    vae = build_vae(request.param)
+    vae.test_shape = (16, 1) if request.param == "wan" else (16,)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    folder = build_qwen25vl(tmp_path_factory.mktemp("mllm") / "qwen")
+    with torch.inference_mode():
+        return load_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    weights = random_like(text_encoder_shapes("clip_l"), torch.float16)
+    return comfy.sd.load_text_encoder_state_dicts([weights], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+
+def calls(patch, owner, name):
+    """Counts calls of a method."""
+    seen, real = [], getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        seen.append(args)
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+    return seen
+
+
+def assert_trainable(tensor):
+    """Fit for a backward pass that keeps it, and for writing in place."""
+    assert not tensor.is_inference() and not tensor.requires_grad
+    weight = torch.ones_like(tensor).requires_grad_()
+    (weight * tensor).sum().backward()
+    assert torch.equal(weight.grad, tensor)
+    tensor.clone().add_(1)
+
+
+def same(first, second):
+    one, two = first.features, second.features
+    assert (one.layers, one.info, one.prefix) == (two.layers, two.info, two.prefix)
+    assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in FIELDS)
+    assert (first.pooled is None) == (second.pooled is None)
+    assert first.pooled is None or torch.equal(first.pooled, second.pooled)
+    return True
+
+
+def files(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+# latents ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_latents_are_the_hosts_and_hit_equals_miss(vae, pictures, tmp_path, monkeypatch, on_disk):
+    folder = tmp_path / "a" / "b" if on_disk else None
+    with torch.inference_mode():  # as in a node
+        expected = vae.encode(crop(load_picture(pictures[1]), 96, 64)[None])[0]
+        encodings = calls(monkeypatch, vae, "encode")
+        cache = LatentCache(vae, folder)
+        miss = cache.get(pictures[1], 96, 64)
+        hit = cache.get(pictures[1], 96, 64)
+        again = LatentCache(vae, folder).get(pictures[1], 96, 64)
+    assert len(encodings) == (1 if on_disk else 2)
+    assert miss.dtype == torch.float32 and miss.shape == (*vae.test_shape, 8, 12) and torch.equal(miss, expected)
+    for latent in (miss, hit, again):
+        assert torch.equal(latent, expected)
+        assert_trainable(latent)
+    if on_disk:
+        assert len(files(folder)) == 1 and len(list(folder.iterdir())) == 1  # nothing temporary stays
+
+
+def test_damaged_latents_are_encoded_again_and_replaced(vae, pictures, tmp_path):
+    cache = LatentCache(vae, tmp_path)
+    latent = cache.get(pictures[0], 64, 64)
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    other = b'{"other":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for damage in (b"", whole[:7], whole[:60], whole[:-4], whole + b"more", b"\xff" * 300,
+                   len(other).to_bytes(8, "little") + other + bytes(4)):  # fmt: skip
+        file.write_bytes(damage)
+        assert torch.equal(LatentCache(vae, tmp_path).get(pictures[0], 64, 64), latent)
+        assert file.read_bytes() == whole
+
+
+def test_latents_belong_to_picture_size_and_vae(pictures, tmp_path, monkeypatch):
+    vae = build_vae("flux")
+    path = tmp_path / "picture.png"
+    path.write_bytes(pictures[0].read_bytes())
+    cache = LatentCache(vae, tmp_path / "cache")
+    first = cache.get(path, 64, 64)
+    assert cache.get(path, 64, 48).shape != first.shape
+    path.write_bytes(pictures[1].read_bytes())
+    assert not torch.equal(cache.get(path, 64, 64), first)  # the picture has changed
+    stamp = path.stat().st_mtime_ns
+    path.write_bytes(pictures[0].read_bytes())
+    os.utime(path, ns=(stamp + 1, stamp + 1))
+    assert torch.equal(cache.get(path, 64, 64), first)
+    assert not torch.equal(LatentCache(build_vae("flux", 1), tmp_path / "cache").get(path, 64, 64), first)
+    monkeypatch.setattr(vae, "encode", lambda pixels: torch.full((1, 16, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="2.png.*bf16"):
+        cache.get(pictures[2], 64, 64)
+    assert torch.equal(LatentCache(build_vae("flux"), tmp_path / "cache").get(path, 64, 64), first)
+
+
+def test_size_of_latents_is_told_from_one_encoding(vae, pictures, tmp_path, monkeypatch):
+    wanted = [(path, *size) for path in pictures for size in ((64, 64), (96, 48), (128, 96))] * 2
+    cache = LatentCache(vae, tmp_path)
+    encodings = calls(monkeypatch, vae, "encode")
+    told = cache.size(wanted)
+    assert len(encodings) == 1
+    for image in wanted:
+        cache.get(*image)
+    assert told == pytest.approx(sum(file.stat().st_size for file in files(tmp_path)), rel=0.01)
+    assert cache.size([]) == 0
+
+
+# features -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_features_are_the_mllms_and_hit_equals_miss(mllm, clip, pictures, tmp_path, monkeypatch, on_disk):
+    folder, references = tmp_path / "features" if on_disk else None, tuple(pictures[:2])
+    with torch.inference_mode():
+        images = [load_picture(path) for path in references]
+        expected = mllm.encode(PROMPTS[0], images, image_size=84, layers=(0, 3))
+        pooled = clip.encode_from_tokens(clip.tokenize(PROMPTS[0]), return_pooled=True)[1]
+        encodings = calls(monkeypatch, mllm, "encode")
+
+        def source():
+            return FeatureSource(mllm, layers=(0, 3), clip=clip, folder=folder, image_size=84)
+
+        one = source()
+        miss, hit, again = (s.get(PROMPTS[0], references) for s in (one, one, source()))
+    assert len(encodings) == (1 if on_disk else 2)
+    assert same(miss, hit) and same(miss, again)
+    assert all(torch.equal(getattr(miss.features, name), getattr(expected, name)) for name in FIELDS)
+    assert miss.features.prefix == expected.prefix and miss.features.info == mllm.info
+    assert miss.pooled.shape == (1, 768) and torch.equal(miss.pooled, pooled)
+    for encoded in (miss, again):
+        assert_trainable(encoded.features.hidden_states)
+        assert_trainable(encoded.pooled)
+        assert not any(getattr(encoded.features, name).is_inference() for name in FIELDS)
+
+
+def test_damaged_features_are_encoded_again_and_replaced(mllm, pictures, tmp_path):
+    def get():
+        return FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[0],))
+
+    first = get()
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    info = whole.index(b"info")
+    for damage in (b"", whole[:100], whole[:-1], whole[:info] + b"####" + whole[info + 4 :], b"{}" * 200):
+        file.write_bytes(damage)
+        assert same(get(), first)
+        assert file.read_bytes() == whole
+
+
+def test_features_belong_to_prompt_pictures_layers_size_and_models(mllm, clip, pictures, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(pictures[0].read_bytes())
+    folder = tmp_path / "features"
+
+    def get(prompt=PROMPTS[0], references=(path,), mllm=mllm, **options):
+        before = len(files(folder))
+        encoded = FeatureSource(mllm, folder=folder, **options).get(prompt, references)
+        assert len(files(folder)) == before + 1
+        return encoded.features.hidden_states
+
+    first = get()
+    get(PROMPTS[1]), get("", ()), get(references=(path, path)), get(layers=(1,)), get(image_size=56), get(clip=clip)
+    other = load_folder(build_qwen25vl(tmp_path / mllm.info.name, seed=1))
+    assert other.info == mllm.info and not torch.equal(get(mllm=other), first)
+    path.write_bytes(pictures[2].read_bytes())
+    get()
+    patched = clip.clone()
+    key = next(key for key in patched.patcher.model.state_dict() if key.endswith("q_proj.weight"))
+    assert patched.add_patches({key: (torch.ones(768, 768),)})
+    get(clip=patched)
+
+
+def test_memory_keeps_the_last_used_and_whatever_is_encoded_ahead(mllm, pictures, monkeypatch):
+    source = FeatureSource(mllm, layers=(3,), keep=2)
+    encodings = calls(monkeypatch, mllm, "encode")
+    for prompt in ("a", "b", "a", "c", "a"):  # c takes the place of b, since a was used after it
+        source.get(prompt, ())
+    assert len(encodings) == 3
+    source.get("b", ())
+    assert len(encodings) == 4
+    wanted = [(prompt, (pictures[0],)) for prompt in "defgh"]
+    source.prefetch(wanted)
+    assert len(encodings) == 9
+    for prompt in wanted:
+        source.get(*prompt)
+    assert len(encodings) == 9
+
+
+def test_an_mllm_without_eyes_gets_the_prompt_alone(mllm, pictures, monkeypatch):
+    monkeypatch.setattr(mllm, "reads_images", False, raising=False)
+    source = FeatureSource(mllm, layers=(3,))
+    seeing = source.get(PROMPTS[0], tuple(pictures))
+    assert not (seeing.features.modality == Modality.IMAGE).any()
+    assert same(seeing, source.get(PROMPTS[0], ()))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_size_of_features_is_told_from_one_encoding(family, mllm, clip, pictures, tmp_path, monkeypatch):
+    if family == "internvl":
+        mllm = load_folder(build_internvl(tmp_path / "internvl"))
+    folder = tmp_path / "features"
+    source = FeatureSource(mllm, clip=clip, folder=folder, image_size=280)
+    wanted = [(prompt, tuple(pictures[:count])) for prompt in PROMPTS for count in (0, 1, 2, 3)] * 2
+    encodings = calls(monkeypatch, mllm, "encode")
+    told = source.size(wanted)
+    assert len(encodings) == 1
+    source.prefetch(wanted)
+    assert len(encodings) == 12
+    assert told == pytest.approx(sum(file.stat().st_size for file in files(folder)), rel=0.03)
+    assert source.size([]) == 0
+
+
+def test_stacked_prompts_are_padded_on_the_right(mllm, pictures):
+    source = FeatureSource(mllm, layers=(0, 2))
+    parts = [source.get(*p).features for p in ((PROMPTS[0], (pictures[0],)), (PROMPTS[1], tuple(pictures)), ("", ()))]
+    lengths = [part.attention_mask.shape[1] for part in parts]
+    assert len(set(lengths)) == 3
+    batch = stack(parts)
+    assert batch.hidden_states.shape == (3, 2, max(lengths), 64) and batch.hidden_states.dtype == parts[0].hidden_states.dtype  # fmt: skip
+    assert batch.prefix == tuple(part.prefix[0] for part in parts) and batch.layers == (0, 2)
+    for row, (part, length) in enumerate(zip(parts, lengths)):
+        assert torch.equal(batch.hidden_states[row, :, :length], part.hidden_states[0])
+        for name in ("modality", "image_index", "attention_mask"):
+            assert torch.equal(getattr(batch, name)[row, :length], getattr(part, name)[0])
+        assert not batch.attention_mask[row, length:].any() and (batch.hidden_states[row, :, length:] == 0).all()
+        assert (batch.modality[row, length:] == Modality.TEMPLATE).all()
+        assert (batch.image_index[row, length:] == -1).all()
+
+
+def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeypatch):
+    """A kill while writing leaves nothing under the file's name."""
+
+    def interrupted(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subject_dla.dla.files.save_file", interrupted)
+    for get in (
+        lambda: LatentCache(build_vae("flux"), tmp_path / "latents").get(pictures[0], 64, 64),
+        lambda: FeatureSource(mllm, folder=tmp_path / "features").get("a", ()),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            get()
+    assert not list((tmp_path / "latents").iterdir()) and not list((tmp_path / "features").iterdir())

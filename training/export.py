@@ -32,26 +32,27 @@ def export(run) -> tuple[Path, Path | None]:
 
 def places(run) -> tuple[Path, Path | None]:
     dla, lora = (folder / f"{run.recipe.run.name}.safetensors" for folder in run.places)
-    return dla, lora if run.lora is not None else None
+    return dla, lora if run.recipe.lora.rank else None
 
 
 def check_free(run) -> None:
-    """Raises ValueError where a file of this name belongs to somebody else, before anything is trained."""
+    """Raises ValueError where a file of this name belongs to somebody else, before anything is trained. run: a Run, or
+    anything with the recipe, places and identity of one."""
     dla, lora = places(run)
     for path in filter(None, (dla, lora)):
         if path.exists() and _owner(path) != run.identity:
             raise ValueError(
                 f"{path.parent.name}/{path.name} is there already and was not made by this run, so it would be lost. "
-                "Choose another run name, or move that file."
+                "Choose another name for the run, or move that file."
             )
 
 
 def _owner(path: Path) -> str | None:
     try:
-        if path.parent.name == "loras" or RUN_KEY in (_metadata(path) or {}):
-            return json.loads((_metadata(path) or {}).get(RUN_KEY, "{}")).get("run")
-        return read_config(path).provenance.get("run")
-    except (DLACheckpointError, SafetensorError, OSError, ValueError):
+        metadata = _metadata(path) or {}
+        made = json.loads(metadata[RUN_KEY]) if RUN_KEY in metadata else read_config(path).provenance
+        return made.get("run")
+    except (DLACheckpointError, SafetensorError, OSError, ValueError, AttributeError):
         return None
 
 

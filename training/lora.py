@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -84,13 +85,21 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Takes over the weights of a file that `save` wrote for the same model and rank. Raises ValueError."""
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"LoRA file '{path.name}' cannot be read ({error}). Take another file.") from None
         for key, value in self.weights().items():
             found = tuple(state[key].shape) if key in state else "nothing"
             if found != tuple(value.shape):
                 raise ValueError(
                     f"LoRA file '{path.name}': {key} is {found}, expected {tuple(value.shape)} for rank {self.rank} on "
                     "this diffusion model. Choose the same model and rank, or start a run under another name."
+                )
+            if key.endswith(".alpha") and float(state[key]) != self.alpha:
+                raise ValueError(
+                    f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. Set lora.alpha = "
+                    f"{float(state[key]):g}, as that LoRA was trained, or start from none."
                 )
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")

@@ -140,8 +140,12 @@ class Recipe:
             for item in fields(getattr(self, section.name)):
                 _check(section.name, item, getattr(getattr(self, section.name), item.name))
         name = self.run.name
-        if not name or Path(name).name != name or name in (".", "..") or any(c in name for c in '\\/:*?"<>|\0'):
-            raise RecipeError(f"run.name is {name!r}, expected a file name without folders, such as 'my-dla'.")
+        plain = name.isprintable() and not set(name) & set('\\/:*?"<>|') and name == name.strip(" .")
+        if not name or not plain or len(name) > 100:
+            raise RecipeError(
+                f"run.name is {name!r:.200}, expected a file name such as 'my-dla': without folders, without dots or "
+                "blanks at its ends, at most 100 letters."
+            )
         if self.training.mllm_only + self.training.vae_only > 1:
             raise RecipeError(
                 f"training.mllm_only {self.training.mllm_only} and training.vae_only {self.training.vae_only} are "
@@ -177,8 +181,10 @@ class Recipe:
         sections = {}
         known = {f.name: f.default for f in fields(cls)}
         for name, entries in values.items():
-            if name not in known or not isinstance(entries, dict):
+            if name not in known:
                 raise RecipeError(f"Recipe: unknown section [{name}], expected {', '.join(f'[{k}]' for k in known)}.")
+            if not isinstance(entries, dict):
+                raise RecipeError(f"Recipe: {name} is {entries!r:.80}, expected a section [{name}] with settings.")
             kind, names = type(known[name]), [f.name for f in fields(known[name])]
             if unknown := sorted(set(entries) - set(names)):
                 raise RecipeError(f"[{name}] has no {unknown[0]!r}, expected {', '.join(names)}.")
@@ -213,6 +219,8 @@ class Recipe:
 
 def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
     """Nested dictionaries of a TOML text. Raises RecipeError, which names `path`."""
+    if not text.strip():
+        return {}  # on Python 3.10 too
     try:
         import tomllib
     except ImportError:  # Python 3.10

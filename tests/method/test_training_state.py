@@ -1,0 +1,184 @@
+"""Checkpoints of a run: whole or not there, whatever happens; damaged ones are named."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
+from subject_dla.training.lora import LoRA
+from subject_dla.training.state import CheckpointError, checkpoints, read_facts, restore, save
+
+ROOT = Path(__file__).resolve().parents[2]
+INFO = MLLMInfo("small", "qwen2_5_vl", 3, 32)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.double_blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"img_attn": torch.nn.ModuleDict()})])
+        self.double_blocks[0]["img_attn"]["qkv"] = torch.nn.Linear(16, 48)
+
+
+class Trained:
+    """What a checkpoint holds; every weight is `value`, and the moments have seen gradients of it."""
+
+    def __init__(self, value=0.0, width=32, rank=2):
+        config = DLAConfig(MLLMInfo("small", "qwen2_5_vl", 3, width), width, "flux", heads=2)
+        self.dla, self.lora = DualLayerAggregator(config), LoRA(Attention(), "flux", rank)
+        self.parameters = [*self.dla.parameters(), *self.lora.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.fill(value)
+
+    def fill(self, value):
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, value)
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.data.fill_(value)
+            self.optimizer.state[parameter]["exp_avg"].fill_(value)
+
+    def save(self, folder, step, keep=2):
+        return save(folder, step, self.dla, self.lora, self.optimizer, {"losses": [0.1] * step}, keep)
+
+    def restore(self, checkpoint):
+        return restore(checkpoint, self.dla, self.lora, self.optimizer)
+
+    def values(self):
+        moments = [self.optimizer.state[p]["exp_avg"] for p in self.parameters]
+        return {float(value) for tensor in (*self.parameters, *moments) for value in tensor.detach().unique()}
+
+
+def test_comes_back_bit_for_bit_and_the_newest_stay(tmp_path):
+    trained = Trained()
+    for step in range(1, 5):
+        trained.fill(step / 7)
+        assert trained.save(tmp_path, step).name == f"checkpoint-{step:08d}"
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "4"] and len(list(tmp_path.iterdir())) == 2
+    other = Trained()
+    assert other.restore(checkpoints(tmp_path)[-1]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters, other.parameters))
+    before, after = (t.optimizer.state_dict()["state"] for t in (trained, other))
+    assert before.keys() == after.keys()
+    for index, values in before.items():
+        assert values.keys() == after[index].keys() >= {"exp_avg", "exp_avg_sq", "step"}
+        for name, value in values.items():
+            assert torch.equal(value, after[index][name]) and value.dtype == after[index][name].dtype
+    assert read_facts(checkpoints(tmp_path)[-1])["losses"] == [0.1] * 4
+
+
+def test_rates_are_the_recipes_not_the_checkpoints(tmp_path):
+    trained, other = Trained(0.5), Trained()
+    checkpoint = trained.save(tmp_path, 1)
+    for group in other.optimizer.param_groups:
+        group.update(lr=7.0, base=7.0, weight_decay=0.25)
+    other.restore(checkpoint)
+    assert [(g["lr"], g["base"], g["weight_decay"]) for g in other.optimizer.param_groups] == [(7.0, 7.0, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["dla.safetensors", "lora.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "garbage", "another's"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path, name, damage):
+    trained = Trained()
+    for step in (1, 2):
+        trained.fill(step)
+        newest = trained.save(tmp_path, step)
+    whole = (newest / name).read_bytes()
+    other = b"[1]" if name == "state.json" else (newest / {"dla": "optimizer"}.get(name[:3], "dla")).with_suffix(".safetensors").read_bytes()  # fmt: skip
+    damaged = {"cut off": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole), "another's": other}[damage]
+    (newest / name).write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}/{newest.name}: .* Move this folder away"):
+        Trained().restore(newest)
+    newest.rename(tmp_path / "away")
+    other = Trained()
+    assert other.restore(checkpoints(tmp_path)[-1]) == 1 and other.values() == {1.0}
+
+
+def test_a_checkpoint_of_another_dla_or_lora_is_refused_by_name(tmp_path):
+    checkpoint = Trained(1.0).save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="context_width 32, the one to train has 64|mllm MLLMInfo"):
+        Trained(width=64).restore(checkpoint)
+    with pytest.raises(CheckpointError, match="rank 4"):
+        Trained(rank=4).restore(checkpoint)
+
+
+def test_what_others_left_behind_is_no_checkpoint_and_in_nobodys_way(tmp_path):
+    trained = Trained(1.0)
+    trained.save(tmp_path, 1)
+    half = tmp_path / "checkpoint-00000002"  # a file was taken out
+    half.mkdir()
+    (half / "state.json").write_text(json.dumps({"step": 2}))
+    part = tmp_path / ".checkpoint-00000002.part"
+    part.mkdir()
+    (part / "dla.safetensors").write_bytes(b"half")
+    (tmp_path / ".checkpoint-00000001.old").mkdir()
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000001"]
+    trained.fill(2.0)
+    trained.save(tmp_path, 2)
+    assert trained.restore(checkpoints(tmp_path)[-1]) == 2
+    names = ["checkpoint-00000001", "checkpoint-00000002", "checkpoint-notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    trained.fill(3.0)
+    trained.save(tmp_path, 2)  # the same step again: this run has been here
+    assert Trained().restore(checkpoints(tmp_path)[-1]) == 2
+
+
+@pytest.mark.parametrize("part", ["dla", "lora"])
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, part):
+    trained = Trained(1.0)
+    trained.save(tmp_path, 1, keep=1)
+    next(getattr(trained, part).parameters()).data.view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        trained.save(tmp_path, 2, keep=1)
+    other = Trained()
+    assert other.restore(checkpoints(tmp_path)[-1]) == 1 and other.values() == {1.0}
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    sys.path.insert(0, {root!r})
+    import tests.conftest
+    import torch
+    torch.set_num_threads(1)
+    from tests.method.test_training_state import Trained
+    from subject_dla.training.state import checkpoints
+    folder, draw = Path({folder!r}), random.Random(0)
+    last = parts = 0
+    for number in range(25):
+        child = os.fork()
+        if child == 0:
+            trained, step = Trained(width=256), last
+            while True:
+                step += 1
+                trained.fill(float(step))
+                trained.save(folder, step)
+        began = time.monotonic()
+        while number == 0 and not checkpoints(folder) and time.monotonic() < began + 60:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.02, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        parts += any(path.name.startswith(".") for path in folder.iterdir())
+        for checkpoint in checkpoints(folder):
+            trained = Trained(width=256)
+            step = trained.restore(checkpoint)
+            assert trained.values() == {{float(step)}} and checkpoint.name.endswith(str(step)), (step, trained.values())
+        assert step >= last, (step, last)
+        last = step
+    print(last, parts)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_killed_at_any_moment_the_checkpoints_are_whole(tmp_path):
+    script = textwrap.dedent(KILLED).format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps, parts = map(int, done.stdout.split())
+    assert steps > 10 and parts > 5  # it was saving when it was killed

@@ -3,7 +3,7 @@
     nox -s bench -- training [--steps 60]
 
 - gradients of a DLA's parameters, through one-layer full-width FLUX, Qwen-Image and OmniGen2, against central differences
-  in fp32, over random directions in every parameter: |differences - gradients| / |differences|
+  in fp32, along a random direction in every parameter: |differences - gradients| / |differences|
 - a run of the small family stopped at three places and resumed, against the run that was not stopped
 - its loss at start and end, in training and held out
 - peak memory of a step through a FLUX of twelve blocks and 1,000 tokens, with and without checkpointing
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +26,6 @@ import pytest
 def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="nox -s bench -- training", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="of the short run")
-    parser.add_argument("--peak", choices=("checkpointing", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
 
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -35,9 +33,6 @@ def main(given: list[str]) -> None:
     from comfy.cli_args import args
 
     args.cpu = True  # gradients are compared in fp32
-    if options.peak:
-        print(peak(options.peak == "checkpointing"))
-        return
     errors = {}
     for family in ("flux", "qwen_image", "omnigen2"):
         errors[family] = gradient_error(family)
@@ -46,7 +41,7 @@ def main(given: list[str]) -> None:
         difference, losses = runs(Path(folder), options.steps)
     say(f"resumed runs differ from the whole one by {difference}")
     say(f"loss {losses}")
-    memory = {name: measure_peak(name) for name in ("plain", "checkpointing")}
+    memory = {"plain": peak(False), "checkpointing": peak(True)}
     memory["ratio"] = round(memory["checkpointing"] / memory["plain"], 3)
     say(f"peak memory of a step in MB: {memory}")
     result = {"grad_rel_error": max(errors.values()), "grad_rel_error_by_dit": errors}
@@ -62,7 +57,7 @@ def say(text: str) -> None:
 
 
 def gradient_error(family: str) -> float:
-    """Worst of both poolings, with and without checkpointing; three random directions in each parameter."""
+    """Worst of both poolings, with and without checkpointing; a random direction in each parameter."""
     import torch
     from subject_dla.tests.small.dit import load
 
@@ -87,7 +82,9 @@ def gradient_error(family: str) -> float:
     method, guidance = ("uxo", 1.0) if family == "flux" else (None, None)
     worst = 0.0
     for pooling in ("softmax", "linear"):
-        dla = DualLayerAggregator(DLAConfig(info, backbone.context_width, pooling=pooling, heads=2, refiner_blocks=1))
+        dla = DualLayerAggregator(
+            DLAConfig(info, backbone.context_width, pooling=pooling, heads=2, refiner_blocks=int(pooling == "linear"))
+        )
         parameters = list(dla.parameters())
         for parameter in parameters:  # a new DLA has gradients of zero: its branches start at zero
             parameter.data = random(*parameter.shape) * parameter.shape[-1] ** -0.5
@@ -107,13 +104,13 @@ def gradient_error(family: str) -> float:
                 parameter.copy_(start)
             return (sides[0] - sides[1]) / (2 * size)
 
-        directions = [[random(*p.shape) * p.detach().square().mean().sqrt() for _ in range(3)] for p in parameters]
-        found = torch.stack([difference(p, d) for p, ds in zip(parameters, directions) for d in ds])
+        directions = [random(*p.shape) * p.detach().square().mean().sqrt() for p in parameters]
+        found = torch.stack([difference(*pair) for pair in zip(parameters, directions)])
         for backbone.checkpointing in (True, False):
             dla.zero_grad()
             with backbone.gradients():
                 loss().backward()
-            ours = torch.stack([(p.grad * d).sum() for p, ds in zip(parameters, directions) for d in ds]).double()
+            ours = torch.stack([(p.grad * d).sum() for p, d in zip(parameters, directions)]).double()
             worst = max(worst, float((found - ours).norm() / found.norm()))
     return worst
 
@@ -172,39 +169,28 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
     return difference, losses
 
 
-def measure_peak(name: str) -> float:
-    """MB, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).parent), "training", "--peak", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return round(float(done.stdout.splitlines()[-1]), 1)
-
-
 def peak(checkpointing: bool) -> float:
-    """MB that forward and backward pass add to the process at their peak."""
-    import resource
-
+    """MB that the allocator hands out at most for a forward and backward pass, beyond what was there before."""
     import torch
-    from subject_dla.tests.small.dit import tiny_flux
+    from torch.profiler import ProfilerActivity, profile
 
     from subject_dla.dla.aggregator import Context
+    from subject_dla.tests.small.dit import tiny_flux
     from subject_dla.training.backbone import Backbone
 
     sizes = dict(num_heads=4, axes_dim=[16, 56, 56], hidden_size=512, context_in_dim=512, vec_in_dim=64)
     backbone = Backbone(tiny_flux(512, sizes=sizes, depth=4, depth_single_blocks=8), checkpointing)
     backbone.load()
     draw = torch.Generator().manual_seed(0)
-
-    def step(side: int) -> None:
-        tokens = torch.randn(1, 64, 512, generator=draw).requires_grad_()
-        mask, none = torch.ones(1, 64).bool(), torch.zeros(1, 64, dtype=torch.int16)
-        noisy = torch.randn(1, 16, side, side, generator=draw)
-        with backbone.gradients():
-            context = Context(tokens, mask, none.to(torch.uint8), none)
-            backbone.velocity(noisy, torch.tensor([0.5]), context, guidance=1.0).square().mean().backward()
-
-    step(8)  # libraries and buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(64)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) / 1e6
+    tokens = torch.randn(1, 64, 512, generator=draw).requires_grad_()
+    mask, none = torch.ones(1, 64).bool(), torch.zeros(1, 64, dtype=torch.int16)
+    noisy = torch.randn(1, 16, 64, 64, generator=draw)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log, backbone.gradients():
+        context = Context(tokens, mask, none.to(torch.uint8), none)
+        backbone.velocity(noisy, torch.tensor([0.5]), context, guidance=1.0).square().mean().backward()
+    now = most = 0
+    events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return round(most / 1e6, 1)

@@ -60,7 +60,6 @@ class Backbone:
         """Puts the DiT on the device, with so many bytes left free, in weights that autograd can use."""
         make_trainable_through(self.base)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
-        make_trainable_through(self.base)
         self.base.requires_grad_(False)
 
     @contextmanager
@@ -173,13 +172,21 @@ class Backbone:
 
 
 def make_trainable_through(module: nn.Module) -> None:
-    """Replaces weights that were loaded under inference mode, as the host's nodes do, which no backward pass may keep."""
+    """Replaces weights that were made under inference mode, as the host's nodes do, which no backward pass may keep. A
+    parameter stays one of them when it is moved: what tells is that it has no version."""
+
+    def fresh(tensor: Tensor | None) -> bool:
+        try:
+            return tensor is None or tensor._version >= 0
+        except RuntimeError:
+            return False
+
     for part in module.modules():
         for name, tensor in part._parameters.items():
-            if tensor is not None and tensor.is_inference():
+            if not fresh(tensor):
                 part._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
         for name, tensor in part._buffers.items():
-            if tensor is not None and tensor.is_inference():
+            if not fresh(tensor):
                 part._buffers[name] = tensor.clone()
 
 

@@ -3,7 +3,7 @@ run sees what the uninterrupted one saw."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,12 +55,11 @@ class Batches:
         features: FeatureSource,
         times: FlowTimes,
         placement: str | None,
-        processes: int = 1,
     ):
         self.examples, self.recipe, self.latents, self.features = tuple(examples), recipe, latents, features
-        self.times, self.placement, self.processes = times, placement, processes
+        self.times, self.placement = times, placement
         self.sizes = [self._sizes(example) for example in self.examples]
-        self.order = Order(self.sizes, recipe.training.batch_size, recipe.training.seed, processes)
+        self.order = Order(self.sizes, recipe.training.batch_size, recipe.training.seed)
 
     def _sizes(self, example: Example) -> tuple[tuple[int, int], ...]:
         """(width, height) in px of target and references, all snapped to buckets so that they stack."""
@@ -71,24 +70,23 @@ class Batches:
         ]
         return target, *references
 
-    def prepare(self, position: int, process: int = 0) -> None:
-        """Encodes what the next passes from `position` on need, while MLLM and VAE are on the device."""
-        ahead = max(1, self.recipe.data.encode_ahead // self.recipe.training.batch_size)
+    def prepare(self, positions: Iterable[int]) -> None:
+        """Encodes what these passes need, while MLLM and VAE are on the device."""
         wanted = []
-        for place in range(position, position + ahead):
-            indices = self.order.at(place, process)
-            wanted += self._prompts(indices, place, process)
+        for position in positions:
+            indices = self.order.at(position)
+            wanted += self._prompts(indices, position)
             for index in indices:
                 self._latents(index)
         self.features.prefetch(wanted)
 
-    def at(self, position: int, process: int = 0) -> Batch:
-        """The pass number `position` of a process, counted over all epochs."""
-        indices = self.order.at(position, process)
-        shares = torch.rand(len(indices), generator=generator(self.recipe.training.seed, TIME, position, process))
-        prompts = self._prompts(indices, position, process)
-        batch = self._batch(indices, prompts, self.times(shares), (NOISE, position, process))
-        return batch.under(self._condition(position, process))
+    def at(self, position: int) -> Batch:
+        """The pass number `position` of the run, counted from 0 over all epochs and processes."""
+        indices = self.order.at(position)
+        shares = torch.rand(len(indices), generator=generator(self.recipe.training.seed, TIME, position))
+        prompts = self._prompts(indices, position)
+        batch = self._batch(indices, prompts, self.times(shares), (NOISE, position))
+        return batch.under(self._condition(position))
 
     def held_out(self, count: int) -> list[Batch]:
         """One pass with all tokens for each of the first `count` examples, all encoded; always the same. The pass is at
@@ -126,8 +124,8 @@ class Batches:
         example, sizes = self.examples[index], self.sizes[index]
         return [self.latents.get(path, *size) for path, size in zip((example.target, *example.references), sizes)]
 
-    def _condition(self, position: int, process: int) -> str:
-        draw = torch.rand(1, generator=generator(self.recipe.training.seed, SHARE, position, process)).item()
+    def _condition(self, position: int) -> str:
+        draw = torch.rand(1, generator=generator(self.recipe.training.seed, SHARE, position)).item()
         shares = [(name, share) for name, share in self.recipe.shares.items() if share]
         for name, share in shares:
             if draw < share:
@@ -135,11 +133,11 @@ class Batches:
             draw -= share
         return shares[-1][0]
 
-    def _prompts(self, indices: list[int], position: int, process: int) -> list[tuple[str, tuple]]:
+    def _prompts(self, indices: list[int], position: int) -> list[tuple[str, tuple]]:
         """What the MLLM reads: at times nothing, which is the negative side of CFG; [] where its tokens are left out."""
-        if self._condition(position, process) == "vae":
+        if self._condition(position) == "vae":
             return []
-        draws = torch.rand(len(indices), generator=generator(self.recipe.training.seed, PROMPT, position, process))
+        draws = torch.rand(len(indices), generator=generator(self.recipe.training.seed, PROMPT, position))
         dropped = (draws < self.recipe.training.drop_prompt).tolist()
         examples = [self.examples[index] for index in indices]
         return [("", ()) if drop else (example.prompt, example.references) for drop, example in zip(dropped, examples)]

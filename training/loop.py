@@ -25,7 +25,7 @@ from . import state
 from .backbone import Backbone
 from .batches import STRATA, Batches
 from .data import Collection, read_data
-from .export import check_free, export
+from .export import check_free, export, places
 from .features import FeatureSource
 from .flow import FlowTimes
 from .latents import LatentCache
@@ -37,9 +37,6 @@ from .report import Loss, table, write_table
 from .samples import sample_sheet
 from .step import TrainingStep
 from .validation import evaluate
-
-# Settings that a checkpoint is bound to; the others may change between a run's parts.
-BOUND = (("dla", None), ("lora", "rank"), ("lora", "alpha"), ("training", "stage"), ("training", "seed"))
 
 
 @dataclass
@@ -145,7 +142,7 @@ class Run:
         )
         times = FlowTimes(options.times, options.shift or self.backbone.shift)
         make = (recipe, latents, features, times, self.method)
-        self.batches = Batches(self.data.training, *make, self.processes)
+        self.batches = Batches(self.data.training, *make)
         self.held_out = Batches(self.data.validation, *make) if self.data.validation else None
         self.identity = uuid.uuid4().hex
         self.step = 0
@@ -185,6 +182,8 @@ class Run:
             while self.step < self.recipe.steps:
                 self._step()
                 self._look()
+            if self.main and not places(self)[0].exists():  # a finished run whose file was taken away
+                export(self)
         finally:
             if self.lora is not None:
                 self.lora.detach()
@@ -206,14 +205,8 @@ class Run:
 
     def _compare(self, facts: dict) -> None:
         """Raises RecipeError where the checkpoint is of another run."""
+        state.check_same_run(facts, self.recipe)
         now = self._facts()
-        for section, name in BOUND:
-            before, new = (f["recipe"][section] if name is None else f["recipe"][section][name] for f in (facts, now))
-            if before != new:
-                raise RecipeError(
-                    f"Run '{self.recipe.run.name}' was begun with {section}{'.' + name if name else ''} = {before}, now it "
-                    f"is {new}. Put it back to go on with that run, or choose another run.name to begin a new one."
-                )
         for name in ("mllm", "family"):
             if facts[name] != now[name]:
                 raise RecipeError(
@@ -224,6 +217,7 @@ class Run:
             self._say("The data have changed since this run began: it goes on, but not as it would have without.")
 
     def _announce(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         data, features = self.data, self.batches.features
         self._say(
             f"{len(data.training)} examples to train on, {len(data.validation)} held out, {len(data.problems)} left out; "
@@ -242,12 +236,14 @@ class Run:
         started, total = time.perf_counter(), 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(options.accumulate):
-            position = self.step * options.accumulate + part
+            # counted so that n processes are one that accumulates n times as many passes
+            position = (self.step * options.accumulate + part) * self.processes + self.process
             if position >= self._prepared:
-                self.batches.prepare(position, self.process)
-                self._prepared = position + max(1, self.recipe.data.encode_ahead // options.batch_size)
+                ahead = max(1, self.recipe.data.encode_ahead // options.batch_size) * self.processes
+                self.batches.prepare(range(position, position + ahead, self.processes))
+                self._prepared = position + ahead
                 self.backbone.load(self._memory_required())
-            batch = self.batches.at(position, self.process)
+            batch = self.batches.at(position)
             last = part == options.accumulate - 1
             with nullcontext() if self.processes == 1 or last else self.accelerator.no_sync(self.wrapped):
                 with self.backbone.gradients():
@@ -261,17 +257,13 @@ class Run:
             comfy.model_management.throw_exception_if_processing_interrupted()
         if self.processes > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.backbone.device), "mean"))
-        if not math.isfinite(total):
-            raise RuntimeError(
-                f"The loss is {total} at step {self.step + 1}. The last good checkpoint stays; lower the learning rate "
-                f"(now {options.learning_rate:g}), or load MLLM and diffusion model in bf16 instead of fp16."
-            )
+        self._expect_finite("loss", total)
         parameters = list(self.module.parameters())
         for parameter in parameters:  # none reached it in this step: a gradient of zero, whichever way it was run
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if options.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf)
+        self._expect_finite("gradients' norm", float(norm))
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate
@@ -281,6 +273,13 @@ class Run:
         self.losses.append(total)
         self._whole = True
         self.listen(Progress(self.step, self.recipe.steps, total, f"{time.perf_counter() - started:.2f} s/step"))
+
+    def _expect_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise RuntimeError(
+                f"The {what} is {value} at step {self.step + 1}. The last good checkpoint stays; lower the learning rate "
+                f"(now {self.recipe.training.learning_rate:g}), or load MLLM and diffusion model in bf16 instead of fp16."
+            )
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates of the step number `step`, 0-based."""
@@ -342,17 +341,14 @@ class Run:
         return sum(shares.get(row.condition, 0.0) * often[stages.index(row.stage)] * row.mean for row in rows)
 
     def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         state.save(self.folder, self.step, self.dla, self.lora, self.optimizer, self._facts(), self.recipe.run.keep)
         with open(self.folder / "loss.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("step", "loss"), *enumerate(self.losses, 1)])
-        self.files = export(self)
+        export(self)
 
     def _result(self) -> Result:
-        if not hasattr(self, "files"):
-            self.files = export(self)
         found = (self.validation, self.held_out_losses(), self.data.problems, self.curve())
-        return Result(*self.files, self.step, self.losses, *found)
+        return Result(*places(self), self.step, self.losses, *found)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says of the run."""
@@ -389,7 +385,8 @@ class Run:
             batch_size=self.recipe.training.batch_size,
             checkpointing=self.recipe.training.checkpointing,
         )
-        return found.total - found.parts["DiT weights"]
+        # what is trained is on the device from the first step on, its moments after it
+        return found.passing + (found.trained if not self.optimizer.state else 0)
 
     def _say(self, text: str) -> None:
         if self.main:
@@ -430,7 +427,8 @@ def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> to
         raise RecipeError("Nothing learns: dla.modalities is 'last' with equal widths and lora.rank is 0. Set one.")
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **settings)
+        # fused needs no temporaries as large as the parameters
+        return torch.optim.AdamW(groups, **settings, fused=next(dla.parameters()).device.type == "cuda")
     try:
         import bitsandbytes
     except ImportError:

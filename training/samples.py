@@ -10,6 +10,8 @@ from ..dla.aggregator import aggregate
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
 from .batches import Batch
+from .buckets import crop
+from .data import load_picture
 from .plots import contact_sheet
 
 PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
@@ -22,11 +24,12 @@ def sample_sheet(run) -> Image.Image:
     passes = batches.held_out(options.samples)
     empty = batches.features.get("", ())
     rows = []
-    for example, batch in zip(batches.examples, passes):
+    for index, (example, batch) in enumerate(zip(batches.examples, passes)):
         negative = _conditioning(run, batch, empty.features, empty.pooled)
         positive = _conditioning(run, batch, batch.features, batch.pooled)
-        pictures = [_decode(run, latent) for latent in (*batch.references, batch.clean)]
-        titles = [f"reference {number + 1}" for number in range(len(batch.references))] + ["target"]
+        paths, (first, *others) = (*example.references, example.target), batches.sizes[index]
+        pictures = [_picture(crop(load_picture(path), *size)) for path, size in zip(paths, (*others, first))]
+        titles = [*(f"reference {number}" for number in range(1, len(paths))), "target"]
         for title, name in PRESETS[run.recipe.training.stage].items():
             sampled = staged_sample(
                 run.backbone.patcher, run.recipe.training.seed, options.sample_steps, options.sample_cfg, "euler", "simple",
@@ -34,7 +37,7 @@ def sample_sheet(run) -> Image.Image:
             )  # fmt: skip
             pictures.append(_decode(run, sampled["samples"]))
             titles.append(title)
-        rows.append((f"{example.prompt}\n{' | '.join(titles)}", pictures))
+        rows.append((f"{example.prompt} ({', '.join(titles)})", pictures))
     return contact_sheet(rows)
 
 
@@ -51,5 +54,9 @@ def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
 
 def _decode(run, latent: Tensor) -> Image.Image:
     pixels = run.parts.vae.decode(latent)
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0].float().clamp(0, 1)
-    return Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
+    return _picture(pixels.reshape(-1, *pixels.shape[-3:])[0])
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """From (h, w, 3) in 0..1."""
+    return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))

@@ -1,0 +1,110 @@
+"""The script with a recipe, in processes of its own, alone and launched by accelerate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from subject_dla.tests.small.training import paint_subjects, small_family
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+[models]
+diffusion_model = "{diffusion_model}"
+vae = "{vae}"
+mllm = "{mllm}"
+[dla]
+heads = 4
+[lora]
+rank = 4
+[data]
+source = "subjects"
+resolution = 64
+reference_size = 64
+validation = 0.2
+pairs_per_target = 1
+[training]
+stage = 2
+steps = 4
+batch_size = 2
+warmup = 0
+learning_rate = 1e-3
+[run]
+name = "one"
+save_every = 2
+validate_every = 4
+validation_examples = 2
+sample_every = 0
+dtype = "fp32"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("script")
+    models = small_family(folder / "models")
+    paint_subjects(folder / "subjects", 4)
+    (folder / "recipe.toml").write_text(RECIPE.format(**models), encoding="utf-8")
+    return folder
+
+
+def start(place: Path, *arguments: str, launch: tuple[str, ...] = (), **keywords) -> subprocess.Popen:
+    command = [*(launch or (sys.executable,)), str(ROOT / "training"), str(place / "recipe.toml")]
+    command += ["--comfyui", os.environ["COMFYUI_PATH"], "--models", str(place / "models"), "--output", str(place)]
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **keywords)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+def weights(out: str) -> dict:
+    result = json.loads(out.splitlines()[-1])
+    return load_file(result["dla"]) | load_file(result["lora"])
+
+
+def difference(one: dict, other: dict) -> float:
+    assert set(one) == set(other)
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+def test_processes_are_accumulated_passes_and_a_kill_is_resumed(place):
+    """Two processes under accelerate give what one gives that accumulates two passes; a terminated run goes on."""
+    changes = ["--set", "training.accumulate=2"]
+    whole, err = finish(start(place, *changes))
+    assert "step 4/4" in err and "held-out" in err
+    again = ["--set", "run.name='two'", *changes, "--set", "training.steps=90"]
+    process = start(place, *again)
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = finish(process, 130)
+    assert "goes on" in err
+    facts = sorted((place / "subject_dla" / "runs" / "two").glob("checkpoint-*"))
+    assert int(facts[-1].name.split("-")[1]) >= 3
+    # accelerate's launcher starts several processes for devices alone, and hands over to this one; on CPUs, this one
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    parallel, err = finish(start(place, "--set", "run.name='three'", launch=launch))
+    assert difference(weights(whole), weights(parallel)) < 1e-4
+    resumed, err = finish(start(place, "--set", "run.name='three'", "--set", "training.steps=5", *changes))
+    assert "Going on from step 4" in err
+
+
+def test_bad_recipes_are_told(place):
+    for change, told in (
+        ("training.steps='many'", "training.steps"),
+        ("models.vae='none.safetensors'", "none.safetensors"),
+    ):
+        _, err = finish(start(place, "--set", change), 1)
+        assert told in err and "Traceback" not in err
+    out, _ = finish(start(place, "--template"))
+    assert "[training]" in out

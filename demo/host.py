@@ -73,7 +73,7 @@ class Server:
         return Client(self.address, alive=lambda: self.process.poll() is None, last_words=self.last_words)
 
     def start(self) -> None:
-        for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
+        for name in ("custom_nodes", "input", "output", "temp", "user", "models/dla"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in self.packs.items():
             link(Path(folder), self.base / "custom_nodes" / name)
@@ -88,7 +88,8 @@ class Server:
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs]
         if self.models:
             paths = self.base / "extra_model_paths.yaml"
-            paths.write_text("\n".join(model_paths(self.models)), encoding="utf-8")
+            folders = [self.base / "models", *self.models]  # its own first: what is trained is written there
+            paths.write_text("\n".join(model_paths(folders)), encoding="utf-8")
             command += ["--extra-model-paths-config", str(paths)]
         command += self.arguments
         environment = {

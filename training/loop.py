@@ -213,6 +213,12 @@ class Run:
                     f"Run '{self.recipe.run.name}' was begun with {name} {facts[name]!r}, now it is {now[name]!r}. Load "
                     "that one to go on, or choose another run.name to begin a new one."
                 )
+        for name in ("start_dla", "start_lora"):
+            before, new = facts["recipe"]["run"][name], now["recipe"]["run"][name]
+            if before != new:
+                self._say(
+                    f"{name} is {new or 'none'} now, this run began from {before or 'none'}: it goes on from there."
+                )
         if facts["data"]["fingerprint"] != now["data"]["fingerprint"]:
             self._say("The data have changed since this run began: it goes on, but not as it would have without.")
 

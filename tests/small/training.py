@@ -52,7 +52,7 @@ def small_family(folder: Path) -> dict[str, str]:
     return {"diffusion_model": names["diffusion_models"], "vae": names["vae"], "mllm": names["mllm"]}
 
 
-def small_recipe(models: dict[str, str], data: Path, **changes) -> dict:
+def small_recipe(models: dict[str, str], data: Path, /, **changes) -> dict:
     """A recipe's sections for some steps in seconds; `changes` by section."""
     recipe = {
         "models": models,

@@ -1,0 +1,383 @@
+"""Runs of the small family: resumed bit for bit, ended at any point without loss, refused where they would do harm."""
+
+import json
+import logging
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, load_dla, save_dla
+from subject_dla.loaders.dla import load_dla as load_node_dla
+from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
+from subject_dla.training import state
+from subject_dla.training.backbone import Backbone
+from subject_dla.training.export import RUN_KEY
+from subject_dla.training.loop import train
+from subject_dla.training.parts import load_parts, starts
+from subject_dla.training.recipe import Recipe, RecipeError
+
+STEPS = 6
+STAGE_2 = {
+    "training": {"stage": 2, "steps": STEPS, "accumulate": 2, "mllm_only": 0.3, "vae_only": 0.3, "drop_prompt": 0.3},
+    "lora": {"rank": 2, "learning_rate": 1e-3},
+    "data": {"encode_ahead": 4},
+}
+
+
+class Stop(Exception):
+    """What a run is ended by in these tests."""
+
+
+class Place:
+    """Models, data, and a folder in which runs are made."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.models, self.data = small_family(folder / "models"), paint_subjects(folder / "my subjects", 5)
+        self.homes = (folder / "models" / "dla", folder / "models" / "loras")
+        with torch.inference_mode():  # as nodes load them
+            self.parts = load_parts(self.recipe("any"))
+
+    def recipe(self, name, **changes):
+        merged = {section: {**STAGE_2.get(section, {}), **changes.get(section, {})} for section in {*STAGE_2, *changes}}
+        merged["run"] = {"name": name, **merged.get("run", {})}
+        return Recipe.from_dict(small_recipe(self.models, self.data, **merged))
+
+    def train(self, name, listen=lambda _: None, cache="cache", **changes):
+        recipe = self.recipe(name, **changes)
+        self.parts.start_dla, self.parts.start_lora = starts(recipe)
+        with torch.inference_mode():  # as nodes run
+            return train(recipe, self.parts, self.folder / name, self.homes, listen, cache=self.folder / cache)
+
+    def newest(self, name):
+        return state.checkpoints(self.folder / name)[-1]
+
+    def files(self, name):
+        return [home / f"{name}.safetensors" for home in self.homes]
+
+    def end(self, name):
+        """All that a run leaves: weights, moments, losses, finished files."""
+        tensors = {path.name: load_file(path) for path in self.newest(name).glob("*.safetensors")}
+        tensors |= {str(path.parent.name): load_file(path) for path in self.files(name)}
+        return tensors, state.read_facts(self.newest(name))["losses"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run that nothing stopped."""
+    with passes() as seen:
+        result = place.train("whole")
+    assert len(seen) == STEPS * 2 and {condition for condition in seen} == {"mllm", "vae", "both"}
+    assert result.step == STEPS and len(result.losses) == STEPS
+    return place.end("whole")
+
+
+@contextmanager
+def passes(act=lambda number, velocity: velocity):
+    """The conditions of the passes through the DiT; `act` may change the velocity of pass `number`, or raise."""
+    seen, real = [], Backbone.velocity
+
+    def velocity(self, noisy, t, context, references=(), **values):
+        if torch.is_grad_enabled():
+            seen.append("vae" if context is None else "both" if references else "mllm")
+        out = real(self, noisy, t, context, references, **values)
+        return act(len(seen), out) if torch.is_grad_enabled() else out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "velocity", velocity)
+        yield seen
+
+
+def assert_equal(found, expected):
+    (tensors, losses), (others, their_losses) = found, expected
+    assert losses == their_losses
+    assert tensors.keys() == others.keys()
+    for name, weights in others.items():
+        assert tensors[name].keys() == weights.keys()
+        different = [key for key, value in weights.items() if not torch.equal(tensors[name][key], value)]
+        assert not different, (name, different[:5])
+
+
+def stop_at(*steps):
+    def listen(progress):
+        if progress.loss is not None and progress.step in steps:
+            raise Stop
+
+    return listen
+
+
+# resuming -----------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_after_every_step_it_is_the_whole_run(place, whole):
+    for step in range(1, STEPS):
+        with pytest.raises(Stop):
+            place.train("steps", stop_at(step))
+        assert state.read_facts(place.newest("steps"))["step"] == step
+        for path in place.files("steps"):
+            assert path.is_file()  # what there is may be used already
+    place.train("steps")
+    assert_equal(place.end("steps"), whole)
+    assert len(state.checkpoints(place.folder / "steps")) == 2
+    assert not list((place.folder / "steps").glob(".*"))
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(place, whole, part):
+    """By an error in the first or second pass of a step; features come from the disk, written by an earlier part."""
+
+    def fail(number, velocity):
+        if number == 2 * (step > 1) + part:
+            raise Stop
+        return velocity
+
+    name, cache = f"middle-{part}", {"cache": f"cache-{part}", "data": {"cache_features": True}}
+    for step in range(1, STEPS + 1):  # each part ends one step, but the first, and breaks off in the next
+        with passes(fail), pytest.raises(Stop):
+            place.train(name, **cache)
+        found = state.checkpoints(place.folder / name)
+        assert [state.read_facts(path)["step"] for path in found[-1:]] == [step - 1] * (step > 1)
+    place.train(name, **cache)
+    assert_equal(place.end(name), whole)
+
+
+def test_looking_on_does_not_change_a_run(place, whole):
+    """Validation, samples and checkpoints at every step."""
+    pictures = []
+    watch = {"validate_every": 1, "sample_every": 1, "save_every": 1, "keep": 1}
+    watch |= {"validation_examples": 2, "samples": 1, "sample_steps": 1}
+    torch.manual_seed(12345)
+    result = place.train("watched", lambda progress: pictures.append(progress.picture), run=watch)
+    assert_equal(place.end("watched"), whole)
+    assert sorted(result.validation) == sorted(result.held_out) == list(range(STEPS + 1))
+    assert all({row.condition for row in rows} == {"mllm", "vae", "both"} for rows in result.validation.values())
+    assert sum(picture is not None for picture in pictures) >= 3 * STEPS
+    assert len(list((place.folder / "watched" / "samples").iterdir())) == STEPS + 1
+    assert len(state.checkpoints(place.folder / "watched")) == 1
+    again = place.train("watched", run=watch)  # it is done
+    assert (again.losses, again.validation) == (result.losses, result.validation)
+
+
+def test_a_changed_learning_rate_is_taken_over(place):
+    rates = {"training": {"learning_rate": 0.0}, "lora": {"learning_rate": 0.0}}
+    with pytest.raises(Stop):
+        place.train("rates", stop_at(2))
+    before, _ = place.end("rates")
+    result = place.train("rates", **rates)
+    after, losses = place.end("rates")
+    assert result.step == len(losses) == STEPS
+    for name in ("dla.safetensors", "lora.safetensors"):
+        assert all(torch.equal(value, after[name][key]) for key, value in before[name].items())
+    assert any(not torch.equal(value, after["optimizer.safetensors"][key]) for key, value in before["optimizer.safetensors"].items())  # fmt: skip
+
+
+def test_more_steps_go_on_from_a_finished_run(place, whole):
+    place.train("longer", training={"steps": 3})
+    place.train("longer")
+    assert_equal(place.end("longer"), whole)
+
+
+CHANGES = {
+    "training.seed": {"training": {"seed": 1}},
+    "training.stage": {"training": {"stage": 1}},
+    "training.optimizer": {"training": {"optimizer": "adamw8bit"}},
+    "lora.rank": {"lora": {"rank": 3}},
+    "lora.alpha": {"lora": {"alpha": 1.0}},
+    "dla": {"dla": {"pooling": "linear"}},
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_another_run_under_the_same_name_is_refused_by_setting(place, whole, monkeypatch, setting):
+    from subject_dla.training import loop
+
+    if setting == "training.optimizer":  # whether its package is there or not
+        real = loop.make_optimizer
+        monkeypatch.setattr(loop, "make_optimizer", lambda recipe, *rest: real(place.recipe("any"), *rest))
+    before = everything(place.folder / "whole"), everything(place.folder / "models")
+    with passes() as seen, pytest.raises(RecipeError, match=rf"'whole' was begun with {setting} = .* choose another"):
+        place.train("whole", **CHANGES[setting])
+    assert not seen and before == (everything(place.folder / "whole"), everything(place.folder / "models"))
+
+
+def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(place, whole):
+    dla = load_dla(place.homes[0] / "whole.safetensors")
+    dla.config = DLAConfig.from_dict({**dla.config.to_dict(), "vit_blend": 0.5})
+    save_dla(place.homes[0] / "blended.safetensors", dla)
+    with pytest.raises(Stop):
+        place.train("begun", stop_at(1))
+    with passes() as seen, pytest.raises(state.CheckpointError, match="vit_blend"):
+        place.train("begun", run={"start_dla": "blended.safetensors"})
+    assert not seen
+
+
+def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(place):
+    with pytest.raises(Stop):
+        place.train("damaged", stop_at(2), run={"save_every": 1})
+    path = place.newest("damaged") / "lora.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = everything(place.folder / "damaged"), [file.read_bytes() for file in place.files("damaged")]
+    with passes() as seen, pytest.raises(ValueError, match=r"damaged/checkpoint-00000002: .* Move this folder away"):
+        place.train("damaged")
+    assert not seen
+    assert before == (everything(place.folder / "damaged"), [file.read_bytes() for file in place.files("damaged")])
+
+
+# ends ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_saves_and_is_the_hosts(place, whole):
+    def interrupt(progress):
+        if progress.loss is not None and progress.step == 3:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        place.train("interrupted", interrupt)
+    assert state.read_facts(place.newest("interrupted"))["step"] == 3
+    place.train("interrupted")
+    assert_equal(place.end("interrupted"), whole)
+
+
+def break_loss(velocity):
+    return velocity * float("nan")
+
+
+def break_gradient(velocity):
+    velocity.register_hook(lambda gradient: gradient * float("inf"))
+    return velocity
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [break_loss, break_gradient])
+def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(place, whole, broken, clip_norm):
+    name, options = f"{broken.__name__}-{clip_norm:g}", {"training": {"clip_norm": clip_norm}}
+
+    def act(number, velocity):
+        return broken(velocity) if number == 5 else velocity  # in step 3
+
+    with passes(act), pytest.raises(RuntimeError, match="(loss|norm) is (nan|inf) at step 3"):
+        place.train(name, **options)
+    assert state.read_facts(place.newest(name))["step"] == 2
+    if clip_norm:
+        place.train(name, **options)
+        assert_equal(place.end(name), whole)
+    for path in place.files(name):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+def test_lora_leaves_the_model_as_it_was(place, whole):
+    with passes(lambda number, velocity: 1 / 0), pytest.raises(ZeroDivisionError):
+        place.train("hooks")
+    modules = place.parts.model.model.diffusion_model.modules()
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in modules)
+    assert not (place.folder / "hooks").exists() or not state.checkpoints(place.folder / "hooks")
+    assert not any(path.exists() for path in place.files("hooks"))  # nothing was learnt
+
+
+# conditions ---------------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_never_shows_the_dit_a_reference(place):
+    with passes() as seen:
+        place.train("stage-1", training={"stage": 1, "mllm_only": 0.0, "vae_only": 1.0}, lora={"rank": 0})
+    assert seen == ["mllm"] * 2 * STEPS
+
+
+def test_without_a_lora_no_pass_has_vae_tokens_alone(place):
+    with passes() as seen:
+        place.train("no-lora", training={"mllm_only": 0.4, "vae_only": 0.6}, lora={"rank": 0})
+    assert set(seen) == {"mllm", "both"} and seen.count("both") > STEPS
+    with passes() as seen:
+        place.train("vae-only", training={"mllm_only": 0.0, "vae_only": 1.0, "steps": 2})
+    assert seen == ["vae"] * 4
+
+
+# finished files -----------------------------------------------------------------------------------------------------
+
+
+def foreign_dla(path):
+    save_dla(path, DualLayerAggregator(DLAConfig(MLLMInfo("x", "internvl", 2, 8), 8, provenance={"run": "another's"})))
+
+
+def foreign_lora(path):
+    save_file({"diffusion_model.x.lora_A.weight": torch.ones(1, 2)}, path)
+
+
+FOREIGN = {
+    "a DLA": (0, foreign_dla),
+    "a LoRA": (1, foreign_lora),
+    "a LoRA of another run": (1, lambda path: save_file({"x": torch.ones(1)}, path, {RUN_KEY: '{"run": "another"}'})),
+    "odd metadata": (1, lambda path: save_file({"x": torch.ones(1)}, path, {RUN_KEY: "[]"})),
+    "garbage": (0, lambda path: path.write_bytes(b"\xff" * 99)),
+    "a folder": (1, lambda path: path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_that_is_somebody_elses_is_left_alone(place, what):
+    number, make = FOREIGN[what]
+    name = "foreign-" + what.replace(" ", "-")
+    path = place.files(name)[number]
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    before = everything(path.parent)
+    with passes() as seen, pytest.raises(ValueError, match=f"{name}.safetensors is there already"):
+        place.train(name)
+    assert not seen and everything(path.parent) == before
+    assert not state.checkpoints(place.folder / name)
+
+
+def test_the_finished_dla_tells_how_it_was_made_and_nothing_of_the_machine(place, whole):
+    place.train("told", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
+    dla = load_node_dla("told.safetensors")
+    trained = load_dla(place.newest("told") / "dla.safetensors")
+    made = dla.config.provenance
+    assert made["stage"] == 2 and made["steps"] == STEPS and made["dit"] == "flux" and made["held_out_loss"]
+    recipe = Recipe.from_dict(made["recipe"])
+    expected = place.recipe("told", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
+    assert recipe.data.source == "my subjects"
+    assert {**asdict(recipe), "data": None} == {**asdict(expected), "data": None}
+    for path in place.files("told"):
+        with open(path, "rb") as file:
+            head = file.read(int.from_bytes(file.read(8), "little")).decode()
+        assert str(place.folder) not in head and str(place.folder.parent) not in head
+        assert json.loads(head)["__metadata__"]
+    rounded = {key: value.bfloat16() for key, value in trained.state_dict().items()}
+    found = load_file(place.files("told")[0])
+    assert all(torch.equal(found[key], value) for key, value in rounded.items()) and found.keys() == rounded.keys()
+
+
+def test_the_host_takes_every_key_of_the_finished_lora(place, whole, caplog):
+    weights = comfy.utils.load_torch_file(str(place.files("whole")[1]), safe_load=True)
+    with caplog.at_level(logging.WARNING):
+        patched, _ = comfy.sd.load_lora_for_models(place.parts.model, None, weights, 1.0, 0)
+    assert not [record for record in caplog.records if "lora" in record.getMessage().lower()]
+    assert 3 * len(patched.patches) == len(weights) > 0
+    assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)
+
+
+def test_stage_2_begins_from_stage_1s_dla_and_lora(place):
+    place.train("first", training={"stage": 1, "steps": 2})
+    start = {"start_dla": "first.safetensors", "start_lora": "first.safetensors"}
+    place.train("second", training={"steps": 1, "learning_rate": 0.0}, lora={"learning_rate": 0.0}, run=start)
+    first, second = place.end("first")[0], place.end("second")[0]
+    for name in ("dla.safetensors", "lora.safetensors"):
+        assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
+    with pytest.raises(ValueError, match="alpha"):
+        place.train("third", lora={"alpha": 9.0}, run=start)
+    with pytest.raises(ValueError, match="rank 3"):
+        place.train("third", lora={"rank": 3}, run=start)
+
+
+def everything(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -148,21 +148,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _pack(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimiser's state as tensors by name, and as JSON for the rest."""
+def _pack(state: dict, path: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimiser's state, which may be nested, as tensors by path, and as JSON for the rest."""
     tensors, rest = {}, {}
-    for index, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                rest[f"{index}.{name}"] = value
+    for name, value in state.items():
+        if isinstance(value, dict):
+            inner, numbers = _pack(value, f"{path}{name}/")
+            tensors, rest = tensors | inner, rest | numbers
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{path}{name}"] = value.detach().cpu().contiguous().clone()
+        else:
+            rest[f"{path}{name}"] = value
     return tensors, rest
 
 
 def _unpack(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
-    state: dict[int, dict] = {}
-    for key, value in {**tensors, **rest}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    state: dict = {}
+    for path, value in {**tensors, **rest}.items():
+        index, *names, last = path.split("/")
+        place = state.setdefault(int(index), {})
+        for name in names:
+            place = place.setdefault(name, {})
+        place[last] = value
     return state

@@ -186,3 +186,19 @@ def test_blocks_get_their_forward_back(monkeypatch):
         assert "forward" in vars(block)
         raise KeyError
     assert "forward" not in vars(block)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_stored_in_fp8(tmp_path_factory, checkpointing):
+    from subject_dla.loaders.dit import load_dit
+    from subject_dla.tests.small.training import small_family
+
+    models = small_family(tmp_path_factory.getbasetemp() / "small-family")
+    with torch.inference_mode():
+        model = load_dit(models["diffusion_model"], "fp8_e4m3fn")
+    problem = Problem(model, "flux")
+    assert problem.backbone.dit.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
+    (gradient,) = problem.gradients(checkpointing)
+    direction = torch.randn(gradient.shape, generator=problem.draw) + gradient / gradient.norm() * 30
+    found = difference(problem.loss, problem.tokens, direction)
+    assert abs(found - (gradient * direction).sum()) / abs(found) < 1e-2

@@ -29,6 +29,11 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise",
         "LATENT",
     ),
+    "SubjectTrainDLA": (
+        "model vae mllm data name stage steps learning_rate resolution batch_size accumulate lora_rank seed dla clip"
+        " start_lora options",
+        "DLA IMAGE STRING",
+    ),
 }
 
 
@@ -63,6 +68,23 @@ def test_every_node_has_a_help_page_and_no_page_is_left_over():
     assert {page.stem for page in pages.glob("*.md")} == set(FROZEN)
 
 
+def test_train_dlas_page_has_every_option_with_its_default():
+    from subject_dla.training.recipe import template
+
+    page = (Path(__file__).parents[2] / "web" / "docs" / "SubjectTrainDLA.md").read_text(encoding="utf-8")
+    inputs = {"source", "validation_source", "resolution", "rank", "stage", "steps", "batch_size", "accumulate", "seed"}
+    inputs |= {"name", "start_dla", "start_lora"}
+    wanted, section = [], ""
+    for line in template().splitlines():
+        section = line[1:-1] if line.startswith("[") else section
+        name = line.split(" = ")[0]
+        own = section == "models" or name in inputs or (section, name) == ("training", "learning_rate")
+        if " = " in line and not own:
+            wanted.append(f"{section}.{line}")
+    shown = page.split("```toml\n")[1].split("```")[0].splitlines()
+    assert shown == wanted
+
+
 @pytest.mark.parametrize("name", FROZEN)
 def test_execute_takes_every_input_and_an_optional_one_may_stay_open(name):
     node = NODES[name]
@@ -86,6 +108,31 @@ def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypat
     before = NODES["SubjectLoadDLA"].fingerprint_inputs(dla="there.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"01")
     assert NODES["SubjectLoadDLA"].fingerprint_inputs(dla="there.safetensors") != before
+
+
+def test_training_data_are_offered_and_taken_from_the_input_folder_alone(tmp_path, monkeypatch):
+    import folder_paths
+
+    root = tmp_path / "input"
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(root))
+    for name in ("cats/tom/1.jpg", "cats/tom/1.txt", "uno/list.json", "uno/images/a.jpg", ".hidden/b.json", "c.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("[]")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "1.txt").write_text("a cat")
+    (root / "empty").mkdir()
+    combo = next(i for i in NODES["SubjectTrainDLA"].define_schema().inputs if i.id == "data")
+    assert combo.options == ["c.jsonl", "cats", "empty", "uno", "uno/list.json"]
+    settings = {"name": "run", "stage": "1: MLLM tokens", "steps": 3, "lora_rank": 0, "seed": 0}
+    check = NODES["SubjectTrainDLA"].validate_inputs
+    assert check(data="cats", **settings) is True and check(data="uno/list.json", **settings) is True
+    assert check(data=None, **settings | {"name": None, "seed": None}) is True  # linked: known later
+    for outside in ("../outside", str(tmp_path / "outside"), "cats/tom", ""):
+        with pytest.raises(ValueError, match="input folder.*cats"):
+            check(data=outside, **settings)
+    for bare in ("empty", "uno"):
+        with pytest.raises(ValueError, match=f"{bare}.*no captions"):
+            check(data=bare, **settings)
 
 
 def test_keyframes_chain_and_a_mixed_clock_is_refused():

@@ -19,6 +19,7 @@ from .latents import LatentCache
 from .recipe import Recipe
 
 SHARE, NOISE, TIME, PROMPT, HELD_OUT = range(5)  # streams of random numbers
+EMPTY = (" ", ())  # prompt and references on CFG's negative side; in the graph, too, an empty prompt is a space
 STRATA = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds [T]
 
 
@@ -140,4 +141,4 @@ class Batches:
         draws = torch.rand(len(indices), generator=generator(self.recipe.training.seed, PROMPT, position))
         dropped = (draws < self.recipe.training.drop_prompt).tolist()
         examples = [self.examples[index] for index in indices]
-        return [("", ()) if drop else (example.prompt, example.references) for drop, example in zip(dropped, examples)]
+        return [EMPTY if drop else (example.prompt, example.references) for drop, example in zip(dropped, examples)]

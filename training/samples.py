@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dla.aggregator import aggregate
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
-from .batches import Batch
+from .batches import EMPTY, Batch
 from .buckets import crop
 from .data import load_picture
 from .plots import contact_sheet
@@ -22,7 +22,7 @@ def sample_sheet(run) -> Image.Image:
     """One row for each of the first held-out examples (or training examples, where none are held out)."""
     options, batches = run.recipe.run, run.held_out or run.batches
     passes = batches.held_out(options.samples)
-    empty = batches.features.get("", ())
+    empty = batches.features.get(*EMPTY)
     rows = []
     for index, (example, batch) in enumerate(zip(batches.examples, passes)):
         negative = _conditioning(run, batch, empty.features, empty.pooled)

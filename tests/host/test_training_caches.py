@@ -2,6 +2,7 @@
 encoded, and both are fit for a backward pass."""
 
 import os
+from itertools import count
 
 import comfy.ldm.wan.vae
 import comfy.sd
@@ -19,6 +20,7 @@ from subject_dla.training.pictures import load_picture
 
 from tests.small.models import WAN_VAE, text_encoder_shapes
 
+TIMES = count(1)
 SMALL = {"dim": 16}  # of the Wan VAE
 PROMPTS = ["a red fox", "an owl asleep in the snow, seen from far above, with a lantern beside it", ""]
 
@@ -27,11 +29,19 @@ PROMPTS = ["a red fox", "an owl asleep in the snow, seen from far above, with a 
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     paths = []
-    for number, (width, height) in enumerate([(96, 96), (150, 90), (90, 150)]):
+    for number, (width, height) in enumerate([(96, 96), (150, 90), (90, 150), (96, 96)]):
         noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(number))
         paths.append(folder / f"{number}.png")
-        Image.fromarray((noise.numpy() * 255).astype("uint8")).save(paths[-1])
+        Image.fromarray((noise.numpy() * 255).astype("uint8")).save(paths[-1], compress_level=0)
+    assert paths[0].stat().st_size == paths[3].stat().st_size
     return paths
+
+
+def put(picture, path):
+    """Writes a picture at another time than before, however coarse the file system's clock."""
+    path.write_bytes(picture.read_bytes())
+    now = next(TIMES)
+    os.utime(path, ns=(now, now))
 
 
 def build_vae(kind, seed=0):
@@ -143,21 +153,22 @@ def test_damaged_latents_are_encoded_again_and_replaced(vae, pictures, tmp_path)
 def test_latents_belong_to_picture_size_and_vae(pictures, tmp_path, monkeypatch):
     vae = build_vae("flux")
     path = tmp_path / "picture.png"
-    path.write_bytes(pictures[0].read_bytes())
+    put(pictures[0], path)
     cache = LatentCache(vae, tmp_path / "cache")
     first = cache.get(path, 64, 64)
     assert cache.get(path, 64, 48).shape != first.shape
-    path.write_bytes(pictures[1].read_bytes())
-    assert not torch.equal(cache.get(path, 64, 64), first)  # the picture has changed
-    stamp = path.stat().st_mtime_ns
-    path.write_bytes(pictures[0].read_bytes())
-    os.utime(path, ns=(stamp + 1, stamp + 1))
+    put(pictures[3], path)  # as many bytes, another picture
+    assert not torch.equal(cache.get(path, 64, 64), first)
+    put(pictures[0], path)
     assert torch.equal(cache.get(path, 64, 64), first)
     assert not torch.equal(LatentCache(build_vae("flux", 1), tmp_path / "cache").get(path, 64, 64), first)
     monkeypatch.setattr(vae, "encode", lambda pixels: torch.full((1, 16, 8, 8), torch.nan))
     with pytest.raises(ValueError, match="2.png.*bf16"):
         cache.get(pictures[2], 64, 64)
+    monkeypatch.undo()
+    kept = len(files(tmp_path / "cache"))
     assert torch.equal(LatentCache(build_vae("flux"), tmp_path / "cache").get(path, 64, 64), first)
+    assert len(files(tmp_path / "cache")) == kept  # the same weights, loaded again
 
 
 def test_size_of_latents_is_told_from_one_encoding(vae, pictures, tmp_path, monkeypatch):
@@ -208,7 +219,9 @@ def test_damaged_features_are_encoded_again_and_replaced(mllm, pictures, tmp_pat
     (file,) = files(tmp_path)
     whole = file.read_bytes()
     info = whole.index(b"info")
-    for damage in (b"", whole[:100], whole[:-1], whole[:info] + b"####" + whole[info + 4 :], b"{}" * 200):
+    no_json = whole.replace(b'"{\\"layers', b'"#\\"layers')
+    for damage in (b"", whole[:100], whole[:-1], whole[:info] + b"####" + whole[info + 4 :], no_json, b"{}" * 200):
+        assert damage != whole
         file.write_bytes(damage)
         assert same(get(), first)
         assert file.read_bytes() == whole
@@ -216,7 +229,7 @@ def test_damaged_features_are_encoded_again_and_replaced(mllm, pictures, tmp_pat
 
 def test_features_belong_to_prompt_pictures_layers_size_and_models(mllm, clip, pictures, tmp_path):
     path = tmp_path / "picture.png"
-    path.write_bytes(pictures[0].read_bytes())
+    put(pictures[0], path)
     folder = tmp_path / "features"
 
     def get(prompt=PROMPTS[0], references=(path,), mllm=mllm, **options):
@@ -226,11 +239,15 @@ def test_features_belong_to_prompt_pictures_layers_size_and_models(mllm, clip, p
         return encoded.features.hidden_states
 
     first = get()
-    get(PROMPTS[1]), get("", ()), get(references=(path, path)), get(layers=(1,)), get(image_size=56), get(clip=clip)
+    get(PROMPTS[1]), get("", ()), get(references=(path, path)), get(layers=(1,)), get(image_size=56)
+    again = load_folder(build_qwen25vl(tmp_path / "again" / mllm.info.name))
+    kept = len(files(folder))
+    assert torch.equal(FeatureSource(again, folder=folder).get(PROMPTS[0], (path,)).features.hidden_states, first)
+    assert len(files(folder)) == kept  # the same weights, loaded again
     other = load_folder(build_qwen25vl(tmp_path / mllm.info.name, seed=1))
     assert other.info == mllm.info and not torch.equal(get(mllm=other), first)
-    path.write_bytes(pictures[2].read_bytes())
-    get()
+    put(pictures[3], path)
+    get(), get(clip=clip)
     patched = clip.clone()
     key = next(key for key in patched.patcher.model.state_dict() if key.endswith("q_proj.weight"))
     assert patched.add_patches({key: (torch.ones(768, 768),)})

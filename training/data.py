@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ def read_data(
     reader = _Reader(seed, max_references, pairs_per_target)
     examples, root = reader.read(Path(source)), _root(Path(source))
     if isinstance(validation, (str, Path)):
-        kept, out, other = examples, reader.read(Path(validation)), _root(Path(validation))
+        kept, other = examples, _root(Path(validation))
+        out = reader.unseen(reader.read(Path(validation)), examples)
+        if not out:
+            raise DataError(f"{validation}: nothing to hold out, every target in it is trained on. Expected others.")
     else:
         sides = held_out(examples, validation, seed, root)
         kept = [example for example, side in zip(examples, sides) if not side]
@@ -79,17 +83,21 @@ def held_out(examples: Sequence[Example], share: float, seed: int, root: Path) -
     """For each example whether it is held out: each subject is, with probability `share`, by a hash of its name, so that
     a new subject does not move the others; but one at least is, and one is not (of the lowest and highest hash).
 
-    Subjects that share a picture go together; where that leaves one group, subjects are split, and where there is one
-    subject, targets.
+    Subjects that share a picture go together, the most that do are trained on; where that leaves one group, subjects are
+    split, and where there is one subject, targets.
     """
     if share <= 0:
         return [False] * len(examples)
+    subjects = [example.subject for example in examples]
     targets = [_relative(example.target, root) for example in examples]
-    for names in (_linked(examples), [example.subject for example in examples], targets):
+    for names in (_linked(examples), subjects, targets):
         groups = sorted(set(names), key=lambda name: (_number(seed, name), name))
         if len(groups) > 1:
+            sizes = Counter(name for name, _ in set(zip(names, subjects)))
+            kept = max(reversed(groups), key=lambda name: sizes[name])
+            groups.remove(kept)
             out = {name for name in groups if _number(seed, name) < share} or {groups[0]}
-            return [name in out - {groups[-1]} for name in names]
+            return [name in out for name in names]
     return [False] * len(examples)
 
 
@@ -118,6 +126,17 @@ class _Reader:
             )
         return examples
 
+    def unseen(self, held_out: list[Example], trained: list[Example]) -> list[Example]:
+        """Those whose target is not trained on, under whatever name."""
+        seen, out = {example.target.resolve() for example in trained}, []
+        for example in held_out:
+            if example.target.resolve() in seen:
+                where = f"{example.target.parent.name}/{example.target.name}"
+                self.problem(where, "is a target to train on too, so it cannot be held out")
+            else:
+                out.append(example)
+        return out
+
     def problem(self, where: str, text: str) -> None:
         line = f"{where}: {text}"[:400]
         self.problems.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
@@ -141,7 +160,8 @@ class _Reader:
 
     def _files(self, home: Path) -> list[Path]:
         try:
-            return sorted(path for path in home.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
+            files = (path for path in home.iterdir() if path.suffix.lower() in PICTURES and path.name[0] != ".")
+            return sorted(path for path in files if path.is_file())
         except OSError as error:
             self.problem(home.name, f"cannot be read ({error.strerror})")
             return []
@@ -227,9 +247,10 @@ class _Reader:
         paths = []
         for name in (target, *names):
             plain = PureWindowsPath(name)  # takes both kinds of slash
-            if plain.drive or plain.root or ".." in plain.parts or not plain.name:
+            path = root.joinpath(*plain.parts)
+            if plain.drive or plain.root or ".." in plain.parts or not plain.name or _leads_out(path, root):
                 return problem(f"{name!r:.60} leads out of the list's folder, expected a picture inside it")
-            paths.append(root.joinpath(*plain.parts))
+            paths.append(path)
         return prompt.strip(), subject or _relative(paths[1].with_suffix(""), root), paths
 
 
@@ -238,6 +259,14 @@ def _size_or_problem(path: Path) -> tuple[int, int] | str:
         return shown_size(path)
     except ImageProblem as problem:
         return str(problem)
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """By symbolic links."""
+    try:
+        return not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null: nothing that can be read
+        return False
 
 
 def _is_text(value: object) -> bool:

@@ -23,7 +23,7 @@ class ImageProblem(ValueError):
 def load_picture(path: Path) -> Tensor:
     """(H, W, 3) float32 in 0..1: turned as its EXIF says, transparency over white, 16 bits a channel brought to 8.
     Raises ImageProblem."""
-    with _reading(path), whole_pictures(), Image.open(path) as file:
+    with _reading(path), whole_pictures(), open_file(path) as file:
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
             values = numpy.asarray(picture).astype(numpy.float64) / 257
@@ -37,7 +37,7 @@ def load_picture(path: Path) -> Tensor:
 def shown_size(path: Path) -> tuple[int, int]:
     """(width, height) in px of a picture as shown, once all of it has been decoded. To be called in
     `whole_pictures`. Raises ImageProblem."""
-    with _reading(path), Image.open(path) as file:
+    with _reading(path), open_file(path) as file:
         size = file.size
         file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
         file.load()
@@ -48,6 +48,12 @@ def shown_size(path: Path) -> tuple[int, int]:
             f"{SLIMMEST}:1 apart"
         )
     return size
+
+
+def open_file(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")  # a pipe would wait for ever
+    return Image.open(path)
 
 
 @contextmanager

@@ -364,6 +364,60 @@ def test_subjects_that_share_pictures_lie_on_one_side(lists):
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
+def test_a_picture_that_most_share_does_not_hold_most_out(lists):
+    """A background, say: the subjects that it ties together are trained on, or split where they are all."""
+    subject(lists / "ground", 1)
+    entries = []
+    for number in range(12):
+        subject(lists / str(number), 2)
+        references = [f"{number}/0.jpg"] + ["ground/0.jpg"] * (number > 0)
+        entries.append(entry(target=f"{number}/1.jpg", image_paths=references))
+    for count, held in ((12, {"0/0"}), (11, None)):
+        (lists / "list.json").write_text(json.dumps(entries[-count:]), encoding="utf-8")
+        for seed in range(6):
+            data = read_data(lists / "list.json", validation=0.1, seed=seed)
+            assert not names(data.validation) & names(data.training)
+            assert names(data.validation) == held or held is None and 1 <= len(names(data.validation)) < 6
+
+
+def test_links_that_lead_out_of_a_lists_folder_are_refused(lists, tmp_path_factory):
+    away = subject(tmp_path_factory.mktemp("away") / "private", 1)
+    (lists / "picture.jpg").symlink_to(away / "0.jpg")
+    (lists / "folder").symlink_to(away, target_is_directory=True)
+    (lists / "inside.jpg").symlink_to(lists / "b" / "0.jpg")
+    (lists / "loop.jpg").symlink_to(lists / "loop.jpg")
+    entries = [entry(name) for name in ("picture.jpg", "folder/0.jpg", "inside.jpg", "loop.jpg")]
+    (lists / "list.json").write_text(json.dumps([*entries, entry(target="folder/0.jpg")]), encoding="utf-8")
+    link = lists.parent / "link"  # the list's own folder may be reached by one
+    link.unlink(missing_ok=True)
+    link.symlink_to(lists, target_is_directory=True)
+    for home in (lists, link):
+        data = read_data(home / "list.json", validation=0)
+        assert [e.references[0].name for e in data.training] == ["inside.jpg"]
+        found = [(problem[:17], "leads out" in problem) for problem in data.problems]
+        expected = [(f"list.json entry {n}", n != 4) for n in (1, 2, 5, 4)]
+        assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_picture(lists):
+    os.mkfifo(lists / "pipe.jpg")
+    (lists / "list.json").write_text(json.dumps([entry(), entry("pipe.jpg")]), encoding="utf-8")
+    data = read_data(lists / "list.json", validation=0)
+    assert len(data.training) == 1 and "pipe.jpg cannot be read as a picture (it is no file)" in data.problems[0]
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path):
+    subjects(tmp_path / "training", 3)
+    held = subjects(tmp_path / "held", 1, first=9)
+    (held / "again").symlink_to(tmp_path / "training" / "subject-00", target_is_directory=True)
+    data = read_data(tmp_path / "training", validation=held)
+    assert names(data.validation) == {"subject-09"} and len(data.problems) == 6
+    assert all("again/" in problem and "cannot be held out" in problem for problem in data.problems)
+    with pytest.raises(DataError, match="nothing to hold out"):
+        read_data(tmp_path / "training", validation=tmp_path / "training")
+
+
 def test_held_out_examples_of_their_own(tmp_path):
     subjects(tmp_path / "training", 3)
     subjects(tmp_path / "held", 2, first=9)

@@ -29,7 +29,7 @@ class Batch:
 
     condition: str  # "mllm" | "vae" | "both": which tokens the DiT gets
     features: Features | None  # None without MLLM tokens
-    pooled: Tensor | None  # (b, p)
+    pooled: Tensor | None  # (b, p); the stages of sampling keep it, so it stays without MLLM tokens too
     clean: Tensor  # (b, c, h, w) or (b, c, 1, h, w)
     references: tuple[Tensor, ...]  # the same per reference; () without VAE tokens
     noise: Tensor  # as clean
@@ -135,8 +135,8 @@ class Batches:
         return shares[-1][0]
 
     def _prompts(self, indices: list[int], position: int) -> list[tuple[str, tuple]]:
-        """What the MLLM reads: at times nothing, which is the negative side of CFG; [] where its tokens are left out."""
-        if self._condition(position) == "vae":
+        """What the MLLM reads: at times nothing, which is the negative side of CFG; [] where nobody needs it."""
+        if self._condition(position) == "vae" and self.features.clip is None:
             return []
         draws = torch.rand(len(indices), generator=generator(self.recipe.training.seed, PROMPT, position))
         dropped = (draws < self.recipe.training.drop_prompt).tolist()

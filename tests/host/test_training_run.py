@@ -16,6 +16,7 @@ from subject_dla.loaders.dla import load_dla as load_node_dla
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
 from subject_dla.training import state
 from subject_dla.training.backbone import Backbone
+from subject_dla.training.batches import EMPTY
 from subject_dla.training.export import RUN_KEY
 from subject_dla.training.loop import train
 from subject_dla.training.parts import load_parts, starts
@@ -168,6 +169,38 @@ def test_looking_on_does_not_change_a_run(place, whole):
     assert (again.losses, again.validation) == (result.losses, result.validation)
 
 
+def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, monkeypatch):
+    """Both come again; what was validated before is not validated twice."""
+    from subject_dla.training import loop
+
+    looked = []
+
+    def evaluate(module, batches, count, real=loop.evaluate):
+        rows = real(module, batches, count)
+        looked.append(0)
+        if len(looked) in (2, 5):
+            raise Stop
+        return rows
+
+    def listen(progress):
+        if progress.picture is not None and progress.step == 3 and not (place.folder / "looked" / "stopped").exists():
+            (place.folder / "looked" / "stopped").touch()
+            raise Stop
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    watch = {"validate_every": 1, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}
+    for _ in range(3):
+        with pytest.raises(Stop):
+            place.train("looked", listen, run=watch)
+    result = place.train("looked", listen, run=watch)
+    assert_equal(place.end("looked"), whole)
+    assert sorted(result.validation) == list(range(STEPS + 1))
+    once = place.train("looked-once", run=watch)
+    assert result.validation == once.validation and result.held_out == once.held_out
+    tables = [(place.folder / name / "validation.csv").read_text() for name in ("looked", "looked-once")]
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + 9 * (STEPS + 1)
+
+
 def test_a_changed_learning_rate_is_taken_over(place):
     rates = {"training": {"learning_rate": 0.0}, "lora": {"learning_rate": 0.0}}
     with pytest.raises(Stop):
@@ -300,6 +333,37 @@ def test_without_a_lora_no_pass_has_vae_tokens_alone(place):
     with passes() as seen:
         place.train("vae-only", training={"mllm_only": 0.0, "vae_only": 1.0, "steps": 2})
     assert seen == ["vae"] * 4
+
+
+class Pooled:
+    """A CLIP whose pooled vector tells the prompt."""
+
+    def tokenize(self, prompt):
+        return prompt
+
+    def encode_from_tokens(self, prompt, return_pooled):
+        return torch.zeros(1, 1, 4), self.of(prompt)
+
+    def of(self, prompt):
+        return torch.randn(1, 768, generator=torch.Generator().manual_seed(len(prompt)))
+
+
+def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(place, monkeypatch):
+    """As in sampling, where a stage without MLLM tokens keeps it."""
+    given, real = [], Backbone.velocity
+
+    def velocity(self, noisy, t, context, references=(), **values):
+        given.append((context is None, values["pooled"]))
+        return real(self, noisy, t, context, references, **values)
+
+    monkeypatch.setattr(Backbone, "velocity", velocity)
+    monkeypatch.setattr(place.parts, "clip", Pooled())
+    place.train("pooled", training={"steps": 3})
+    prompts = {EMPTY[0], *(path.read_text() for path in place.data.glob("*/*.txt"))}
+    known = [Pooled().of(prompt)[0] for prompt in prompts]
+    assert {off for off, _ in given} == {True, False}
+    for _, pooled in given:
+        assert all(any(torch.equal(row, vector) for vector in known) for row in pooled)
 
 
 # finished files -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     nox -s bench -- training [--steps 60]
 
-- gradients of a DLA's parameters, through one-layer full-width FLUX, Qwen-Image and OmniGen2, against central differences
-  in fp32, along a random direction in every parameter: |differences - gradients| / |differences|
+- gradients of a DLA's parameters, through one-layer full-width FLUX, Qwen-Image and OmniGen2, against central
+  differences in fp32, along a random direction in every parameter: |differences - gradients| / |differences|
 - a run of the small family stopped at three places and resumed, against the run that was not stopped
 - its loss at start and end, in training and held out
 - peak memory of a step through a FLUX of twelve blocks and 1,000 tokens, with and without checkpointing

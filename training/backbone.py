@@ -30,10 +30,10 @@ class GradientError(RuntimeError):
 
 
 class Backbone:
-    """A MODEL to train through: velocities of the host's own forward, with gradients to the context tokens and to a LoRA.
+    """A MODEL to train through: velocities of the host's own forward, with gradients to context tokens and a LoRA.
 
-    model: a ModelPatcher of FLUX.1, Qwen-Image or OmniGen2; its weights stay frozen. checkpointing: keep only the blocks'
-    inputs for the backward pass. Raises GradientError on hosts whose gradients are wrong, ValueError for other models.
+    model: a ModelPatcher of FLUX.1, Qwen-Image or OmniGen2; its weights stay frozen. checkpointing: keep only the
+    blocks' inputs for the backward pass. Raises GradientError on hosts whose gradients are wrong, ValueError for other models.
     """
 
     def __init__(self, model, checkpointing: bool = True):

@@ -20,7 +20,7 @@ from torch import nn
 from ..dla.aggregator import DualLayerAggregator
 from ..dla.checkpoint import load_dla
 from ..loaders.dla import compute_dtype
-from ..loaders.identity import reference_method
+from ..loaders.identity import OMNIGEN2_REFERENCES, reference_method
 from . import state
 from .backbone import Backbone
 from .batches import STRATA, Batches
@@ -41,8 +41,8 @@ from .validation import evaluate
 
 @dataclass
 class Parts:
-    """What the run trains with: the host's MODEL, VAE and CLIP (None: no pooled vector), this pack's MLLM, and the files
-    to go on from."""
+    """What the run trains with: the host's MODEL, VAE and CLIP (None: no pooled vector), this pack's MLLM, and the
+    files to go on from."""
 
     model: Any
     vae: Any
@@ -99,9 +99,10 @@ class Run:
         accelerator=None,
         cache: Path | None = None,
     ):
-        """folder: of checkpoints, losses and pictures. places: of the finished DLA and LoRA. listen: is told of each step
-        and may raise to stop the run. accelerator: Hugging Face's, where there are several processes. cache: of latents
-        and features, in `folder` if None. Raises ValueError for what cannot be trained, before anything is loaded."""
+        """folder: of checkpoints, losses and pictures. places: of the finished DLA and LoRA. listen: is told of each
+        step and may raise to stop the run. accelerator: Hugging Face's, where there are several processes. cache: of
+        latents and features, in `folder` if None. Raises ValueError for what cannot be trained, before anything is
+        loaded."""
         self.recipe, self.parts, self.folder, self.places, self.listen = recipe, parts, folder, places, listen
         self.accelerator = accelerator
         self.process = accelerator.process_index if accelerator else 0
@@ -118,6 +119,12 @@ class Run:
             max_references=recipe.data.max_references,
             pairs_per_target=recipe.data.pairs_per_target,
         )
+        most = max(len(example.references) for example in (*self.data.training, *self.data.validation))
+        if self.backbone.family == "omnigen2" and most > OMNIGEN2_REFERENCES:
+            raise RecipeError(
+                f"An example has {most} references, OmniGen2 takes at most {OMNIGEN2_REFERENCES}. Set "
+                f"data.max_references = {OMNIGEN2_REFERENCES}, which leaves such examples out."
+            )
         self.dla = self._new_dla()
         self.lora = None
         if recipe.lora.rank:

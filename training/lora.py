@@ -1,5 +1,5 @@
-"""A LoRA on the DiT's attention, trained beside the DLA (rank 512 in the paper, as UNO's), in a file that the host's own
-LoRA loader reads."""
+"""A LoRA on the DiT's attention, trained beside the DLA (rank 512 in the paper, as UNO's), in a file that the host's
+own LoRA loader reads."""
 
 from __future__ import annotations
 

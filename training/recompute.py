@@ -1,8 +1,8 @@
 """Activation checkpointing that is right for blocks which work in place, as the host's DiTs do.
 
-torch's own checkpointing keeps a block's inputs and the recomputed activations by reference; ComfyUI's FLUX and OmniGen2
-write into both (`img += ...`), which gives wrong gradients without a word. Here every run works on copies of the inputs,
-and autograd is told of the writes by `allow_mutation_on_saved_tensors`.
+torch's own checkpointing keeps a block's inputs and the recomputed activations by reference; ComfyUI's FLUX and
+OmniGen2 write into both (`img += ...`), which gives wrong gradients without a word. Here every run works on copies of
+the inputs, and autograd is told of the writes by `allow_mutation_on_saved_tensors`.
 """
 
 from __future__ import annotations

@@ -71,6 +71,23 @@ def copy_paste_report(reference, generated, confidence=None, threshold: float = 
     )
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Reference and output of each pair as an orientation model saw them, and the figures they give."""
+
+    reference: Tensor  # (N, 3) float64: azimuth and polar in degrees, confidence
+    generated: Tensor  # (N, 3)
+    report: CopyPasteReport
+
+
+def compare(reference: Tensor, generated: Tensor, threshold: float = 0.5) -> Pairs:
+    """reference, generated: (N, 3) azimuth and polar in degrees, confidence. Raises what `copy_paste_report` raises."""
+    reference, generated = reference.double().cpu(), generated.double().cpu()
+    confidence = torch.stack([reference[:, 2], generated[:, 2]], dim=-1)
+    report = copy_paste_report(reference[:, :2], generated[:, :2], confidence, threshold)
+    return Pairs(reference, generated, report)
+
+
 def azimuth_difference(a: Tensor, b: Tensor) -> Tensor:
     """The smaller angle between two directions, degrees, 0 to 180."""
     turn = (a - b) % 360
@@ -105,8 +122,8 @@ def _angles(name: str, values: Tensor | Sequence) -> Tensor:
     values = _tensor(name, values, "(N, 2): azimuth and polar in degrees")
     if values.ndim != 2 or values.shape[1] != 2 or not len(values):
         raise ValueError(
-            f"copy_paste_report: {name} has shape {tuple(values.shape)}, expected (N, 2): azimuth and polar in degrees, "
-            "one line per picture, at least one."
+            f"copy_paste_report: {name} has shape {tuple(values.shape)}, expected (N, 2): azimuth and polar in degrees,"
+            " one line per picture, at least one."
         )
     bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
     if bad:

@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss curve, validation losses, sheets of samples."""
+"""Pictures of a training run: loss curve, validation losses."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, isfinite, log10
 
 import numpy
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 
+from ..evaluation.sheet import GREY, WIDTH, typeface
 from ..sampling.preview import COLOURS, FAINT, INK, PAPER
 from .report import ALL, CONDITIONS, Loss, conditions, stages, with_all
 
-WIDTH = 768
 FINE = 2  # lines are drawn at so many times the size and reduced, since pillow's have jagged edges
-GRID, GREY = (232, 232, 237), (110, 110, 118)
+GRID = (232, 232, 237)
 TRAINING, HELD_OUT = COLOURS["mllm"], COLOURS["vae"]
 LINES = {**COLOURS, "both": (70, 150, 96)}
 OTHERS = ((150, 90, 180), (190, 70, 90), (90, 90, 96))
@@ -80,28 +80,6 @@ def validation_plot(history: Mapping[int, Sequence[Loss]], title: str = "held-ou
     return image.reduce(FINE)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], side: int = 256) -> Image.Image:
-    """Rows of pictures, each under its label (a prompt, say). Pictures are fitted into `side` x `side` px, whole."""
-    if side < 16:
-        raise ValueError(f"contact_sheet: side is {side}, expected at least 16 px.")
-    gap, font = 12, _font(14)
-    columns = max((len(pictures) for _, pictures in rows), default=1)
-    width = max(WIDTH, gap + columns * (side + gap))
-    labels = [_wrapped(label, width - 2 * gap, font) for label, _ in rows]
-    heights = [20 * len(lines) + (side if pictures else 0) + 2 * gap for lines, (_, pictures) in zip(labels, rows)]
-    image = Image.new("RGB", (width, max(sum(heights) + gap, 64)), PAPER)
-    pen, top = ImageDraw.Draw(image), gap
-    for lines, (_, pictures), height in zip(labels, rows, heights):
-        for number, line in enumerate(lines):
-            pen.text((gap, top + 20 * number), line, INK, font)
-        for column, picture in enumerate(pictures):
-            fitted = ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-            x, y = gap + column * (side + gap), top + 20 * len(lines) + 4
-            image.paste(fitted, (x, y + (side - fitted.height) // 2))
-        top += height
-    return image
-
-
 class Panel:
     """Axes and what is drawn on them, in a picture FINE times as large. box: left, top, right, bottom in final px."""
 
@@ -130,7 +108,7 @@ class Panel:
     def frame(self, label: str, title: str = "") -> None:
         """Grid, numbers at the axes, label of the x axis, title above."""
         left, top, right, bottom = self.box
-        pen, font = self.pen, _font(12 * FINE)
+        pen, font = self.pen, typeface(12 * FINE)
         for value in self._rows():
             y = self.at(self.left, value)[1]
             pen.line((left * FINE, y, right * FINE, y), GRID, FINE)
@@ -189,7 +167,7 @@ class Panel:
 
     def legend(self, keys: Sequence[tuple[str, tuple]], left: float, middle: float, title: str = "") -> None:
         """Title, then coloured keys, in one line from the left."""
-        font, x, y = _font(13 * FINE), left * FINE, middle * FINE
+        font, x, y = typeface(13 * FINE), left * FINE, middle * FINE
         if title:
             self.pen.text((x, y), title, INK, font, anchor="lm")
             x += font.getlength(title) + 24 * FINE
@@ -221,29 +199,3 @@ def _running_mean(losses: Sequence[float]) -> tuple[list[float], int]:
 
 def _faint(colour: tuple[int, int, int], share: float = 0.35) -> tuple[int, int, int]:
     return tuple(round(share * c + (1 - share) * p) for c, p in zip(colour, PAPER))
-
-
-def _font(size: int):
-    return ImageFont.load_default(size)
-
-
-def _wrapped(text: str, width: float, font, most: int = 3) -> list[str]:
-    """Lines of at most `width` px; what goes beyond `most` lines ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_cut(line, width, font) for line in lines if line]
-
-
-def _cut(line: str, width: float, font) -> str:
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + "...") > width:
-        line = line[:-1]
-    return line + "..."

@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..dla.aggregator import aggregate
+from ..evaluation.sheet import contact_sheet
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
 from .batches import EMPTY, Batch
 from .buckets import crop
 from .data import load_picture
-from .plots import contact_sheet
 
 PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
 

@@ -3,7 +3,8 @@
 import numpy
 import pytest
 from PIL import Image
-from subject_dla.training.plots import COLOURS, Panel, contact_sheet, loss_curve, round_ticks, validation_plot
+from subject_dla.evaluation.sheet import contact_sheet
+from subject_dla.training.plots import COLOURS, Panel, loss_curve, round_ticks, validation_plot
 from subject_dla.training.report import Loss, read_table, table, with_all, write_table
 
 ROWS = [

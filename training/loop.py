@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,59 +30,15 @@ from .flow import FlowTimes
 from .latents import LatentCache
 from .lora import LoRA
 from .memory import dit_of, estimate
+from .optimizer import make_optimizer, rate
+from .parts import Parts
 from .plots import loss_curve, validation_plot
 from .recipe import Recipe, RecipeError
 from .report import Loss, table, write_table
+from .result import Progress, Result
 from .samples import sample_sheet
 from .step import TrainingStep
 from .validation import evaluate
-
-
-@dataclass
-class Parts:
-    """What the run trains with: the host's MODEL, VAE and CLIP (None: no pooled vector), this pack's MLLM, and the
-    files to go on from."""
-
-    model: Any
-    vae: Any
-    mllm: Any
-    clip: Any = None
-    start_dla: Path | None = None
-    start_lora: Path | None = None
-
-
-@dataclass
-class Progress:
-    """What a listener hears after every step, and now and then with a picture."""
-
-    step: int
-    steps: int
-    loss: float | None = None
-    text: str = ""
-    picture: Image.Image | None = None
-
-
-@dataclass
-class Result:
-    dla: Path
-    lora: Path | None
-    step: int
-    losses: list[float]  # of every step since the run began
-    validation: dict[int, list[Loss]]  # by step
-    held_out: dict[int, float]  # by step, as comparable with the training loss
-    problems: tuple[str, ...]
-    curve: Image.Image = field(repr=False)
-
-    def text(self) -> str:
-        """The run in a few lines and its last table."""
-        lines = [
-            f"{self.step} steps, loss {mean(self.losses[:20]):.4f} at the start, {mean(self.losses[-20:]):.4f} now"
-        ]
-        lines.append(f"DLA: {self.dla.name}" + (f", LoRA: {self.lora.name}" if self.lora else ""))
-        if self.validation:
-            last = max(self.validation)
-            lines += [f"Held out, step {last}:", table(self.validation[last])]
-        return "\n".join([*lines, *(f"left out: {problem}" for problem in self.problems)])
 
 
 class Run:
@@ -277,9 +232,8 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf)
         self._expect_finite("gradients' norm", float(norm))
-        rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * rate
+            group["lr"] = group["base"] * rate(self.recipe, self.step)
         self._whole = False
         self.optimizer.step()
         self.step += 1
@@ -293,15 +247,6 @@ class Run:
                 f"The {what} is {value} at step {self.step + 1}. The last good checkpoint stays; lower the learning rate "
                 f"(now {self.recipe.training.learning_rate:g}), or load MLLM and diffusion model in bf16 instead of fp16."
             )
-
-    def rate(self, step: int) -> float:
-        """Factor on the learning rates of the step number `step`, 0-based."""
-        options = self.recipe.training
-        rise = min(1.0, (step + 1) / (options.warmup + 1))
-        if options.schedule == "constant":
-            return rise
-        share = (step - options.warmup) / max(1, self.recipe.steps - options.warmup)
-        return rise * (0.5 + 0.5 * math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
     # now and then ---------------------------------------------------------------------------------------------------
 
@@ -419,40 +364,3 @@ def train(
     # Hosts run nodes under inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         return Run(recipe, parts, folder, places, listen, accelerator, cache).train()
-
-
-def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> torch.optim.Optimizer:
-    """AdamW over groups that keep their rate under "base". Raises RecipeError where a package is missing."""
-    options = recipe.training
-    kinds: dict[str, list] = {"gate": [], "layers": [], "other": []}
-    for name, parameter in dla.named_parameters():
-        kind = name.split(".")[-2]
-        kinds["gate" if kind in ("gate", "score") else kind if kind == "layers" else "other"].append(parameter)
-    rate = options.learning_rate
-    groups = [
-        {"params": kinds["other"], "base": rate},
-        {"params": kinds["gate"], "base": rate * options.gate_rate, "weight_decay": 0.0},
-        {"params": kinds["layers"], "base": rate, "weight_decay": 0.0},
-        {"params": list(lora.parameters()) if lora is not None else [], "base": recipe.lora.learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise RecipeError("Nothing learns: dla.modalities is 'last' with equal widths and lora.rank is 0. Set one.")
-    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if options.optimizer == "adamw":
-        # fused needs no temporaries as large as the parameters
-        return torch.optim.AdamW(groups, **settings, fused=next(dla.parameters()).device.type == "cuda")
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise RecipeError(
-            f"training.optimizer is {options.optimizer!r}, which needs the package bitsandbytes, and it is not "
-            "installed. Install it into ComfyUI's Python, or choose adamw."
-        ) from None
-    kind = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kind[options.optimizer](groups, **settings)
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan

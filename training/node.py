@@ -18,10 +18,11 @@ from torch import Tensor
 from ..loaders.dla import DLA, load_dla
 from . import state
 from .export import check_free
-from .loop import Parts, Progress, Run
-from .parts import homes, starts
+from .loop import Run
+from .parts import Parts, homes, starts
 from .plots import PAPER, WIDTH, validation_plot
 from .recipe import Recipe
+from .result import Progress
 
 log = logging.getLogger(__name__)
 SECONDS = 5  # between pictures of a run on its node
@@ -76,7 +77,9 @@ class Board:
 
     def __call__(self, progress: Progress) -> None:
         now, picture = time.monotonic(), None
-        if progress.loss is None:
+        if progress.loss is None and progress.picture is not None:
+            log.info("%s", progress.text)  # a table
+        elif progress.loss is None:
             self.say(progress.text)
         elif now - self.spoken > 1 or progress.step == progress.steps:
             self.write(self.line(progress, now))
@@ -92,8 +95,9 @@ class Board:
         if progress.step > first:
             seconds = (now - start) / (progress.step - first)
             minutes = ceil(seconds * (progress.steps - progress.step) / 60)
-            text += f", {seconds:.2f} s a step, " + (f"{minutes // 60} h {minutes % 60} min" if minutes else "0 min")
-            text += " left"
+            text += f", {seconds:.2f} s a step"
+            if minutes:
+                text += f", {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f", {minutes} min left"
         return text
 
     def say(self, text: str) -> None:

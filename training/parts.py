@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..loaders import folders
 from ..loaders.dit import load_dit
 from ..loaders.mllm import load_mllm, mllm_from_clip
 from ..loaders.pipeline import load_vae
-from .loop import Parts
 from .recipe import Models, Recipe, RecipeError
+
+
+@dataclass
+class Parts:
+    """What the run trains with: the host's MODEL, VAE and CLIP (None: no pooled vector), this pack's MLLM, and the
+    files to go on from."""
+
+    model: Any
+    vae: Any
+    mllm: Any
+    clip: Any = None
+    start_dla: Path | None = None
+    start_lora: Path | None = None
 
 
 def load_parts(recipe: Recipe) -> Parts:

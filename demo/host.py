@@ -194,10 +194,10 @@ class Client:
     def object_info(self) -> dict:
         return self.get("/object_info")
 
-    def upload(self, image: Path) -> str:
-        """Puts a picture into the server's input folder; the name that LoadImage knows it by."""
+    def upload(self, image: Path, name: str = "") -> str:
+        """Puts a picture into the server's input folder, as `name` if given; the name that LoadImage knows it by."""
         mark = uuid.uuid4().hex
-        name = urllib.parse.quote(image.name, safe=" .-_()")
+        name = urllib.parse.quote(name or image.name, safe=" .-_()")
         head = f'--{mark}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
         head += "Content-Type: image/*\r\n\r\n"
         answer = self.post(

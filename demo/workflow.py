@@ -9,6 +9,8 @@ ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 NOTES = ("Note", "MarkdownNote")
+POSITIVE = ("positive", "cond1", "conditioning")  # samplers', DualCFGGuider's, BasicGuider's name for the condition
+TEXTS = ("prompt", "text", "clip_l", "t5xxl")  # what encoders call their text
 
 
 class WorkflowFileError(ValueError):
@@ -144,24 +146,54 @@ def put_in(prompt: dict, images: list[str] | None = None, text: str | None = Non
     for key, image in zip(loaders, images or []):
         prompt[key]["inputs"]["image"] = image
     if text is not None:
-        place = text_input(prompt)
-        prompt[place[0]]["inputs"][place[1]] = text
+        for key, name in text_inputs(prompt):
+            prompt[key]["inputs"][name] = text
     return prompt
 
 
-def text_input(prompt: dict) -> tuple[str, str]:
-    """(node, input) that holds the prompt: Encode Subject's own, or the node linked to it."""
+def text_inputs(prompt: dict) -> list[tuple[str, str]]:
+    """(node, input) pairs that hold the prompt: Encode Subject's own, else those of the text node that a sampler's or
+    guider's positive condition comes from. Where another node brings the text in, that node's."""
     encoders = sorted((key for key, node in prompt.items() if node["class_type"] == "SubjectEncode"), key=by_number)
-    if not encoders:
-        raise WorkflowFileError("--prompt was given, but this workflow has no Encode Subject node to put it in.")
-    key, name = encoders[0], "prompt"
+    found = [(encoders[0], "prompt")] if encoders else positive_texts(prompt)
+    if not found:
+        raise WorkflowFileError(
+            "A prompt was given, but this workflow has no Encode Subject node to put it in, and no text node that a "
+            "sampler's positive condition comes from."
+        )
+    return [text_source(prompt, *place) for place in found]
+
+
+def positive_texts(prompt: dict) -> list[tuple[str, str]]:
+    """Text inputs of the nearest node with any, upstream of what a sampler or guider calls its positive condition."""
+    starts = [
+        prompt[key]["inputs"].get(name)
+        for name in POSITIVE
+        for key in sorted(prompt, key=by_number)
+        if name != "conditioning" or "Guider" in prompt[key]["class_type"]  # other nodes hand theirs on
+    ]
+    for start in (link for link in starts if isinstance(link, list)):
+        wanted, seen = [start], set()
+        while wanted:
+            key = str(wanted.pop(0)[0])
+            if key in seen or key not in prompt:
+                continue
+            seen.add(key)
+            inputs = prompt[key]["inputs"]
+            if texts := [(key, name) for name in TEXTS if name in inputs]:
+                return texts
+            wanted += [value for name, value in inputs.items() if isinstance(value, list) and name != "negative"]
+    return []
+
+
+def text_source(prompt: dict, key: str, name: str) -> tuple[str, str]:
+    """(node, input) where the text of an input is written, through the links to it."""
     while isinstance(value := prompt[key]["inputs"].get(name), list):
         key = str(value[0])
         found = [n for n in ("prompts", "prompt", "text", "value", "string") if n in prompt[key]["inputs"]]
         if not found:
             raise WorkflowFileError(
-                f"The prompt of Encode Subject comes from node {key} ({prompt[key]['class_type']}), "
-                "which has no text to replace."
+                f"The prompt comes from node {key} ({prompt[key]['class_type']}), which has no text to replace."
             )
         name = found[0]
     return key, name

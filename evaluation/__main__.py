@@ -99,9 +99,8 @@ def run(options: argparse.Namespace) -> dict:
         "layout": found.layout,
         "host": client.version(),
     }
-    say(
-        f"{found.layout}: {len(wanted)} pictures by {options.workflow.stem} on ComfyUI {facts['host']} at {client.address}"
-    )
+    say(f"{found.layout}: {len(wanted)} pictures by {options.workflow.stem}")
+    say(f"on ComfyUI {facts['host']} at {client.address}")
     benchmark = Benchmark(
         client,
         template,

@@ -73,30 +73,31 @@ class Template:
     @property
     def digest(self) -> str:
         """Of nodes, links and settings, whatever stands in the places."""
-        return hashlib.sha256(json.dumps(self._fill("", [], 0), sort_keys=True).encode()).hexdigest()
+        prompt = self._fill("", [""] * len(self.loaders), 0, "")
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
     def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
         """The case's own workflow. images: names of its references on the server. Load Image nodes without a reference
         are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few."""
-        prompt = self._fill(case.item.prompt, images, case.seed)
-        for node in prompt.values():
-            if node["class_type"] == "SaveImage":
-                node["inputs"]["filename_prefix"] = f"{folder}/{case.name}"
+        prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
         for loader in self.loaders[len(images) :]:
             bypass(prompt, loader, self.object_info)
         if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
             raise WorkflowFileError(
-                f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image nodes "
-                "and needs them all. Give more (--references), or take nodes out."
+                f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
+                "nodes and needs them all. Give more (--references), or take nodes out."
             )
         return prompt
 
-    def _fill(self, text: str, images: Sequence[str], seed: int) -> dict:
+    def _fill(self, text: str, images: Sequence[str], seed: int, file: str) -> dict:
         prompt = workflow.put_in(self.prompt, list(images))
         for key, name in self.places:
             prompt[key]["inputs"][name] = text
         for key, name in self.seeds:
             prompt[key]["inputs"][name] = seed
+        for node in prompt.values():
+            if node["class_type"] == "SaveImage":
+                node["inputs"]["filename_prefix"] = file
         return prompt
 
 
@@ -199,8 +200,9 @@ class Ledger:
 class Benchmark:
     """`Benchmark(client, template, out).run(cases)`: every case's picture in `out`; counts of what happened.
 
-    root: folder that references are named from. facts: of the run, for run.json. ahead: cases in the server's queue at a time, so that it never waits for us. patience: seconds to wait for a server
-    that has gone away. say: prints a line.
+    root: folder that references are named from. facts: of the run, for run.json. ahead: cases in the server's queue at
+    a time, so that it never waits for us. patience: seconds to wait for a server that has gone away. say: prints
+    a line.
     """
 
     def __init__(
@@ -288,7 +290,7 @@ class Benchmark:
         return self.uploaded[path]
 
     def collect(self) -> bool:
-        """Records the jobs that have ended; those that the server no longer knows wait again. Whether there were any."""
+        """Records the jobs that have ended; those that the server no longer knows wait again. Whether any did."""
         queue = self.ask(self.client.get, "/queue")  # asked first: a job that is not in it must be in the history
         alive = {str(entry[1]) for entries in queue.values() for entry in entries}
         ended, first = [job for job in self.flying if job not in alive], next(iter(self.flying), None)
@@ -401,8 +403,8 @@ class Benchmark:
         while not self.client.answers():
             if time.monotonic() - began > self.patience:
                 raise RunError(
-                    f"{self.client.address} has not answered for {self.patience:.0f} s. Start it again; the same command "
-                    "goes on from here."
+                    f"{self.client.address} has not answered for {self.patience:.0f} s. Start it again; the same "
+                    "command goes on from here."
                 )
             time.sleep(1)
         self.say(f"{self.client.address} answers again")

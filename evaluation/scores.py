@@ -83,8 +83,8 @@ def read_systems(sources: Sequence[str]) -> list[System]:
         for figure, found in system.measured_by.items():
             if len(found) > 1:
                 raise ScoreError(
-                    f"{system.name}: {figure} comes from {' and from '.join(sorted(found))}, whose values do not compare. "
-                    "Give the files under names of their own (NAME=PATH)."
+                    f"{system.name}: {figure} comes from {' and from '.join(sorted(found))}, whose values do not "
+                    "compare. Give the files under names of their own (NAME=PATH)."
                 )
     return list(systems.values())
 

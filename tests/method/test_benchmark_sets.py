@@ -1,0 +1,401 @@
+"""Benchmark layouts, whole and damaged; the pictures they ask for; the places in a workflow; the table of scores."""
+
+import json
+import random
+
+import pytest
+from PIL import Image
+from subject_dla.evaluation.benchmark import Ledger, Template, read_mark, with_texts
+from subject_dla.evaluation.benchmark_sets import Case, Item, SetError, cases, read_prompts, read_set
+from subject_dla.evaluation.scores import ScoreError, as_json, read_systems, score_table
+
+OBJECTS = ["'a {0} {1} in the jungle'", "'a {0} {1} on top of a mirror'", "'a red {0} {1}'"]
+ALIVE = ["'a {0} {1} wearing a red hat'", "'a wet {0} {1}'"]
+
+
+def paint(path, colour="teal", size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def dreambench(root, objects=OBJECTS, live=ALIVE, classes=("can,can", "dog2,dog", "wolf_plushie,stuffed animal")):
+    """As google/dreambooth publishes it."""
+    (root / "dataset").mkdir(parents=True)
+    for number, line in enumerate(classes):
+        for view in range(3):
+            paint(root / "dataset" / line.split(",")[0] / f"{view:02d}.jpg", (40 * number, 90, 30 * view))
+    text = ["Classes", "", "subject_name,class", *classes, "", "Prompts", ""]
+    for head, prompts in (("Object Prompts", objects), ("Live Subject Prompts", live)):
+        text += [head, "", "prompt_list = ["]
+        text += [line + ".format(unique_token, class_token)," for line in prompts]
+        text += ["]", ""]
+    (root / "dataset" / "prompts_and_classes.txt").write_text("\n".join(text), encoding="utf-8")
+    return root
+
+
+def prompts_of(found, subject):
+    return [item.prompt for item in found.items if item.subject == subject]
+
+
+def has(found, *words):
+    return any(all(word in problem for word in words) for problem in found.problems)
+
+
+# layouts ------------------------------------------------------------------------------------------------------------
+
+
+def test_dreambench(tmp_path):
+    found = read_set(dreambench(tmp_path))
+    assert found.layout == "dreambench" and not found.problems
+    assert prompts_of(found, "can") == ["a can in the jungle", "a can on top of a mirror", "a red can"]
+    assert prompts_of(found, "dog2") == ["a dog wearing a red hat", "a wet dog"]
+    assert prompts_of(found, "wolf_plushie")[2] == "a red stuffed animal"
+    assert {tuple(path.name for path in item.references) for item in found.items} == {("00.jpg",)}
+    assert read_set(tmp_path / "dataset", references=2).items[0].references[1].name == "01.jpg"
+
+
+def test_damaged_dreambench(tmp_path):
+    root = dreambench(tmp_path, objects=[*OBJECTS, "'no class in here'", "not quoted"])
+    home, text = root / "dataset", (root / "dataset" / "prompts_and_classes.txt")
+    text.write_bytes(
+        b"\xef\xbb\xbf"
+        + text.read_bytes().replace(b"\n", b"\r\n").replace(b"can,can", b"can,can\r\nnonsense\r\n../up,cat")
+    )
+    (home / "can" / "00.jpg").write_bytes((home / "can" / "00.jpg").read_bytes()[:200])
+    (home / "stranger").mkdir()
+    for path in (home / "dog2").iterdir():
+        path.unlink()
+    found = read_set(root)
+    assert {item.subject for item in found.items} == {"can", "wolf_plushie"}
+    assert found.items[0].references[0].name == "01.jpg", "the broken picture was taken"
+    assert len(prompts_of(found, "can")) == 3
+    for words in (
+        ("00.jpg", "cannot be read"), ("dog2", "0 readable"), ("stranger",), ("nonsense", "SUBJECT,CLASS"),
+        ("../up",), ("no class in here",), ("not quoted",),
+    ):  # fmt: skip
+        assert has(found, *words), (words, found.problems)
+
+
+def test_dreambench_without_anything_to_draw(tmp_path):
+    with pytest.raises(SetError, match="no object prompts"):
+        read_set(dreambench(tmp_path / "a", objects=[]))
+    with pytest.raises(SetError, match="no classes"):
+        read_set(dreambench(tmp_path / "b", classes=()))
+    root = dreambench(tmp_path / "c")
+    (root / "dataset" / "prompts_and_classes.txt").write_bytes(b"\xff\xfe\x00broken")
+    with pytest.raises(SetError, match="UTF-8"):
+        read_set(root)
+    with pytest.raises(SetError, match="no such"):
+        read_set(tmp_path / "nowhere")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(SetError, match="--prompts"):
+        read_set(tmp_path / "d")
+
+
+def xverse(path, prompt):
+    parts = [{"type": "adapter", "src_inputs": [{"image_path": path, "caption": "it"}], "use_words": []}]
+    return {"index": 0, "input_images": [], "prompt": prompt, "modulation": parts}
+
+
+def test_lists(tmp_path):
+    for name in ("cat/0.jpg", "cat/1.jpg", "assets/animal/13_polar bear.jpg"):
+        paint(tmp_path / name)
+    entries = [
+        {"prompt": "a cat\n asleep ", "image_paths": ["./cat/0.jpg", "cat\\1.jpg"], "image_tgt_path": "missing.jpg"},
+        {"prompt": "one", "image_path": "cat/0.jpg", "subject": "tom"},
+    ]
+    (tmp_path / "uno.json").write_text(json.dumps(entries))
+    (tmp_path / "uno.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n\n")
+    found = read_set(tmp_path / "uno.json")
+    assert found.layout == "list" and not found.problems
+    assert [(item.subject, item.prompt) for item in found.items] == [("cat/0", "a cat asleep"), ("tom", "one")]
+    assert [path.name for path in found.items[0].references] == ["0.jpg", "1.jpg"]
+    assert [i.prompt for i in read_set(tmp_path / "uno.jsonl").items] == [i.prompt for i in found.items]
+
+    place = tmp_path / "eval" / "XVerseBench_single.json"  # its paths start two folders above it
+    place.parent.mkdir()
+    place.write_text(json.dumps([xverse("assets/animal/13_polar bear.jpg", "a polar bear on an iceberg\n")]))
+    [item] = read_set(place, images=tmp_path).items
+    assert item.prompt == "a polar bear on an iceberg" and item.references[0].name == "13_polar bear.jpg"
+    with pytest.raises(SetError, match="--images"):
+        read_set(place)
+
+
+def test_damaged_lists(tmp_path):
+    paint(tmp_path / "set" / "good.jpg")
+    paint(tmp_path / "outside.jpg")
+    (tmp_path / "set" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "set" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    good = {"prompt": "fine", "image_paths": ["good.jpg"]}
+    bad = [
+        "text", {}, {"prompt": " ", "image_paths": ["good.jpg"]}, {"prompt": "\ud800", "image_paths": ["good.jpg"]},
+        {"prompt": "x"}, {"prompt": "x", "image_paths": []}, {"prompt": "x", "image_paths": [3]},
+        {"prompt": "x", "image_paths": "../outside.jpg"}, {"prompt": "x", "image_paths": ["link.jpg"]},
+        {"prompt": "x", "image_paths": [str(tmp_path / "outside.jpg")]}, {"prompt": "x", "image_paths": ["gone.jpg"]},
+        {"prompt": "x", "image_paths": ["broken.jpg"]}, {"prompt": "x", "image_paths": ["good.jpg"], "subject": 7},
+        {"prompt": "x", "modulation": "nothing"}, {"prompt": "x", "modulation": [{}]}, good,
+    ]  # fmt: skip
+    path = tmp_path / "set" / "list.json"
+    path.write_text(json.dumps([good, *bad]))
+    found = read_set(path)
+    assert [item.prompt for item in found.items] == ["fine"]
+    assert len(found.problems) == len(bad)
+    for number, problem in enumerate(found.problems):
+        assert "list.json entry" in problem and problem.isprintable(), problem
+    for number in range(2, len(bad) + 2):
+        assert has(found, f"entry {number}:"), f"nothing is said of entry {number}"
+    assert has(found, "repeats list.json entry 1")
+
+    lines = path.with_suffix(".jsonl")
+    lines.write_text(json.dumps(good) + '\n{"prompt": "cut o\n')
+    assert has(read_set(lines), "entry 2", "not JSON")
+    for text, words in (
+        ("{}", "expected a list"),
+        ("[", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "nothing to draw"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SetError, match=words):
+            read_set(path)
+    with pytest.raises(SetError, match="ending in"):
+        read_set(tmp_path / "outside.jpg")
+
+
+def test_ones_own_folder(tmp_path):
+    for name in ("my_toy/b.png", "my_toy/a.webp", "cup-1/x.JPG", "loose.png", ".hidden/x.png"):
+        paint(tmp_path / "mine" / name)
+    (tmp_path / "mine" / "cup-1" / "class.txt").write_text("mug\n")
+    (tmp_path / "mine" / "empty").mkdir()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# comment\n{subject} at night\n\n  {other} {subject}, {0}  \n", encoding="utf-8-sig")
+    found = read_set(tmp_path / "mine", prompts=prompts)
+    assert found.layout == "folder" and [problem for problem in found.problems] == [
+        "empty: 0 readable picture(s), expected 1"
+    ]
+    assert prompts_of(found, "my_toy") == ["my toy at night", "{other} my toy, {0}"]
+    assert prompts_of(found, "cup-1")[0] == "mug at night" and len(prompts_of(found, "mine")) == 2
+    assert found.items[-1].references[0].name == "a.webp"
+    prompts.write_text("# nothing\n\n")
+    with pytest.raises(SetError, match="no prompt"):
+        read_prompts(prompts)
+    json_list = tmp_path / "prompts.json"
+    json_list.write_text('["one", "two"]')
+    assert read_prompts(json_list) == ["one", "two"]
+    json_list.write_text('["one", 2]')
+    with pytest.raises(SetError, match="list of texts"):
+        read_prompts(json_list)
+
+
+# cases --------------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_belong_to_the_prompt_and_nothing_else(tmp_path):
+    items = read_set(dreambench(tmp_path)).items
+    all_of_them = cases(items, seeds=3)
+    assert len(all_of_them) == 3 * len(items) == len({case.name for case in all_of_them})
+    assert len({case.seed for case in all_of_them}) == len(all_of_them)
+    assert all(0 <= case.seed < 2**53 for case in all_of_them)
+    assert cases(items, seeds=3, limit=2) == all_of_them[:6]
+    shuffled = list(items)
+    random.Random(0).shuffle(shuffled)
+    assert set(cases(shuffled, seeds=3)) == set(all_of_them)
+    assert not {case.name for case in cases(items, seed=1)} & {case.name for case in all_of_them}
+
+    paint(items[0].references[0], "black")  # another picture of the subject: to be drawn again, with the same seed
+    again = cases(items, seeds=3)
+    assert again[0].name != all_of_them[0].name and again[0].seed == all_of_them[0].seed
+
+
+def test_names_are_file_names(tmp_path):
+    paint(tmp_path / "a.png")
+    item = Item("../../" + "ü" * 300, "con: <x> | " + "y" * 300, (tmp_path / "a.png",), "")
+    [case] = cases([item])
+    assert len(case.name) < 120 and set(case.name) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+    )
+
+
+# workflow -----------------------------------------------------------------------------------------------------------
+
+
+def kind(output, optional=(), **required):
+    inputs = {"required": {name: [type_] for name, type_ in required.items()}}
+    return {"input": inputs | {"optional": {name: ["IMAGE"] for name in optional}}, "output": output}
+
+
+CONDITION = "CONDITIONING"
+INFO = {
+    "LoadImage": kind(["IMAGE", "MASK"], image=["a.png"]),
+    "Scale": kind(["IMAGE"], image="IMAGE"),
+    "Encode": kind([CONDITION], ["image2"], text="STRING", image="IMAGE"),
+    "Reference": kind([CONDITION], conditioning=CONDITION, image="IMAGE"),
+    "KSampler": kind(["IMAGE"], positive=CONDITION, negative=CONDITION, seed="INT"),
+    "PreviewImage": kind([], images="IMAGE"),
+    "SaveImage": kind([], images="IMAGE"),
+    "PrimitiveInt": kind(["INT"], value="INT"),
+}
+
+
+def graph(**changes):
+    nodes = {
+        "1": ("LoadImage", {"image": "mine.png"}), "2": ("LoadImage", {"image": "mine too.png"}),
+        "3": ("Scale", {"image": ["2", 0]}), "4": ("PreviewImage", {"images": ["3", 0]}),
+        "5": ("Encode", {"text": "words", "image": ["1", 0], "image2": ["3", 0]}),
+        "6": ("Encode", {"text": "ugly", "image": ["1", 0]}),
+        "7": ("Reference", {"conditioning": ["5", 0], "image": ["3", 0]}),
+        "8": ("KSampler", {"positive": ["7", 0], "negative": ["6", 0], "seed": 5}),
+        "9": ("SaveImage", {"images": ["8", 0], "filename_prefix": "x"}),
+    }  # fmt: skip
+    nodes = {key: {"class_type": kind, "inputs": dict(inputs)} for key, (kind, inputs) in nodes.items()}
+    for key, inputs in changes.items():
+        nodes[key.strip("_")]["inputs"].update(inputs)
+    return nodes
+
+
+def case_of(*names, prompt="a toy"):
+    return Case("name", Item("toy", prompt, names, ""), 0, 77)
+
+
+def test_a_case_takes_its_places_in_the_workflow():
+    before = graph()
+    template = Template(before, INFO)
+    both = template.fill(case_of(), ["a.png", "b.png"], "out")
+    assert both["1"]["inputs"]["image"] == "a.png" and both["2"]["inputs"]["image"] == "b.png"
+    assert both["5"]["inputs"]["text"] == "a toy" and both["6"]["inputs"]["text"] == "ugly"
+    assert both["8"]["inputs"]["seed"] == 77 and both["9"]["inputs"]["filename_prefix"] == "out/name"
+    assert before == graph(), "the template was changed"
+
+    one = template.fill(case_of(), ["a.png"], "out")  # what the second picture went through is bypassed
+    assert set(one) == {"1", "5", "6", "8", "9"}
+    assert "image2" not in one["5"]["inputs"] and one["8"]["inputs"]["positive"] == ["5", 0]
+    with pytest.raises(ValueError, match="needs them all"):
+        Template(graph(_9={"images": ["3", 0]}), INFO).fill(case_of(), ["a.png"], "out")
+    with pytest.raises(ValueError, match="3 images were given"):
+        template.fill(case_of(), ["a.png"] * 3, "out")
+
+
+def test_places_that_are_linked_or_missing():
+    linked = graph(_8={"seed": ["10", 0]}, _5={"text": ["11", 0]})
+    linked["10"] = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}
+    linked["11"] = {"class_type": "PrimitiveString", "inputs": {"value": "words"}}
+    filled = Template(linked, INFO).fill(case_of(), ["a.png", "b.png"], "out")
+    assert filled["10"]["inputs"]["value"] == 77 and filled["11"]["inputs"]["value"] == "a toy"
+    assert Template(graph(), INFO, "6").places == [("6", "text")]
+    for wrong, words in ((graph(_8={"seed": ["5", 0]}), "no seed"), (graph(_8={"positive": ["1", 0]}), "positive")):
+        with pytest.raises(ValueError, match=words):
+            Template(wrong, INFO)
+    with pytest.raises(ValueError, match="expected one of"):
+        Template(graph(), INFO, "99")
+    with pytest.raises(ValueError, match="no Save Image"):
+        Template({key: node for key, node in graph().items() if key != "9"}, INFO)
+    same = graph(_5={"text": "other"}, _1={"image": "other.png"}, _8={"seed": 6}, _9={"filename_prefix": "y"})
+    assert Template(same, INFO).digest == Template(graph(), INFO).digest
+    assert Template(graph(_9={"quality": 3}), INFO).digest != Template(graph(), INFO).digest
+
+
+# ledger -------------------------------------------------------------------------------------------------------------
+
+
+def png(path, name, colour="red"):
+    paint(path, colour)
+    path.write_bytes(with_texts(path.read_bytes(), {"subject_benchmark": json.dumps({"name": name, "seed": 1})}))
+
+
+def test_the_ledger_says_what_there_is(tmp_path):
+    wanted = [Case(f"c{number}", Item("s", "p", (), ""), 0, 1) for number in range(6)]
+    ledger = Ledger(tmp_path)
+    for number in range(4):
+        ledger.add({"name": f"c{number}", "status": "done", "picture": f"c{number}.png"})
+    ledger.add({"name": "c4", "status": "failed", "error": "it rained"})
+    for number in (0, 1, 5):  # 2 and 3 have lost theirs; 5 was killed before its line was written
+        png(tmp_path / f"c{number}.png", f"c{number}")
+    png(tmp_path / "c3.png", "somebody else's")
+    (tmp_path / "c2.png").write_bytes((tmp_path / "c1.png").read_bytes()[:60])
+    (tmp_path / "c2.png").unlink()
+    (tmp_path / "c3.png").unlink()
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole + b'{"name": "c9", "sta')
+    again = Ledger(tmp_path)
+    assert again.damaged == 1
+    again.keep_done(wanted)
+    assert sorted(again.lines) == ["c0", "c1", "c5"]
+    assert [json.loads(line)["name"] for line in again.path.read_text().splitlines()] == ["c0", "c1", "c5"]
+    for cut in range(0, len(whole), 7):  # a kill anywhere costs the last line at most
+        ledger.path.write_bytes(whole[:cut])
+        assert len(Ledger(tmp_path).lines) >= whole[:cut].count(b"\n")
+
+
+def test_a_picture_says_which_case_it_shows(tmp_path):
+    png(tmp_path / "a.png", "a")
+    assert read_mark(tmp_path / "a.png") == {"name": "a", "seed": 1}
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    assert read_mark(tmp_path / "b.png") is None, "a copy under another name passed for another case"
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[:-30])
+    assert read_mark(tmp_path / "a.png") is None and read_mark(tmp_path / "gone.png") is None
+    assert with_texts(data, {"subject_benchmark": "other"}) == data, "what the server wrote was replaced"
+    for bad in (b"", b"text", data[:50]):
+        with pytest.raises(ValueError, match="is no picture"):
+            with_texts(bad, {})
+
+
+# scores -------------------------------------------------------------------------------------------------------------
+
+
+def identity(*values, figure="DINO-I", file="dino.safetensors"):
+    row = {"figure": figure, "per_output": values, "backbone": {"name": "ViT-S/16", "file": file}}
+    return json.dumps({"figures": [row, row | {"figure": f"{figure}, references"}]})
+
+
+def pose(*rows):
+    pairs = [{"set": "outputs", "azimuth_difference": a, "polar_difference": p, "counted": c} for a, p, c in rows]
+    pairs.append({"set": "floor", "azimuth_difference": 170, "polar_difference": 80, "counted": 1})
+    return json.dumps({"orientation_model": "small", "threshold": 0.5, "figures": {}, "pairs": pairs})
+
+
+def test_the_table_of_what_was_measured(tmp_path):
+    run = tmp_path / "run" / "scores"
+    run.mkdir(parents=True)
+    (run / "a.json").write_text(pose((4, 1, 1), (12, 3, 1), (90, 50, 0)))
+    (run / "a.csv").write_text("azimuth_difference,polar_difference\n1,1\n")  # the same report's table
+    (run / "b.json").write_text(identity(0.5, 0.7))
+    (tmp_path / "run" / "ledger.jsonl").write_text('{"name": "x"}\n')
+    (tmp_path / "plain.csv").write_text("picture,clip_t,CLIP-I\na,0.25,\nb,0.35,0.5\n")
+    systems = read_systems([f"ours={tmp_path / 'run'}", str(tmp_path / "plain.csv")])
+    found = as_json(systems)
+    assert found["ours"]["azimuth"]["mean"] == 8 and found["ours"]["polar"]["mean"] == 2
+    # 4 and 1 lie below every k; 12 and 3 below 15 and 20: (1 + 1/2) / 2
+    assert found["ours"]["average_recall"]["mean"] == pytest.approx(0.75)
+    # two values a distance of 0.2 apart: half width t(0.975, 1) * 0.1
+    half = found["ours"]["DINO-I"]["high"] - found["ours"]["DINO-I"]["mean"]
+    assert found["ours"]["DINO-I"]["mean"] == pytest.approx(0.6) and half == pytest.approx(1.27062, rel=1e-4)
+    assert set(found["plain"]) == {"CLIP-T", "CLIP-I"} and found["plain"]["CLIP-I"]["low"] is None
+    table = score_table(systems, paper=True)
+    [row] = [line for line in table.splitlines() if line.startswith("| plain")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:5] == ["", "", "", ""] and cells[5] == "0.5000" and cells[6].startswith("0.3000 (")
+    assert "2 of 3 pairs count" in table and "UNO, as published" in table and "small, threshold 0.5" in table
+
+
+def test_scores_that_cannot_be_read(tmp_path):
+    path = tmp_path / "s.jsonl"
+    for text, words in (
+        ('{"clip_i": "good"}', "expected a number"), ('{"clip_i": 83.5}', "cosine"), ('{"other": 1}', "no column"),
+        ('{"azimuth_difference": 200, "polar_difference": 1}', "from 0 to 180"), ("[1]", "names"),
+        ("{", "cannot be read"),
+        ('{"clip_i": NaN}', "expected a number"), ("", "no column"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ScoreError, match=words):
+            read_systems([str(path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScoreError, match="no score file"):
+        read_systems([str(tmp_path / "empty")])
+    with pytest.raises(ScoreError, match="no such"):
+        read_systems(["nowhere"])
+    for name, file in (("a", "dino.safetensors"), ("b", "other.safetensors")):
+        (tmp_path / f"{name}.json").write_text(identity(0.5, 0.6, file=file))
+    with pytest.raises(ScoreError, match="do not compare"):
+        read_systems([f"x={tmp_path / 'a.json'}", f"x={tmp_path / 'b.json'}"])
+    assert len(read_systems([str(tmp_path / "a.json"), str(tmp_path / "b.json")])) == 2

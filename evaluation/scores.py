@@ -188,9 +188,7 @@ def score_table(systems: Sequence[System], paper: bool = False) -> str:
             by.append(f"{sum(row[2] for row in system.pose)} of {pairs} pairs count for azimuth, polar and recall")
         text += [f"{system.name}: {'; '.join(by)}."] if by else []
     if paper:
-        text.append(
-            "As published: arXiv 2605.26111 on DreamBench, in a third party's transcription; other backbones differ."
-        )
+        text.append("As published: arXiv 2605.26111 (identity figures: DreamBench), in a third party's transcription.")
     return "\n".join(text)
 
 

@@ -1,5 +1,5 @@
-"""The pack's own model folders, `models/mllm` and `models/dla`, among the host's: also in every folder that
-extra_model_paths.yaml gives for these names."""
+"""The pack's own model folders, `models/mllm`, `models/dla` and `models/orientation`, among the host's: also in every
+folder that extra_model_paths.yaml gives for these names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
-EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}}
+EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}, "orientation": {".safetensors", ".pt"}}
+FILES = {"dla": "DLA", "orientation": "orientation"}  # kinds that are single files, and their names in messages
 
 
 def register() -> None:
-    """Make both folders known to the host. May be called again. Folders that its YAML names for them stay, and stay
+    """Make these folders known to the host. May be called again. Folders that its YAML names for them stay, and stay
     first where it says so; the extensions are set here, since the host would list every file under a new name."""
     for kind, extensions in EXTENSIONS.items():
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
@@ -38,25 +39,31 @@ def mllm_names() -> list[str]:
     return sorted(found, key=str.lower)
 
 
+def files(kind: str) -> list[str]:
+    """Files of a kind as the host lists them: names relative to `models/{kind}`, sorted."""
+    return [name for name in folder_paths.get_filename_list(kind) if _inside(name)] if _roots(kind) else []
+
+
 def dla_files() -> list[str]:
-    """DLA files as the host lists them: names relative to `models/dla`, sorted."""
-    return [name for name in folder_paths.get_filename_list("dla") if _inside(name)] if _roots("dla") else []
+    """DLA files, see `files`."""
+    return files("dla")
 
 
 def find(kind: str, name: str) -> Path:
-    """The file or folder `name` of one of the two kinds, in the first configured folder that has it.
+    """The file or folder `name` of one of these kinds, in the first configured folder that has it.
 
     Raises ValueError for a name that leads out of the configured folders (absolute, or with ".."), and for one that is
     not there; the text lists what is.
     """
     if not isinstance(name, str) or not name or not _inside(name):
         raise ValueError(f"{name!r} is no name in models/{kind}: expected one without '..', drive or leading slash.")
-    if kind == "dla" and Path(name).suffix.lower() not in EXTENSIONS[kind]:
-        raise ValueError(f"{name!r} is no DLA file: expected the extension .safetensors.")
+    if kind in FILES and Path(name).suffix.lower() not in EXTENSIONS[kind]:
+        extensions = " or ".join(sorted(EXTENSIONS[kind], reverse=True))
+        raise ValueError(f"{name!r} is no {FILES[kind]} file: expected the extension {extensions}.")
     for root in _roots(kind):
         if (Path(root) / name).exists():
             return Path(root) / name
-    there = dla_files() if kind == "dla" else mllm_names()
+    there = files(kind) if kind in FILES else mllm_names()
     raise ValueError(
         f"models/{kind} has no {name!r}; it holds {', '.join(there) or 'nothing'}. "
         f"Put it into {' or '.join(_roots(kind)) or 'a folder that register() makes known'} and refresh."

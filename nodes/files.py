@@ -7,6 +7,7 @@ import folder_paths
 KINDS = {
     "mllm": "a Hugging Face folder (config.json, tokenizer and *.safetensors)",
     "dla": "a .safetensors file made by this pack's training",
+    "orientation": "an Orient Anything V1 file (.pt or .safetensors)",
     "diffusion_models": "the DiT's weights",
     "vae": "the VAE's weights",
     "loras": "a LoRA of the diffusion model",

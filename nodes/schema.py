@@ -11,6 +11,7 @@ MLLM = io.Custom("MLLM")
 Features = io.Custom("MLLM_FEATURES")
 DLA = io.Custom("DLA")
 Stages = io.Custom("STAGES")
+Orientation = io.Custom("ORIENTATION_MODEL")
 
 WEIGHT_DTYPES = ["default", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp32"]
 NONE = "none"

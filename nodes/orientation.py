@@ -1,0 +1,138 @@
+"""Which way a subject faces: Orient Anything V1, for the figures of copy-paste."""
+
+from comfy_api.latest import io, ui
+
+from . import files
+from .schema import Orientation, advanced, schema
+
+
+class SubjectLoadOrientation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectLoadOrientation",
+            display_name="Load Orientation Model",
+            description=(
+                "Loads Orient Anything V1 (small, base or large, told by the file), which reads from a picture which"
+                " way its subject faces."
+            ),
+            search_aliases=["orient anything", "pose estimation", "azimuth", "load orientation"],
+            inputs=[
+                io.Combo.Input(
+                    "orientation",
+                    options=files.options("orientation"),
+                    tooltip=(
+                        "An Orient Anything V1 file under models/orientation: the published .pt, or a .safetensors."
+                        " Code inside a .pt is refused, never run."
+                    ),
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "save_safetensors",
+                    default=False,
+                    tooltip="Of a .pt, write a .safetensors copy beside it, unless there is one. Press R to see it.",
+                ),
+            ],
+            outputs=[
+                Orientation.Output(
+                    "ORIENTATION_MODEL", display_name="ORIENTATION_MODEL", tooltip="To Subject Orientation."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, orientation):
+        return files.problems(orientation=orientation)
+
+    @classmethod
+    def fingerprint_inputs(cls, orientation, **_):
+        return files.fingerprint("orientation", orientation)
+
+    @classmethod
+    def execute(cls, orientation, save_safetensors=False) -> io.NodeOutput:
+        from ..loaders.orientation import load_orientation
+
+        return io.NodeOutput(load_orientation(orientation, save_safetensors))
+
+
+class SubjectOrientation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectOrientation",
+            display_name="Subject Orientation",
+            description=(
+                "Which way the subject of each picture faces: azimuth, polar, rotation and how sure that is, with the"
+                " axes drawn over the pictures. Reads one subject per picture; a mask makes it far more reliable."
+            ),
+            search_aliases=["orient anything", "pose", "azimuth polar", "view angle", "axes overlay"],
+            is_output_node=True,
+            inputs=[
+                Orientation.Input("orientation_model", tooltip="From Load Orientation Model."),
+                io.Image.Input(
+                    "image", tooltip="The pictures, any number in a batch. One with alpha is cut out by it."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "White where the subject is: it is cut out onto black, as the model was trained. One mask for"
+                        " all pictures or one for each. Scaled to the picture. The help page says where to get one."
+                    ),
+                ),
+                io.Float.Input(
+                    "min_confidence",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=(
+                        "Below this the subject has no clear front: axes are drawn grey and the table says so. The"
+                        " angles are given all the same."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output("overlay", display_name="overlay", tooltip="The pictures with the subject's axes."),
+                io.String.Output("text", display_name="text", tooltip="A table, one line per picture."),
+                io.Float.Output(
+                    "azimuth",
+                    display_name="azimuth",
+                    is_output_list=True,
+                    tooltip="A list of degrees, 0 to 360: 0 faces the camera, 90 faces the left of the picture.",
+                ),
+                io.Float.Output(
+                    "polar",
+                    display_name="polar",
+                    is_output_list=True,
+                    tooltip="A list of degrees, -90 to 90: how far the camera stands above the subject.",
+                ),
+                io.Float.Output(
+                    "rotation",
+                    display_name="rotation",
+                    is_output_list=True,
+                    tooltip="A list of degrees: how far the picture is turned, counter-clockwise.",
+                ),
+                io.Float.Output(
+                    "confidence",
+                    display_name="confidence",
+                    is_output_list=True,
+                    tooltip="A list of 0 to 1: how sure it is that the subject has a front.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, orientation_model, image, mask=None, min_confidence=0.5) -> io.NodeOutput:
+        from ..evaluation import orientation
+
+        images, masks = orientation.pictures(image, mask)
+        angles = orientation_model.estimate(images, masks)
+        notes = orientation.notes(images, masks)
+        text = orientation.table(angles, threshold=min_confidence, notes=notes)
+        drawn = orientation.overlays(images, angles, masks, threshold=min_confidence)
+        columns = (angles.azimuth, angles.polar, angles.rotation, angles.confidence)
+        return io.NodeOutput(drawn, text, *(c.tolist() for c in columns), ui=ui.PreviewImage(drawn, cls=cls))
+
+
+NODES = [SubjectLoadOrientation, SubjectOrientation]

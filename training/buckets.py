@@ -7,9 +7,6 @@ from functools import lru_cache
 from math import log, sqrt
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor
 
 from .flow import generator
 
@@ -24,43 +21,27 @@ def bucket(width: int, height: int, side: int, grid: int = 16) -> tuple[int, int
     return tuple(max(grid, round(side * scale / grid) * grid) for scale in (sqrt(ratio), 1 / sqrt(ratio)))
 
 
-def crop(picture: Tensor, width: int, height: int) -> Tensor:
-    """(H, W, 3) -> (height, width, 3): scaled evenly until it covers that, cut at the centre. Untouched if it fits."""
-    high, wide = picture.shape[:2]
-    if (wide, high) == (width, height):
-        return picture
-    scale = max(width / wide, height / high)
-    size = (max(height, round(high * scale)), max(width, round(wide * scale)))
-    picture = rearrange(picture, "h w c -> 1 c h w")
-    picture = F.interpolate(picture, size, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return rearrange(picture[..., top : top + height, left : left + width], "1 c h w -> h w c")
-
-
 class Order:
     """Micro-batches of a run: a function of keys, batch size, seed and position, so that resuming needs no state.
 
-    All indices of one have the same key. Every epoch is a new permutation in which each example comes once; at its end
-    the first batches come again where `processes` would not have as many each.
+    All indices of one have the same key. Every epoch is a new permutation in which each example comes once.
     """
 
-    def __init__(self, keys: Sequence[Hashable], batch_size: int, seed: int, processes: int = 1):
+    def __init__(self, keys: Sequence[Hashable], batch_size: int, seed: int):
         self.groups: dict[Hashable, list[int]] = {}
         for index, key in enumerate(keys):
             self.groups.setdefault(key, []).append(index)
-        self.batch_size, self.seed, self.processes = batch_size, seed, processes
-        self.batches = sum(-(-len(group) // batch_size) for group in self.groups.values())
+        self.batch_size, self.seed = batch_size, seed
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch and process."""
-        return -(-self.batches // self.processes)
+        """Micro-batches of an epoch."""
+        return sum(-(-len(group) // self.batch_size) for group in self.groups.values())
 
-    def at(self, position: int, process: int = 0) -> list[int]:
-        """Indices of the micro-batch number `position`, counted from 0 over all epochs, of one process."""
+    def at(self, position: int) -> list[int]:
+        """Indices of the micro-batch number `position`, counted from 0 over all epochs."""
         epoch, place = divmod(position, len(self))
-        batches = self._epoch(epoch)
-        return batches[(place * self.processes + process) % len(batches)]
+        return self._epoch(epoch)[place]
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         draw = generator(self.seed, ORDER, epoch)

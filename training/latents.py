@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..dla.files import save_tensors
-from .buckets import crop
+from ..loaders.identity import resize
 from .pictures import load_picture
 
 HEADER = 88  # bytes of a latent's file beside its values
@@ -57,7 +58,7 @@ class LatentCache:
         return round(sum(pixel * w * h + HEADER for _, w, h in images))
 
     def _encode(self, path: Path, width: int, height: int) -> Tensor:
-        latent = self.vae.encode(crop(load_picture(path), width, height)[None])[0]
+        latent = self.vae.encode(cut(load_picture(path), width, height)[None])[0]
         if not bool(latent.isfinite().all()):
             raise ValueError(
                 f"The VAE gave NaN or infinite values for {path.name}. Load it in bf16 or fp32 instead of fp16."
@@ -78,3 +79,8 @@ def fingerprint(model: nn.Module) -> str:
         some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)} {some}".encode())
     return digest.hexdigest()
+
+
+def cut(picture: Tensor, width: int, height: int) -> Tensor:
+    """(H, W, 3) -> (height, width, 3): as Add Identity does it, scaled evenly and cut at the centre."""
+    return rearrange(resize(rearrange(picture, "h w c -> c h w"), width, height), "c h w -> h w c")

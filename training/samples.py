@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..dla.aggregator import aggregate
-from ..evaluation.sheet import contact_sheet
+from ..evaluation.sheet import contact_sheet, to_picture
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
 from .batches import EMPTY, Batch
-from .buckets import crop
-from .data import load_picture
+from .latents import cut
+from .pictures import load_picture
 
 PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
 
@@ -28,12 +28,12 @@ def sample_sheet(run) -> Image.Image:
         negative = _conditioning(run, batch, empty.features, empty.pooled)
         positive = _conditioning(run, batch, batch.features, batch.pooled)
         paths, (first, *others) = (*example.references, example.target), batches.sizes[index]
-        pictures = [_picture(crop(load_picture(path), *size)) for path, size in zip(paths, (*others, first))]
+        pictures = [to_picture(cut(load_picture(path), *size)) for path, size in zip(paths, (*others, first))]
         titles = [*(f"reference {number}" for number in range(1, len(paths))), "target"]
         for title, name in PRESETS[run.recipe.training.stage].items():
             sampled = staged_sample(
-                run.backbone.patcher, run.recipe.training.seed, options.sample_steps, options.sample_cfg, "euler", "simple",
-                positive, negative, {"samples": torch.zeros_like(batch.clean)}, 1.0, preset(name),
+                run.backbone.patcher, run.recipe.training.seed, options.sample_steps, options.sample_cfg, "euler",
+                "simple", positive, negative, {"samples": torch.zeros_like(batch.clean)}, 1.0, preset(name),
             )  # fmt: skip
             pictures.append(_decode(run, sampled["samples"]))
             titles.append(title)
@@ -55,9 +55,4 @@ def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
 
 def _decode(run, latent: Tensor) -> Image.Image:
     pixels = run.parts.vae.decode(latent)
-    return _picture(pixels.reshape(-1, *pixels.shape[-3:])[0])
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    """From (h, w, 3) in 0..1."""
-    return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
+    return to_picture(pixels.reshape(-1, *pixels.shape[-3:])[0])

@@ -13,9 +13,8 @@ from subject_dla.demo.family import host_shapes, random_like
 from subject_dla.dla.features import Modality
 from subject_dla.loaders.mllm_transformers import load_folder
 from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
-from subject_dla.training.buckets import crop
 from subject_dla.training.features import FIELDS, FeatureSource, stack
-from subject_dla.training.latents import LatentCache
+from subject_dla.training.latents import LatentCache, cut
 from subject_dla.training.pictures import load_picture
 
 from tests.small.models import WAN_VAE, text_encoder_shapes
@@ -122,7 +121,7 @@ def files(folder):
 def test_latents_are_the_hosts_and_hit_equals_miss(vae, pictures, tmp_path, monkeypatch, on_disk):
     folder = tmp_path / "a" / "b" if on_disk else None
     with torch.inference_mode():  # as in a node
-        expected = vae.encode(crop(load_picture(pictures[1]), 96, 64)[None])[0]
+        expected = vae.encode(cut(load_picture(pictures[1]), 96, 64)[None])[0]
         encodings = calls(monkeypatch, vae, "encode")
         cache = LatentCache(vae, folder)
         miss = cache.get(pictures[1], 96, 64)

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image, ImageFile
-from subject_dla.training.buckets import RATIOS, Order, bucket, crop
+from subject_dla.training.buckets import RATIOS, Order, bucket
 from subject_dla.training.data import DataError, ImageProblem, load_picture, read_data
 
 SIZE = (64, 48)
@@ -467,36 +467,16 @@ def test_buckets_keep_area_and_ratio(side, grid):
     assert bucket(10_000, 10, side, grid) == bucket(2, 1, side, grid)
 
 
-def test_crop_scales_evenly_and_cuts_the_centre():
-    x, y = torch.meshgrid(torch.linspace(0, 1, 200), torch.linspace(0, 1, 100), indexing="xy")
-    ramp = torch.stack([x, y, torch.zeros_like(x)], dim=-1)  # 200 px wide, 100 high
-    out = crop(ramp, 64, 64)
-    assert out.shape == (64, 64, 3) and out.min() >= 0 and out.max() <= 1
-    torch.testing.assert_close(out[32, :, 0], torch.linspace(0.25, 0.75, 64), atol=0.01, rtol=0)
-    torch.testing.assert_close(out[2:-2, 32, 1], torch.linspace(0, 1, 64)[2:-2], atol=0.01, rtol=0)
-    assert crop(ramp, 400, 304).shape == (304, 400, 3)
-    assert torch.equal(crop(ramp, 200, 100), ramp)
-    assert crop(torch.rand(37, 91, 3).round(), 33, 48).shape == (48, 33, 3)
-    noise = torch.rand(512, 512, 3, generator=torch.Generator().manual_seed(0))  # finer than the result can show: grey
-    assert crop(noise, 64, 64).std() < 0.2 * noise.std()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
-def test_order_covers_each_index_once_an_epoch_and_never_mixes_keys(batch_size, processes):
+def test_order_covers_each_index_once_an_epoch_and_never_mixes_keys(batch_size):
     keys = [("tall", i % 3) if i % 5 else "wide" for i in range(41)]
-    order = Order(keys, batch_size, seed=3, processes=processes)
+    order = Order(keys, batch_size, seed=3)
     epochs = []
     for epoch in range(3):
-        places = range(epoch * len(order), (epoch + 1) * len(order))
-        batches = [order.at(place, process) for place in places for process in range(processes)]
+        batches = [order.at(place) for place in range(epoch * len(order), (epoch + 1) * len(order))]
         assert all(len({keys[i] for i in batch}) == 1 and 1 <= len(batch) <= batch_size for batch in batches)
-        repeated = len(order) * processes - order.batches
-        assert 0 <= repeated < processes
-        once = batches[: order.batches]
-        assert sorted(i for batch in once for i in batch) == list(range(41))
-        assert all(batch in once for batch in batches[order.batches :])
-        epochs.append(once)
+        assert sorted(i for batch in batches for i in batch) == list(range(41))
+        epochs.append(batches)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -509,6 +489,3 @@ def test_order_is_a_function_of_seed_and_position_alone():
     one = Order(keys, 2, seed=5)
     assert [one.at(place) for place in reversed(places)] == straight[::-1]
     assert [Order(keys, 2, seed=6).at(place) for place in places] != straight
-    two = Order(keys, 2, seed=5, processes=2)  # an epoch of two processes is one of a single one
-    assert len(two) * 2 == len(one)
-    assert [two.at(place, process) for place in range(6) for process in (0, 1)] == [one.at(p) for p in range(12)]

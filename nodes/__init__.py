@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from . import encode, load, sample, stages, train
+from . import encode, load, orientation, sample, stages, train
 
 
 class SubjectExtension(ComfyExtension):
@@ -11,4 +11,4 @@ class SubjectExtension(ComfyExtension):
 
     async def get_node_list(self):
         folders.register()
-        return [*load.NODES, *encode.NODES, *stages.NODES, *sample.NODES, *train.NODES]
+        return [*load.NODES, *encode.NODES, *stages.NODES, *sample.NODES, *train.NODES, *orientation.NODES]

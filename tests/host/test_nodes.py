@@ -34,6 +34,11 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
         " start_lora options",
         "DLA IMAGE STRING",
     ),
+    "SubjectLoadOrientation": ("orientation save_safetensors", "ORIENTATION_MODEL"),
+    "SubjectOrientation": (
+        "orientation_model image mask min_confidence",
+        "IMAGE STRING FLOAT FLOAT FLOAT FLOAT",
+    ),
 }
 
 

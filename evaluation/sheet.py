@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from ..sampling.preview import INK, PAPER
 
@@ -75,6 +78,52 @@ def labelled_sheet(
     for i in range(0, len(pictures), columns):
         rows.append(("", pictures[i : i + columns], labels[i : i + columns]))
     return contact_sheet(rows, side)
+
+
+def sheet_of_batches(
+    images: Sequence[Tensor],
+    labels: Sequence[str] | None = None,
+    figures: Sequence[str] | None = None,
+    references: Sequence[Tensor] = (),
+    **settings,
+) -> Tensor:
+    """(1, h, w, 3): the sheet of a list of IMAGE batches (n, h, w, 3). settings: see labelled_sheet.
+
+    labels, figures: one for each picture, or one for each batch; None numbers the pictures. A single text of figures
+    for several pictures stands below the title. Raises ValueError for another number.
+    """
+    pictures = [to_picture(picture) for batch in images for picture in batch]
+    if not pictures:
+        raise ValueError("Contact Sheet: no picture came in at images, expected at least one.")
+
+    def for_each(texts: Sequence[str], name: str) -> list[str]:
+        if len(texts) == len(pictures):
+            return list(texts)
+        if len(texts) != len(images):
+            raise ValueError(
+                f"Contact Sheet: {len(texts)} {name} came in for {len(pictures)} pictures in {len(images)} batches,"
+                " expected one for each picture or one for each batch. Connect the labels of the node that made the"
+                " list which the pictures come from."
+            )
+        return [text for text, batch in zip(texts, images) for _ in batch]
+
+    captions = for_each(labels, "labels") if labels else [str(number + 1) for number in range(len(pictures))]
+    if figures and len(figures) == 1 < len(pictures):
+        settings["title"] = "\n".join(text for text in (settings.get("title"), figures[0]) if text)
+    elif figures:
+        captions = [f"{label}\n{text}" for label, text in zip(captions, for_each(figures, "figures"))]
+    shown = [to_picture(picture) for batch in references for picture in batch]
+    return to_tensor(labelled_sheet(pictures, captions, references=shown, **settings))
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """From (h, w, 3) in 0..1; what lies outside is cut."""
+    return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(1, h, w, 3) float32 in 0..1, the host's IMAGE."""
+    return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)[None]
 
 
 def typeface(size: int):

@@ -3,7 +3,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from . import encode, load, orientation, sample, stages, train
+from . import encode, layers, load, orientation, sample, stages, sweep, train
+
+TOPICS = (load, encode, stages, sample, train, orientation, layers, sweep)
 
 
 class SubjectExtension(ComfyExtension):
@@ -11,4 +13,4 @@ class SubjectExtension(ComfyExtension):
 
     async def get_node_list(self):
         folders.register()
-        return [*load.NODES, *encode.NODES, *stages.NODES, *sample.NODES, *train.NODES, *orientation.NODES]
+        return [node for topic in TOPICS for node in topic.NODES]

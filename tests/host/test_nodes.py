@@ -39,6 +39,14 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
         "orientation_model image mask min_confidence",
         "IMAGE STRING FLOAT FLOAT FLOAT FLOAT",
     ),
+    "SubjectAblateLayers": ("features text text_layers image image_layers", "MLLM_FEATURES"),
+    "SubjectAblationSweep": ("features modalities actions groups", "MLLM_FEATURES STRING"),
+    "SubjectLayerWeights": ("features dla image image_number layer", "IMAGE IMAGE STRING"),
+    "SubjectThresholdSweep": (
+        "preset clock tau1 tau2 combine mllm_strengths vae_strengths controls",
+        "STAGES STRING",
+    ),
+    "SubjectContactSheet": ("images labels figures references title columns side", "IMAGE"),
 }
 
 

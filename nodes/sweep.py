@@ -1,0 +1,153 @@
+"""Many settings in one queued job: schedules over a grid of thresholds, and all pictures on one labelled sheet."""
+
+from comfy_api.latest import io, ui
+
+from ..sampling.stages import CLOCKS, PRESETS
+from ..sampling.sweep import COMBINE
+from .schema import Stages, schema
+from .stages import CLOCK_TIP, PRESET_TIP
+
+NUMBERS = "Numbers with commas between, such as 0.95, 0.85."
+
+
+class SubjectThresholdSweep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectThresholdSweep",
+            display_name="Threshold Sweep",
+            description=(
+                "Stage schedules over a grid of thresholds and strengths: what follows in the graph runs once for each,"
+                " in one queued job. To one sheet with Contact Sheet."
+            ),
+            search_aliases=["tau grid", "xy plot", "stage sweep", "parameter sweep"],
+            inputs=[
+                io.Combo.Input("preset", options=list(PRESETS), default="semantics_first", tooltip=PRESET_TIP),
+                io.Combo.Input("clock", options=list(CLOCKS), default="flow_time", tooltip=CLOCK_TIP),
+                io.String.Input(
+                    "tau1",
+                    default="0.97, 0.95, 0.85",
+                    tooltip=f"Where the first stage (MLLM alone) ends, on the clock. {NUMBERS}",
+                ),
+                io.String.Input(
+                    "tau2",
+                    default="0.9, 0.85, 0.7",
+                    tooltip=f"Where the MLLM's tokens go out, on the clock; read by paper alone. {NUMBERS}",
+                ),
+                io.Combo.Input(
+                    "combine",
+                    options=list(COMBINE),
+                    default="grid",
+                    tooltip=". ".join(f"{name}: {text}" for name, text in COMBINE.items())
+                    + ". A grid leaves out what is out of order.",
+                ),
+                io.String.Input(
+                    "mllm_strengths",
+                    default="1",
+                    tooltip=f"Strengths, 0 to 2, of the MLLM's tokens in the stages where they are on. {NUMBERS}",
+                ),
+                io.String.Input(
+                    "vae_strengths",
+                    default="1",
+                    tooltip=f"Strengths, 0 to 2, of the references in the stages where they are on. {NUMBERS}",
+                ),
+                io.Boolean.Input(
+                    "controls",
+                    default=True,
+                    tooltip="Both groups throughout, and MLLM only, come first, to compare with.",
+                ),
+            ],
+            outputs=[
+                Stages.Output(
+                    "stages",
+                    display_name="stages",
+                    is_output_list=True,
+                    tooltip="A list of schedules. To Staged Sampler or Staged Guider, with a fixed seed.",
+                ),
+                io.String.Output(
+                    "labels",
+                    display_name="labels",
+                    is_output_list=True,
+                    tooltip="What each schedule is. To Contact Sheet.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preset, clock, tau1, tau2, combine, mllm_strengths, vae_strengths, controls) -> io.NodeOutput:
+        from ..sampling.sweep import parse_numbers, threshold_sweep
+
+        found = threshold_sweep(
+            preset, clock, parse_numbers(tau1, "tau1"), parse_numbers(tau2, "tau2"),
+            parse_numbers(mllm_strengths, "mllm_strengths", 2), parse_numbers(vae_strengths, "vae_strengths", 2),
+            combine=combine, controls=controls,
+        )  # fmt: skip
+        return io.NodeOutput([stages for _, stages in found], [label for label, _ in found])
+
+
+class SubjectContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectContactSheet",
+            display_name="Contact Sheet",
+            description=(
+                "All pictures of a queued job on one sheet, each over its label and, if you like, its figures. Takes"
+                " lists, as a sweep or Prompt List makes them, and batches."
+            ),
+            search_aliases=["grid", "image grid", "labelled sheet", "xy plot", "compare pictures"],
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures, in order; a batch is several. Shown whole."),
+                io.String.Input(
+                    "labels",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A list of as many labels as pictures, or as batches. Left open: the pictures are numbered.",
+                ),
+                io.String.Input(
+                    "figures",
+                    optional=True,
+                    force_input=True,
+                    tooltip=(
+                        "Text below each label, such as scores: a list of as many as labels, or one for the whole"
+                        " sheet."
+                    ),
+                ),
+                io.Image.Input("references", optional=True, tooltip="Pictures for a row of their own at the top."),
+                io.String.Input("title", default="", optional=True, tooltip="A line at the top of the sheet."),
+                io.Int.Input(
+                    "columns",
+                    default=0,
+                    min=0,
+                    max=32,
+                    optional=True,
+                    tooltip="Pictures in a row. 0: as many as make the sheet about square, six at most.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=256,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    optional=True,
+                    tooltip="Pixels that each picture is fitted into, a side.",
+                ),
+            ],
+            outputs=[io.Image.Output("sheet", display_name="sheet", tooltip="The sheet, one picture. To Save Image.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, images, labels=None, figures=None, references=None, title=("",), columns=(0,), side=(256,)
+    ) -> io.NodeOutput:
+        from ..evaluation.sheet import sheet_of_batches
+
+        sheet = sheet_of_batches(
+            images, labels, figures, references or (), title=title[0], columns=columns[0], side=side[0]
+        )
+        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+NODES = [SubjectThresholdSweep, SubjectContactSheet]

@@ -1,0 +1,305 @@
+"""Layer roles in the graph: what the pooling attends to and where on the picture; sweeps, their labels, their sheet."""
+
+import asyncio
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
+from subject_dla.evaluation.layers import (
+    LEFT, RIGHT, WIDTH, LayerWeights, colour, columns, describe, heat_map, overlay, place,
+)  # fmt: skip
+from subject_dla.evaluation.sheet import labelled_sheet, sheet_of_batches
+from subject_dla.nodes import SubjectExtension
+from subject_dla.sampling.stages import preset
+from subject_dla.sampling.sweep import threshold_sweep
+
+NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
+INFO = MLLMInfo("tiny", "qwen2_5_vl", layers=3, width=16)
+
+
+def make_features(image_tokens=6) -> Features:
+    generator = torch.Generator().manual_seed(0)
+    modality = torch.tensor([[2, 2, 0, 0, 0, *[1] * image_tokens, 0, 2]], dtype=torch.uint8)
+    return Features(
+        torch.randn(1, 4, modality.shape[1], 16, generator=generator),
+        (0, 1, 2, 3),
+        modality,
+        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
+        torch.ones_like(modality, dtype=torch.bool),
+        INFO,
+        prefix=(2,),
+    )
+
+
+def make_weights(rows, layers, image=(), family="qwen2_5_vl", top=28) -> LayerWeights:
+    """Tokens with these weights; those numbered in `image` are image 0's."""
+    modality = torch.tensor([int(i in image) for i in range(len(rows))], dtype=torch.uint8)
+    return LayerWeights(
+        torch.tensor(rows, dtype=torch.float32),
+        tuple(layers),
+        torch.ones(len(rows), dtype=torch.bool),
+        modality,
+        torch.where(modality == 1, 0, -1).to(torch.int16),
+        MLLMInfo("m", family, top, 8),
+    )
+
+
+def pixels(image: Image.Image) -> numpy.ndarray:
+    return numpy.asarray(image).astype(int)
+
+
+# ---- heat map
+
+
+def test_bars_and_cells_have_the_numbers_of_their_layers():
+    rows = [[0.7, 0.2, 0.1, 0.0], [0.5, 0.4, 0.1, 0.0], [0.0, 0.0, 0.25, 0.75]]
+    found = make_weights(rows, range(4), image=(2,), top=3)
+    picture, edges = pixels(heat_map(found)), columns(4)
+    assert picture.shape[1] == WIDTH and edges[0] == LEFT and edges[-1] == WIDTH - RIGHT
+    heights = []
+    for left, right in zip(edges, edges[1:]):
+        bar = (picture[38:109, (left + right) // 2] == (86, 130, 214)).all(axis=1)  # the text panel's profile
+        heights.append(bar.sum())
+    assert heights[0] > 60
+    for height, mean in zip(heights, (0.6, 0.3, 0.1, 0)):
+        assert height / heights[0] == pytest.approx(mean / 0.6, abs=0.04)
+    for token in range(2):  # 8 px a token, below the profile
+        for column, weight in enumerate(rows[token]):
+            middle = (edges[column] + edges[column + 1]) // 2
+            expected = colour(torch.tensor([[weight / 0.7]]))[0, 0]
+            assert abs(picture[38 + 70 + 10 + 8 * token + 4, middle] - expected).max() <= 1, (token, column)
+
+
+def test_negative_weights_are_blue_and_hang_below_the_line():
+    cold, none, hot = colour(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
+    assert cold[2] > cold[0] and hot[0] > hot[2] - 1 and none.min() > 250
+    picture = pixels(heat_map(make_weights([[-0.5, 1.5]], (0, 1), top=1)))
+    edges = columns(2)
+    first, second = (
+        numpy.argwhere((picture[30:112, (a + b) // 2] == shade).all(axis=1))
+        for (a, b), shade in zip(((edges[0], edges[1]), (edges[1], edges[2])), ((222, 140, 62), (86, 130, 214)))
+    )
+    assert first.min() > second.max() - 2 and len(second) / len(first) == pytest.approx(3, rel=0.15)
+
+
+def test_mean_layer_and_words():
+    found = make_weights([[0.5, 0.5, 0, 0], [0, 0, 0, 1.0]], (0, 9, 14, 28), image=(1,))
+    assert found.mean_layer(found.weights).tolist() == [4.5, 28.0]
+    text = describe(found, "my.safetensors").splitlines()
+    assert "my.safetensors" in text[0] and len(text) == 3
+    assert "text, 1 tokens: mean layer 4.50" in text[1] and "early (0-9) 1.00" in text[1]
+    assert "mean layer 28.00" in text[2] and "28 (1.000)" in text[2] and "late (20-28) 1.00" in text[2]
+
+
+# ---- image tokens on the picture
+
+
+def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
+    from subject_dla.loaders.mllm import to_area
+    from subject_dla.loaders.mllm_vision import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
+
+    vision = Vision(14, 2, CLIP_MEAN, CLIP_STD)
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(640, 480), (480, 640), (512, 512), (1000, 101), (57, 1000), (28, 28)]
+    sizes += [tuple(torch.randint(60, 900, (2,), generator=generator).tolist()) for _ in range(60)]
+    for width, height in sizes:
+        for side in (112, 384, 560):
+            seen, (rows, columns) = qwen_pixels(to_area(torch.zeros(height, width, 3), side), vision)
+            rows, columns = rows // 2, columns // 2
+            placement = place(len(seen) // 4, width, height, "qwen2_5_vl")
+            assert tuple(placement.order.shape) == (rows, columns), (width, height, side)
+            assert placement.box == (0, 0, width, height)
+            assert placement.order.flatten().tolist() == list(range(rows * columns))
+
+
+@pytest.mark.parametrize(
+    "width, height, tiles", [(300, 300, 1), (600, 200, 1), (600, 200, 4), (240, 500, 6), (500, 500, 4)]
+)
+def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
+    """Every token's mean brightness in the tiles is that of the px of the picture that are said to be its own."""
+    from subject_dla.loaders.mllm_vision import HALF, Vision, internvl_tiles
+
+    vision = Vision(14, 2, HALF, HALF)
+    ramp = torch.linspace(0.2, 0.8, width)[None] * torch.linspace(0.5, 1.0, height)[:, None]
+    seen = internvl_tiles(ramp[..., None].expand(-1, -1, 3), vision, 448, tiles)
+    values = seen[:, 0].unfold(1, 28, 28).unfold(2, 28, 28).mean(dim=(3, 4)).flatten() / 2 + 0.5
+    placement = place(len(values), width, height, "internvl")
+    found = placement.over(values, width, height)
+    edge = max(width, height) / 16  # px: tokens that reach over the picture's edge hold border as well
+    inner = found[int(edge) : height - int(edge), int(edge) : width - int(edge)]
+    wanted = ramp[int(edge) : height - int(edge), int(edge) : width - int(edge)]
+    assert float((inner - wanted).abs().mean()) < 0.02 and float((inner - wanted).abs().max()) < 0.1
+    left, top, right, bottom = placement.box
+    assert (left + right) / 2 == pytest.approx(width / 2) and (top + bottom) / 2 == pytest.approx(height / 2)
+
+
+def test_the_overlay_lights_up_the_token_on_the_picture_and_keeps_its_shape():
+    width, height, rows, columns = 400, 200, 4, 8
+    weights = torch.zeros(rows * columns, 3)
+    weights[:, 0] = 1
+    weights[2 * columns + 5] = torch.tensor([0.0, 0.0, 1.0])  # row 2, column 5 reads the last layer
+    found = make_weights(weights.tolist(), (0, 14, 28), image=range(rows * columns))
+    picture = torch.full((height, width, 3), 0.5)
+    for layer in (None, 28):
+        shown = overlay(found, picture, layer=layer)
+        assert shown.size == (768, 384 + 34)
+        red = pixels(shown)[:384]
+        hot = numpy.argwhere(abs(red - red[5, 5]).sum(axis=2) > 60)
+        cell = 768 / columns
+        assert hot.min(axis=0) == pytest.approx([2 * cell, 5 * cell], abs=2)
+        assert hot.max(axis=0) == pytest.approx([3 * cell, 6 * cell], abs=2)
+        assert len(hot) == pytest.approx(cell**2, rel=0.05)
+
+
+def test_a_picture_that_the_tokens_are_not_of_is_refused():
+    found = make_weights([[1.0]] * 32, (0,), image=range(32))  # 4 x 8
+    with pytest.raises(ValueError, match="32 tokens.*very picture"):
+        overlay(found, torch.zeros(600, 100, 3))
+    with pytest.raises(ValueError, match="image 2.*1 reference"):
+        overlay(found, torch.zeros(200, 400, 3), index=1)
+    with pytest.raises(ValueError, match="layer 7.*pools 0"):
+        overlay(found, torch.zeros(200, 400, 3), layer=7)
+    with pytest.raises(ValueError, match="no image of InternVL"):
+        place(7, 100, 100, "internvl")
+
+
+# ---- nodes
+
+
+def test_layer_weights_shows_what_the_dla_computes(monkeypatch):
+    from subject_dla.loaders.dla import DLA
+
+    torch.manual_seed(1)
+    plain = DualLayerAggregator(DLAConfig(INFO, context_width=16, heads=4))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(std=0.3)
+    dla, features, kept = DLA(plain.config, plain.state_dict(), "a.safetensors"), make_features(), []
+    node = NODES["SubjectLayerWeights"]
+    monkeypatch.setattr(
+        "subject_dla.nodes.layers.ui.PreviewImage", lambda pictures, cls: kept.append(pictures) or Shown()
+    )
+    maps, over, text = node.execute(features, dla, torch.rand(1, 56, 84, 3), 1, 3).result
+    assert maps.shape[0] == 1 and maps.shape[2] == WIDTH and over.shape == (1, 512 + 34, 768, 3) and len(kept) == 2
+    expected = plain.layer_weights(features)[0]
+    for modality, name in ((Modality.TEXT, "text, 4"), (Modality.IMAGE, "image, 6")):
+        weights = expected[features.modality[0] == modality]
+        size = weights.abs()
+        centre = float(((size * torch.arange(4)).sum(1) / size.sum(1)).mean())
+        assert f"{name} tokens: mean layer {centre:.2f}" in text, text
+    assert "template, 1 tokens" in text  # the leading two are not passed on
+    maps, over, _ = node.execute(features, dla).result
+    assert type(over).__name__ == "ExecutionBlocker" and over.message is None
+
+
+class Shown:
+    def as_dict(self):
+        return {"images": [], "animated": (False,)}
+
+
+def test_ablate_layers_and_the_sweep_zero_what_they_say():
+    features, ablate = make_features(), NODES["SubjectAblateLayers"].execute
+    assert ablate(features, "untouched", "", "untouched", "").result[0] is features
+    (found,) = ablate(features, "untouched", "nonsense", "keep", "late").result
+    gone = (found.hidden_states == 0).all(dim=-1)[0]
+    assert gone.sum(dim=1).tolist() == [6, 6, 6, 0]
+    found, labels = (
+        NODES["SubjectAblationSweep"].execute(features, "text and image", "zero", "early; middle; late").result
+    )
+    assert labels == [
+        "untouched",
+        *(f"{name}: {layers} zeroed" for name in ("text", "image") for layers in ("layer 0", "layers 1-2", "layer 3")),
+    ]
+    counts = [(entry.hidden_states == 0).all(dim=-1)[0].sum(dim=1).tolist() for entry in found]
+    assert counts == [[0] * 4, [4, 0, 0, 0], [0, 4, 4, 0], [0, 0, 0, 4], [6, 0, 0, 0], [0, 6, 6, 0], [0, 0, 0, 6]]
+    with pytest.raises(ValueError, match="'5'.*0 .*3"):
+        NODES["SubjectAblationSweep"].execute(features, "text", "zero", "early; 5")
+
+
+def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
+    run = NODES["SubjectThresholdSweep"].execute
+    stages, labels = run("paper", "flow_time", "0.95, 0.85", "0.85, 0.7", "grid", "1", "1", False).result
+    assert labels == [
+        "paper, tau1 0.95, tau2 0.85", "paper, tau1 0.95, tau2 0.7", "paper, tau1 0.85, tau2 0.85", "paper, tau1 0.85, tau2 0.7",
+    ]  # fmt: skip
+    assert stages[0] == preset("paper") and stages[3] == preset("paper", tau1=0.85, tau2=0.7)
+    assert stages[2] == preset("two_stage", tau1=0.85)  # no time between the two
+    stages, labels = run("paper", "flow_time", "0, 0.95", "0, 0.85", "pairs", "1", "1", True).result
+    assert labels == ["both throughout", "MLLM only", "paper, tau1 0, tau2 0", "paper, tau1 0.95, tau2 0.85"]
+    assert all(stages[2].at_sigma(t, []) == (1, 0) for t in (1.0, 0.5, 0.0))  # the paper's (0, 0)
+    stages, labels = run("semantics_first", "flow_time", "0.9", "0.8, 0.7", "grid", "1", "0.5, 1", False).result
+    assert labels == ["semantics first, tau1 0.9, VAE 0.5", "semantics first, tau1 0.9, VAE 1"]
+    assert [[(key.mllm, key.vae) for key in entry.keyframes] for entry in stages] == [
+        [(1, 0), (1, 0.5)],
+        [(1, 0), (1, 1)],
+    ]
+    stages, labels = run("paper", "steps", "0.1, 0.3", "0.2", "grid", "1", "1", False).result
+    assert labels == ["paper, tau1 0.1, tau2 0.2"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"tau1": "0.95, x"}, "tau1.*'x'"),
+        ({"tau2": "1.5"}, "tau2.*'1.5'.*0 to 1"),
+        ({"tau1": " "}, "tau1 is empty"),
+        ({"vae_strengths": "3"}, "vae_strengths.*'3'.*0 to 2"),
+        ({"tau1": "0.7", "tau2": "0.9"}, "tau2 of 0.9.*below.*Swap"),
+        ({"tau1": "0.7", "tau2": "0.9", "combine": "pairs"}, "out of order"),
+        ({"tau1": "0.7", "tau2": "0.6, 0.5", "combine": "pairs"}, "1 numbers and tau2 2"),
+        ({"tau1": ", ".join(f"0.9{i:02}" for i in range(99))}, "297 settings.*256"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_explained(changes, words):
+    given = dict(
+        preset="paper", clock="flow_time", tau1="0.95", tau2="0.85, 0.8, 0.7", combine="grid", mllm_strengths="1",
+        vae_strengths="1", controls=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        NODES["SubjectThresholdSweep"].execute(**given | changes)
+
+
+def test_every_preset_can_be_swept():
+    for name, count in (
+        ("paper", 4),
+        ("semantics_first", 2),
+        ("two_stage", 2),
+        ("mllm_only", 1),
+        ("vae_only", 1),
+        ("both", 1),
+    ):
+        assert len(threshold_sweep(name, "flow_time", (0.95, 0.9), (0.9, 0.8))) == count
+
+
+# ---- the sheet
+
+
+def flat(level, count=1, height=64, width=64):
+    return torch.full((count, height, width, 3), level / 255)
+
+
+def test_lists_and_batches_come_onto_one_sheet_in_order():
+    images = [flat(10), flat(60, count=2, width=128), flat(110)]
+    sheet = (sheet_of_batches(images, ["a", "b", "c"], columns=2, side=64)[0] * 255).round().int()
+    assert sheet.shape == (12 + 2 * (64 + 20 + 24), 768, 3)
+    assert [int((sheet == level).all(-1).sum()) for level in (10, 60, 110)] == [4096, 2 * 64 * 32, 4096]
+    places = [(sheet == level).all(-1).nonzero().float().mean(0) for level in (10, 60, 110)]
+    assert places[0][0] < places[2][0] and places[0][1] < places[2][1]
+    one = sheet_of_batches(images, list("abcd"), ["1"], references=[flat(200)], title="t", side=64)
+    assert int(((one[0] * 255).round() == 200).all(-1).sum()) == 4096
+    assert not torch.equal(
+        one, sheet_of_batches(images, list("abcd"), ["2"], references=[flat(200)], title="t", side=64)
+    )
+    with pytest.raises(ValueError, match="2 labels.*4 pictures in 3 batches"):
+        sheet_of_batches(images, ["a", "b"])
+    with pytest.raises(ValueError, match="3 labels"):
+        labelled_sheet([Image.new("RGB", (8, 8))], ["a", "b", "c"])
+
+
+def test_contact_sheet_takes_the_hosts_lists_with_what_is_left_open():
+    node = NODES["SubjectContactSheet"]
+    assert node.GET_SCHEMA().is_input_list
+    (sheet,) = node.execute(images=[flat(10), flat(60)], title=["t"], columns=[1], side=[64]).result
+    assert sheet.shape[0] == 1 and sheet.shape[1] > 128

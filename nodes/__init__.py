@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from . import encode, layers, load, orientation, sample, stages, sweep, train
+from . import copy_paste, encode, layers, load, orientation, sample, stages, sweep, train
 
 TOPICS = (load, encode, stages, sample, train, orientation, layers, sweep)
 

@@ -47,6 +47,10 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
         "STAGES STRING",
     ),
     "SubjectContactSheet": ("images labels figures references title columns side", "IMAGE"),
+    "SubjectCopyPasteReport": (
+        "orientation_model references images min_confidence filename_prefix reference_masks masks",
+        "STRING IMAGE STRING",
+    ),
 }
 
 

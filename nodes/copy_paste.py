@@ -1,0 +1,105 @@
+"""How much of the references' pose went into the outputs: the copy-paste figures over a batch or a whole queue."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from .schema import Orientation, schema
+
+
+class SubjectCopyPasteReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectCopyPasteReport",
+            display_name="Copy-Paste Report",
+            description=(
+                "How far the subjects in the images turned away from their references: mean azimuth and polar"
+                " difference and average recall, with coverage, 95 % intervals and the orientation model's own error"
+                " as the floor. A table, a plot, and CSV and JSON files in the output folder."
+            ),
+            search_aliases=[
+                "pose diversity",
+                "azimuth",
+                "recall",
+                "orientation difference",
+                "copy and paste",
+                "metric",
+            ],
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                Orientation.Input("orientation_model", tooltip="From Load Orientation Model."),
+                io.Image.Input(
+                    "references",
+                    tooltip="The subject before: one picture for all images, or one for each in the same order.",
+                ),
+                io.Image.Input(
+                    "images",
+                    tooltip="The outputs. Batches and lists of a queue, from Prompt List for instance, are one set.",
+                ),
+                io.Float.Input(
+                    "min_confidence",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "A pair counts where the orientation model is this sure, in both pictures, that the subject has"
+                        " a front. Figures of all pairs are given beside. Orient Anything's own limit is 0.5."
+                    ),
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="copy_paste/report",
+                    tooltip=(
+                        "Of the CSV and JSON files in the output folder, as in Save Image: it may hold folders and"
+                        " parts such as %year%."
+                    ),
+                ),
+                io.Mask.Input(
+                    "reference_masks",
+                    optional=True,
+                    tooltip="1 where the subject is, one for all references or for each. Left open: alpha, or whole pictures.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="1 where the subject is, one for all images or for each. Left open: alpha, or whole pictures.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="Coverage and the table, in markdown."),
+                io.Image.Output(
+                    "plot", display_name="plot", tooltip="Where the subjects face, how far they turned, and the table."
+                ),
+                io.String.Output(
+                    "json", display_name="json", tooltip="Every figure with its interval, and every pair."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, orientation_model, references, images, min_confidence, filename_prefix, reference_masks=None, masks=None
+    ) -> io.NodeOutput:
+        from ..dla.files import save_text
+        from ..evaluation.copy_paste_measure import measure
+        from ..evaluation.copy_paste_plot import plot_tensor, report_plot
+        from ..evaluation.copy_paste_text import report_csv, report_json, report_text
+
+        model = orientation_model[0]  # the host hands every input over as a list
+        outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])
+        text, json = report_text(outputs, floor, model.name), report_json(outputs, floor, model.name)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(
+            filename_prefix[0], folder_paths.get_output_directory()
+        )
+        for suffix, content in (("csv", report_csv(outputs, floor)), ("json", json)):
+            save_text(Path(folder) / f"{name}_{counter:05}_.{suffix}", content)
+        plot = plot_tensor(report_plot(outputs, floor, model.name))
+        shown = ui.PreviewImage(plot, cls=cls).as_dict()
+        return io.NodeOutput(text, plot, json, ui={**shown, "text": (text,)})
+
+
+NODES = [SubjectCopyPasteReport]

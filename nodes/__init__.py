@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension
 from ..loaders import folders
 from . import copy_paste, encode, layers, load, orientation, sample, stages, sweep, train
 
-TOPICS = (load, encode, stages, sample, train, orientation, layers, sweep)
+TOPICS = (load, encode, stages, sample, train, orientation, copy_paste, layers, sweep)
 
 
 class SubjectExtension(ComfyExtension):

@@ -61,12 +61,12 @@ class SubjectCopyPasteReport(io.ComfyNode):
                 io.Mask.Input(
                     "reference_masks",
                     optional=True,
-                    tooltip="1 where the subject is, one for all references or for each. Left open: alpha, or whole pictures.",
+                    tooltip="1 where the subject is, one for all or for each. Left open: alpha, or whole pictures.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="1 where the subject is, one for all images or for each. Left open: alpha, or whole pictures.",
+                    tooltip="1 where the subject is, one for all or for each. Left open: alpha, or whole pictures.",
                 ),
             ],
             outputs=[

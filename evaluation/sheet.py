@@ -31,24 +31,25 @@ def contact_sheet(
     small, large = typeface(13), typeface(14)
     columns = max((len(pictures) for _, pictures, _ in rows), default=1)
     width = max(WIDTH, GAP + columns * (side + GAP))
+    shown = [
+        [ImageOps.contain(p.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for p in pictures]
+        for _, pictures, _ in rows
+    ]
+    tall = [max((picture.height for picture in pictures), default=0) for pictures in shown]
     labels = [_lines(label, width - 2 * GAP, large) for label, _, _ in rows]
     captions = [[_lines(caption, side, small) for caption in texts] for _, _, texts in rows]
     below = [LINE * max((len(lines) for lines in texts), default=0) for texts in captions]
-    heights = [
-        LINE * len(lines) + (side if pictures else 0) + deep + 2 * GAP
-        for lines, (_, pictures, _), deep in zip(labels, rows, below)
-    ]
+    heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(labels, tall, below)]
     image = Image.new("RGB", (width, max(sum(heights) + GAP, 64)), PAPER)
     pen, top = ImageDraw.Draw(image), GAP
-    for lines, (_, pictures, _), texts, height in zip(labels, rows, captions, heights):
+    for lines, pictures, texts, high, height in zip(labels, shown, captions, tall, heights):
         for number, line in enumerate(lines):
             pen.text((GAP, top + LINE * number), line, INK, large)
         for column, picture in enumerate(pictures):
-            fitted = ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
             x, y = GAP + column * (side + GAP), top + LINE * len(lines) + 4
-            image.paste(fitted, (x, y + (side - fitted.height) // 2))
+            image.paste(picture, (x, y + (high - picture.height) // 2))
             for number, line in enumerate(texts[column] if texts else ()):
-                pen.text((x, y + side + 3 + LINE * number), line, INK if number == 0 else GREY, small)
+                pen.text((x, y + high + 3 + LINE * number), line, INK if number == 0 else GREY, small)
         top += height
     return image
 

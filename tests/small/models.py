@@ -69,7 +69,7 @@ def build(out: Path, small_host) -> None:
 
     key = "diffusion_model.double_blocks.0.img_attn.proj"
     lora = random_like({f"{key}.lora_A.weight": torch.Size((4, 256)), f"{key}.lora_B.weight": torch.Size((256, 4))})
-    for name in ("dit_lora", "subject-flux-lora"):
+    for name in ("dit_lora", "uso-flux1-dit-lora-v1", "subject-flux-lora"):
         save(f"loras/{name}.safetensors", lora)
 
 

@@ -184,7 +184,7 @@ def inference_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def bake_positions(positions: Tensor) -> Tensor:
     """(1, 1 + n * n, width) position embeddings to (1, 257, width) as DINOv2 in transformers has them at 224 px.
 
-    The authors' transformers, 4.38, sampled at 37 / 16.1 instead of 37 / 16: less than a quarter of a trained patch apart.
+    The authors' transformers, 4.38, samples at 37 / 16.1 instead of 37 / 16, less than a quarter of a patch apart.
     """
     cls, patches = positions[:, :1], positions[:, 1:]
     side = round(patches.shape[1] ** 0.5)

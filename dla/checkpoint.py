@@ -119,20 +119,21 @@ def _read_header(path: str | os.PathLike) -> dict:
         raise DLACheckpointError(path, "is empty (0 bytes). Download or save it again.")
     with open(path, "rb") as file:
         start = file.read(64)
-        for magic, what in STARTS:
-            if start.lstrip().startswith(magic):
-                raise DLACheckpointError(path, f"is {what}, expected a .safetensors file. Download or save it again.")
         length = int.from_bytes(start[:8], "little")
-        if size >= 9 and start[8:9] == b"{" and length <= 100_000_000:  # the format's own limit
-            if 8 + length > size:
-                raise DLACheckpointError(
-                    path,
-                    f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again.",
-                )
-            file.seek(8)
-            text = file.read(length)
-        else:
+        if not (size >= 9 and start[8:9] == b"{" and length <= 100_000_000):  # the format's own limit
+            for magic, what in STARTS:
+                if start.lstrip().startswith(magic):
+                    raise DLACheckpointError(
+                        path, f"is {what}, expected a .safetensors file. Download or save it again."
+                    )
             raise DLACheckpointError(path, f"is not a .safetensors file: it begins with {start[:8]!r}.")
+        if 8 + length > size:
+            raise DLACheckpointError(
+                path,
+                f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again.",
+            )
+        file.seek(8)
+        text = file.read(length)
     try:
         header = json.loads(text)
         ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]

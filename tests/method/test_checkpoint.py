@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,3 +250,15 @@ def test_nothing_is_unpickled(tmp_path):
         with pytest.raises(DLACheckpointError):
             load_dla(path)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_any_length_of_the_header_is_read(tmp_path):
+    """A header of 640 bytes begins a file with a pickle's first two bytes."""
+    seen = set()
+    for extra in range(0, 4096, 8):
+        path = tmp_path / "dla.safetensors"
+        config = replace(CONFIG, provenance={"note": "x" * extra})
+        save_dla(path, DualLayerAggregator(config))
+        seen.add(path.read_bytes()[:1])
+        assert read_config(path).provenance["note"] == "x" * extra
+    assert {b"\x80"} <= seen

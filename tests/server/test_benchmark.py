@@ -13,6 +13,8 @@ from PIL import Image
 from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
 from subject_dla.demo.host import ROOT, Server, end_group
+from subject_dla.evaluation.benchmark import Template
+from subject_dla.evaluation.benchmark_sets import Case, Item
 from subject_dla.tests.small.training import paint_subjects
 
 from .conftest import of_type, shrink
@@ -137,19 +139,51 @@ def test_every_picture_once_whatever_is_killed(own_server, small_workflow, quest
     assert len(lines(out)) == PROMPTS
 
 
-def test_another_workflow_does_not_go_into_the_same_folder(own_server, small_workflow, questions, tmp_path):
+def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, questions, tmp_path):
+    """A score node shows its JSON in a Preview as Text; here a constant stands for it. Then: another workflow is
+    refused in the same folder."""
     command = [sys.executable, "-m", "evaluation", "run", str(questions), "--server", own_server.address]
-    command += ["--out", str(tmp_path / "out"), "--limit", "1", "--workflow"]
+    command += ["--out", str(tmp_path / "out"), "--limit", "2", "--workflow"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def go(path: Path) -> subprocess.CompletedProcess:
         return subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, env=environment)
 
+    prompt = json.loads(small_workflow.read_text())
+    report = {"figures": [{"figure": "CLIP-T", "per_output": [0.25], "backbone": {"name": "ViT-B/32"}}]}
+    prompt["60"] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": json.dumps(report)}}
+    prompt["61"] = {"class_type": "PreviewAny", "inputs": {"source": ["60", 0]}}
+    small_workflow.write_text(json.dumps(prompt))
     done = go(small_workflow)
     assert done.returncode == 0, done.stderr
-    prompt = json.loads(small_workflow.read_text())
+    scores = json.loads(done.stdout.splitlines()[-1])["scores"]["out"]
+    assert set(scores) == {"CLIP-T"} and scores["CLIP-T"]["mean"] == 0.25
+    assert "| 0.2500 (0.2500 to 0.2500) | 2 " in done.stderr and "ViT-B/32" in done.stderr
+
     of_type(prompt, "SubjectStagedSampler")["steps"] = 3
     (tmp_path / "other.json").write_text(json.dumps(prompt))
     refused = go(tmp_path / "other.json")
     assert refused.returncode == 1 and "another --out" in refused.stderr and "Traceback" not in refused.stderr
-    assert len(lines(tmp_path / "out")) == 1
+    assert len(lines(tmp_path / "out")) == 2
+
+
+def test_every_workflow_takes_a_reference_and_a_prompt(own_server):
+    """Those that draw; the place of the prompt is the positive one, wherever a workflow keeps it."""
+    info = own_server.client.object_info()
+    item = Item("subject", "the words of the benchmark", (Path("a.png"),), "")
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        prompt = workflow.to_api(json.loads(path.read_text(encoding="utf-8")), info)
+        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
+            continue
+        filled = Template(prompt, info).fill(Case("name", item, 0, 77), ["a.png"], "out")
+        kinds = [node["class_type"] for node in filled.values()]
+        assert kinds.count("LoadImage") == kinds.count("SaveImage") == 1, path.stem
+        changed = [key for key, node in filled.items() if item.prompt in node["inputs"].values()]
+        assert len(changed) == 1 and "negative" not in filled[changed[0]]["_meta"]["title"].lower(), path.stem
+        seeds = [node["inputs"].get("seed", node["inputs"].get("noise_seed")) for node in filled.values()]
+        assert [seed for seed in seeds if seed is not None] == [77], path.stem
+        for key, node in filled.items():
+            required = info[node["class_type"]]["input"].get("required", {})
+            assert set(required) <= set(node["inputs"]), (path.stem, key, "a required input has gone")
+            links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
+            assert set(links) <= set(filled), (path.stem, key, "a link leads nowhere")

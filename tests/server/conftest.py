@@ -10,6 +10,15 @@ from subject_dla.demo import workflow
 from subject_dla.demo.host import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL_RUN = """
+data.reference_size = 64
+data.mllm_image_size = 56
+data.encode_ahead = 2
+data.pairs_per_target = 1
+run.samples = 1
+run.sample_steps = 2
+run.validation_examples = 2
+"""
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +68,8 @@ def shrink(prompt: dict) -> None:
             inputs["steps"] = 4
         if node["class_type"] == "SubjectAddIdentity":
             inputs["size"] = 128
+        if node["class_type"] == "SubjectTrainDLA":
+            inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}
 
 
 def of_type(prompt: dict, kind: str) -> dict:

@@ -65,11 +65,12 @@ def build(out: Path, small_host) -> None:
     build_internvl(out / "mllm" / "InternVL3-8B-hf", width=64, layers=3)
     config = DLAConfig(MLLMInfo("InternVL3-8B-hf", "internvl", 3, 64), width, "flux")
     torch.manual_seed(0)
-    save_dla(out / "dla" / "internvl3-8b-flux-dla.safetensors", DualLayerAggregator(config))
+    for name in ("internvl3-8b-flux-dla", "my-dla"):
+        save_dla(out / "dla" / f"{name}.safetensors", DualLayerAggregator(config))
 
     key = "diffusion_model.double_blocks.0.img_attn.proj"
     lora = random_like({f"{key}.lora_A.weight": torch.Size((4, 256)), f"{key}.lora_B.weight": torch.Size((256, 4))})
-    for name in ("dit_lora", "uso-flux1-dit-lora-v1", "subject-flux-lora"):
+    for name in ("dit_lora", "uso-flux1-dit-lora-v1", "subject-flux-lora", "my-dla"):
         save(f"loras/{name}.safetensors", lora)
 
 

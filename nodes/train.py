@@ -35,7 +35,6 @@ class SubjectTrainDLA(io.ComfyNode):
             ),
             search_aliases=["train", "training", "finetune", "dual layer aggregator", "lora"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -155,7 +154,7 @@ class SubjectTrainDLA(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     placeholder="other settings, e.g.\ntraining.warmup = 50\nrun.sample_every = 200",
-                    tooltip='Other settings as TOML, one per line, e.g. training.optimizer = "adamw8bit". See the help.',
+                    tooltip='Other settings as TOML, one a line, e.g. training.optimizer = "adamw8bit". See the help.',
                 ),
             ],
             outputs=[
@@ -208,8 +207,7 @@ class SubjectTrainDLA(io.ComfyNode):
             batch_size=batch_size, accumulate=accumulate, lora_rank=lora_rank, seed=seed, dla=dla,
             start_lora=start_lora, options=options,
         )  # fmt: skip
-        node = getattr(cls.hidden, "unique_id", None)
-        trained, plots, report, samples = train_in_graph(settings, model, vae, mllm, clip, node)
+        trained, plots, report, samples = train_in_graph(settings, model, vae, mllm, clip)
         shown = [ui.PreviewImage(pictures, cls=cls).as_dict() for pictures in (plots, samples) if pictures is not None]
         images = [image for preview in shown for image in preview["images"]]
         return io.NodeOutput(trained, plots, report, ui={**shown[0], "images": images})

@@ -37,7 +37,7 @@ def sample_sheet(run) -> Image.Image:
             )  # fmt: skip
             pictures.append(_decode(run, sampled["samples"]))
             titles.append(title)
-        rows.append((f"{example.prompt} ({', '.join(titles)})", pictures))
+        rows.append((example.prompt, pictures, titles))
     return contact_sheet(rows)
 
 

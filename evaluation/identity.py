@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from ..training.report import markdown
 from .intervals import mean_interval
 
 COPYING = (
@@ -152,7 +153,7 @@ def text_report(figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
         interval = f"{figure.low:.4f} to {figure.high:.4f}" if isfinite(figure.low) else "unknown (one picture)"
         count = (str(len(figure.per_output)), str(len(figure.pairs)))
         rows.append((figure.name, f"{figure.mean:.4f}", interval, *count, _backbone(figure.backbone)))
-    text = [_table(rows)]
+    text = [markdown(rows)]
     shown = [figure for figure in figures if len(figure.by_subject) > 1]
     if shown:
         names = sorted({subject for figure in shown for subject in figure.by_subject})
@@ -160,7 +161,7 @@ def text_report(figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
         values = [
             (name, *(f"{f.by_subject[name]:.4f}" if name in f.by_subject else "-" for f in shown)) for name in names
         ]
-        text.append(_table([head, *values]))
+        text.append(markdown([head, *values]))
     how = dict.fromkeys(f"{_short(figure)}: {figure.preprocessing}." for figure in figures if figure.preprocessing)
     text.append("\n".join([*how, COPYING, COMPARABLE, *notes]))
     return "\n\n".join(text)
@@ -238,9 +239,3 @@ def _short(figure: Figure) -> str:
 
 def _known(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])

@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from . import copy_paste, encode, layers, load, orientation, sample, stages, sweep, train
+from . import copy_paste, encode, identity, layers, load, orientation, sample, stages, sweep, train
 
-TOPICS = (load, encode, stages, sample, train, orientation, copy_paste, layers, sweep)
+TOPICS = (load, encode, stages, sample, train, orientation, copy_paste, identity, layers, sweep)
 
 
 class SubjectExtension(ComfyExtension):

@@ -51,6 +51,11 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
         "orientation_model references images min_confidence filename_prefix reference_masks masks",
         "STRING IMAGE STRING",
     ),
+    "SubjectIdentityScores": (
+        "images references dino clip_vision clip prompts subjects reference_subjects filename_prefix dino_folder"
+        " clip_folder",
+        "STRING STRING",
+    ),
 }
 
 

@@ -1,0 +1,317 @@
+"""Pictures and prompts to the embeddings that identity figures compare: CLIP and DINO, by models the host loads or by
+Hugging Face folders in models/clip_vision. Each embedder says which backbone it is and how it prepares pictures.
+
+Pictures go through one at a time, so that no figure depends on the others of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ..evaluation.identity import DINO, IdentityError, Pixels, clip_pixels, prepare
+
+SIZES = {
+    (12, 384): "ViT-S",
+    (12, 768): "ViT-B",
+    (24, 1024): "ViT-L",
+    (32, 1280): "ViT-H",
+    (40, 1536): "ViT-g",
+    (48, 1664): "ViT-bigG",
+}
+FOLDERS = {"dino": ("vit", "dinov2", "dinov2_with_registers"), "clip": ("clip",)}  # model_type in config.json
+WHOLE_CLIP = "openai/clip-vit-large-patch14's model.safetensors holds both towers and both projections"
+
+
+class Embedder:
+    """`backbone`: model class, name, file, layers, width, patch, embedding width; `pixels`: the preprocessing."""
+
+    backbone: dict
+    pixels: Pixels
+
+    def image(self, image: Tensor) -> Tensor:
+        """(H, W, 3) in 0..1 to (D,) float32 on the CPU."""
+        raise NotImplementedError
+
+
+class HostCLIP(Embedder):
+    """A CLIP_VISION: projected image embeddings by the host's `encode_image`, whose preprocessing is CLIP's own."""
+
+    def __init__(self, clip_vision, files: Sequence[str] = ()):
+        model = clip_vision.model
+        tower = getattr(model, "vision_model", None)
+        if tower is None or _siglip(tower):
+            raise IdentityError(
+                f"clip_vision holds {describe(clip_vision)}, expected a CLIP with its projection (ViT-L/14, ViT-H/14,"
+                " ViT-bigG/14). DINOv2 belongs to dino; SigLIP is loaded by the host without its pooling head. "
+                f"{WHOLE_CLIP}: put it into models/clip_vision and load it with Load CLIP Vision."
+            )
+        check_projection(
+            "clip_vision", files, ("clip_vision", "checkpoints"), ("visual_projection.weight", "visual.proj"),
+            model.visual_projection,
+        )  # fmt: skip
+        conv, projection = tower.embeddings.patch_embedding, model.visual_projection
+        self.clip_vision, self.pixels = clip_vision, clip_pixels(clip_vision.image_size)
+        self.backbone = record(
+            "CLIP", model, len(tower.encoder.layers), conv, projection.out_features, clip_vision.image_size, files
+        )
+
+    def image(self, image):
+        return self.clip_vision.encode_image(image[None])["image_embeds"][0].float().cpu()
+
+
+class HostDINO(Embedder):
+    """A CLIP_VISION that is a DINOv2: its class token. The host feeds it 518 px; published figures are of 256/224 px,
+    so the position table is interpolated here to 16 x 16 patches as transformers does, and the model left as it is."""
+
+    pixels = DINO
+
+    def __init__(self, clip_vision, files: Sequence[str] = ()):
+        model = clip_vision.model
+        if not hasattr(getattr(model, "embeddings", None), "position_embeddings") or not hasattr(model, "layernorm"):
+            raise IdentityError(
+                f"dino holds {describe(clip_vision)}, expected a DINOv2 (facebook/dinov2-large's or -giant's"
+                " model.safetensors in models/clip_vision, loaded with Load CLIP Vision). A CLIP belongs to"
+                " clip_vision."
+            )
+        conv = model.embeddings.patch_embeddings.projection
+        self.clip_vision = clip_vision
+        self.backbone = record(
+            "DINOv2", model, len(model.encoder.layer), conv, conv.out_channels, self.pixels.crop, files
+        )
+
+    @torch.no_grad()
+    def image(self, image):
+        comfy.model_management.load_model_gpu(self.clip_vision.patcher)
+        model, table = self.clip_vision.model, self.clip_vision.model.embeddings
+        device = self.clip_vision.load_device
+        patches = table.patch_embeddings(prepare(image.to(device), self.pixels)[None])
+        positions = table.position_embeddings.to(device, torch.float32)
+        grid, side = round((positions.shape[1] - 1) ** 0.5), round(patches.shape[1] ** 0.5)
+        places = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=grid)
+        places = interpolate(places, size=(side, side), mode="bicubic", align_corners=False)
+        patches = patches + rearrange(places, "1 c h w -> 1 (h w) c")
+        states = torch.cat((table.cls_token.to(patches) + positions[:, :1], patches), dim=1)
+        return model.layernorm(model.encoder(states)[0])[0, 0].float().cpu()
+
+
+class Held(nn.Module):
+    """Holds a library model, because the host sets `.device`, which the library's makes read-only."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+class Folder(Embedder):
+    """A Hugging Face folder of models/clip_vision run by transformers in fp32: `kind` "dino" (DINO, DINOv2: class
+    token) or "clip" (both towers with their projections)."""
+
+    def __init__(self, name: str, kind: str):
+        import transformers  # takes seconds
+
+        folder = find_folder(name, kind)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        type_ = config["model_type"]
+        classes = {"vit": "ViTModel", "dinov2": "Dinov2Model", "clip": "CLIPModel"}
+        class_ = getattr(transformers, classes.get(type_, "Dinov2WithRegistersModel"))
+        options = {"add_pooling_layer": False} if type_ == "vit" else {}  # DINO has none: its class token is the output
+        with torch.inference_mode(False):
+            model, found = class_.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True, **options
+            )
+            model = model.float().eval().requires_grad_(False)
+        if found["missing_keys"]:  # the library would go on with random weights
+            raise IdentityError(
+                f"{folder} lacks {len(found['missing_keys'])} weights of {class_.__name__}, such as"
+                f" {sorted(found['missing_keys'])[0]}. Download the whole folder again."
+            )
+        self.kind, self.folder, self.model = kind, folder, model
+        vision = model.vision_model if kind == "clip" else model
+        sizes = vision.config
+        self.pixels = clip_pixels(sizes.image_size) if kind == "clip" else DINO
+        conv = next(module for module in vision.modules() if isinstance(module, nn.Conv2d))
+        family = (
+            "CLIP" if kind == "clip" else "DINOv2" if type_ != "vit" else "DINO" if "dino" in name.lower() else "ViT"
+        )
+        embedding = model.config.projection_dim if kind == "clip" else sizes.hidden_size
+        self.interpolate = (
+            {"interpolate_pos_encoding": True} if type_ == "vit" and sizes.image_size != DINO.crop else {}
+        )
+        self.backbone = record(
+            family, model, sizes.num_hidden_layers, conv, embedding, self.pixels.crop, [f"{name} (folder)"]
+        )
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            Held(model),
+            load_device=comfy.model_management.text_encoder_device(),
+            offload_device=comfy.model_management.text_encoder_offload_device(),
+        )
+        self.cut = 0
+
+    def _load(self) -> torch.device:
+        # whole, since the library's layers do not move their weights at use
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        return self.patcher.load_device
+
+    @torch.no_grad()
+    def image(self, image):
+        pixels = prepare(image.to(self._load()), self.pixels)[None]
+        if self.kind == "clip":
+            embedding = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)[0]
+        else:
+            embedding = self.model(pixel_values=pixels, **self.interpolate).last_hidden_state[0, 0]
+        return embedding.float().cpu()
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> Tensor:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        longest = self.model.config.text_config.max_position_embeddings
+        self.cut += len(tokenizer(prompt)["input_ids"]) > longest
+        tokens = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self._load())
+        pooled = self.model.text_model(**tokens).pooler_output
+        return self.model.text_projection(pooled)[0].float().cpu()
+
+
+class HostText:
+    """The text tower of a CLIP whose projection is as wide as the picture's: CLIP-L, also when it is one of two text
+    encoders and hands over its unprojected state there (FLUX), CLIP-H or CLIP-G."""
+
+    def __init__(self, clip, width: int, files: Sequence[str] = ()):
+        children = dict(clip.cond_stage_model.named_children())
+        towers = {
+            name: tower.transformer.text_projection
+            for name, tower in children.items()
+            if isinstance(getattr(getattr(tower, "transformer", None), "text_projection", None), nn.Module)
+        }
+        fits = [name for name, projection in towers.items() if projection.out_features == width]
+        if not fits:
+            there = ", ".join(f"{name} of width {projection.out_features}" for name, projection in towers.items())
+            there = there or f"no CLIP text tower ({', '.join(children)})"
+            raise IdentityError(
+                f"CLIP-T: clip holds {there}, expected one whose"
+                f" projection is {width} wide as that of clip_vision is: CLIP-L with ViT-L/14 (768), CLIP-H with"
+                " ViT-H/14 (1024), CLIP-G with ViT-bigG/14 (1280). Connect the text encoder of the same CLIP, or leave"
+                " clip open."
+            )
+        self.clip, self.name, projection = clip, fits[0], towers[fits[0]]
+        check_projection("clip", files, ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight"),
+                         projection)  # fmt: skip
+        self.backbone = {
+            "model": type(children[self.name].transformer).__name__,
+            "layers": children[self.name].num_layers,
+            "width": projection.in_features,
+            "embedding": projection.out_features,
+            "file": ", ".join(files) or None,
+        }
+        self.cut = 0
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> Tensor:
+        """(D,) float32 on the CPU: the projected state at the end token. Parentheses are text here, not emphasis; of
+        a prompt longer than 77 tokens the first 77 count, as published."""
+        clip, model = self.clip, self.clip.cond_stage_model
+        tower = getattr(model, self.name)
+        tokens = getattr(clip.tokenizer, self.name).tokenize_with_weights(prompt, disable_weights=True)
+        self.cut += len(tokens) > 1
+        model.reset_clip_options()
+        try:
+            clip.load_model()
+            # the latter is what newer hosts want to be told, and older ones pass over
+            tower.set_clip_options({"projected_pooled": True, "execution_device": clip.patcher.load_device})
+            pooled = tower.encode_token_weights(tokens[:1])[1]
+        finally:
+            model.reset_clip_options()
+        return pooled[0].float().cpu()
+
+
+def record(family: str, model: nn.Module, layers: int, conv, embedding: int, size: int, files: Sequence[str]) -> dict:
+    """What is written beside a figure. The name is by size alone: CLIP ViT-L/14 may be anybody's training of it."""
+    width, patch = conv.out_channels, conv.kernel_size[0]
+    name = f"{family} {SIZES.get((layers, width), f'ViT {layers} x {width}')}/{patch}"
+    if family == "CLIP" and size != 224:
+        name += f"@{size}px"
+    return {
+        "name": name,
+        "model": type(model).__name__,
+        "layers": layers,
+        "width": width,
+        "patch": patch,
+        "embedding": embedding,
+        "input": size,
+        "file": ", ".join(files) or None,
+    }
+
+
+def describe(clip_vision) -> str:
+    model = getattr(clip_vision, "model", clip_vision)
+    tower = getattr(model, "vision_model", None)
+    kind = "SigLIP, " if tower is not None and _siglip(tower) else ""
+    return f"a {kind}{type(model).__name__}"
+
+
+def _siglip(tower: nn.Module) -> bool:
+    return getattr(tower.embeddings, "class_embedding", None) is None
+
+
+def check_projection(
+    socket: str, files: Sequence[str], kinds: Sequence[str], endings: tuple[str, ...], projection: nn.Module
+):
+    """Raises IdentityError for a projection that the file did not bring: the host warns at most, and goes on with
+    memory as it found it. Known from the file's header where it is a safetensors file, else from the values."""
+    paths = [path for name in files for kind in kinds if (path := folder_paths.get_full_path(kind, name))]
+    headers = [path for path in paths if path.endswith(".safetensors")]
+    found = hasattr(projection, "in_features")  # newer hosts put an identity in place of a missing one at pictures
+    if found and headers and len(paths) == len(files) == len(headers):
+        shapes = []
+        for path in headers:
+            with safe_open(path, framework="pt") as file:
+                shapes += [set(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(endings)]
+        found = {projection.in_features, projection.out_features} in shapes
+    elif found:
+        weight = projection.weight.float().cpu()
+        identity = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight)))
+        found = bool(weight.isfinite().all()) and bool(weight.any()) and not identity
+    if not found:
+        raise IdentityError(
+            f"{socket}: {', '.join(files) or 'the file'} holds no {endings[0]}, without which pictures and texts cannot"
+            f" be compared (FLUX's clip_l.safetensors lacks it). {WHOLE_CLIP}: use it in models/text_encoders and"
+            " models/clip_vision."
+        )
+
+
+def folder_names(kind: str) -> list[str]:
+    """Folders in models/clip_vision whose config.json names a model of that kind ("dino" or "clip"), sorted."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths("clip_vision")):
+        for config in root.glob("*/config.json"):
+            try:
+                type_ = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            except (OSError, ValueError, AttributeError):
+                continue  # not a model's
+            if type_ in FOLDERS[kind]:
+                found.add(config.parent.name)
+    return sorted(found, key=str.lower)
+
+
+def find_folder(name: str, kind: str) -> Path:
+    """The folder of that name; raises IdentityError where it is not, or no longer, one of `folder_names`."""
+    if name not in (there := folder_names(kind)):
+        raise IdentityError(
+            f"models/clip_vision has no {kind.upper()} folder {name!r}; it holds: {', '.join(there) or 'none'}. A"
+            f" Hugging Face folder (config.json, model.safetensors) is expected, with model_type"
+            f" {' or '.join(FOLDERS[kind])}."
+        )
+    roots = map(Path, folder_paths.get_folder_paths("clip_vision"))
+    return next(root / name for root in roots if (root / name / "config.json").is_file())

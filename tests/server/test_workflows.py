@@ -52,9 +52,13 @@ def small_server(comfyui, family, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
     subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
     packs = {"small_host": Path(__file__).with_name("small_host"), PACK: ROOT}
-    with Server(
-        comfyui, tmp_path_factory.mktemp("small-host"), packs=packs, models=[models, family], arguments=["--cpu"]
-    ) as server:
+    base = tmp_path_factory.mktemp("small-host")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(
+        json.dumps({"Comfy.TutorialCompleted": True})
+    )  # else a dialog of templates, which takes its time
+    with Server(comfyui, base, packs=packs, models=[models, family], arguments=["--cpu"]) as server:
         for image in demo.IMAGES.glob("*.jpg"):
             server.client.upload(image)
         paint_subjects(server.base / "input" / "my-subjects", subjects=3)

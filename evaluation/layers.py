@@ -54,8 +54,8 @@ class LayerWeights:
         if not bool((there & self.kept).any()):
             count = int(self.image_index.max()) + 1
             raise ValueError(
-                f"Layer Weights: reference image {index + 1} has no token in these features, which hold {count} reference"
-                " image(s). Set image_number to one of them, in the order of Encode Subject's inputs."
+                f"Layer Weights: reference image {index + 1} has no token in these features, which hold {count}"
+                " reference image(s). Set image_number to one of them, in the order of Encode Subject's inputs."
             )
         return self.weights[there]
 
@@ -260,7 +260,7 @@ def overlay(found: LayerWeights, picture: Tensor, index: int = 0, layer: int | N
 
 
 def describe(found: LayerWeights, name: str = "") -> str:
-    """A line per modality: tokens, mean layer, the layers that weigh most, and the share of each of the paper's groups."""
+    """A line per modality: tokens, mean layer, the layers that weigh most, and the shares of the paper's groups."""
     lines = [f"{name or 'DLA'}: pools layers {found.layers[0]}-{found.layers[-1]} ({len(found.layers)})"]
     for kind, title in MODALITIES.items():
         weights = found.of(kind)
@@ -275,7 +275,8 @@ def describe(found: LayerWeights, name: str = "") -> str:
         parts = {}
         for part, numbers in groups(found.info.layers).items():
             at = [i for i, layer in enumerate(found.layers) if layer in numbers]
-            parts[f"{part} ({numbers[0]}-{numbers[-1]})"] = float(shares[at].sum())
+            span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else numbers[0]
+            parts[f"{part} ({span})"] = float(shares[at].sum())
         thirds = ", ".join(f"{part} {share:.2f}" for part, share in parts.items())
         lines.append(
             f"{title}, {len(weights)} tokens: mean layer {float(centre.mean()):.2f}{spread}; most weight on {top};"

@@ -42,14 +42,15 @@ def contact_sheet(
     heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(labels, tall, below)]
     image = Image.new("RGB", (width, max(sum(heights) + GAP, 64)), PAPER)
     pen, top = ImageDraw.Draw(image), GAP
-    for lines, pictures, texts, high, height in zip(labels, shown, captions, tall, heights):
+    for lines, pictures, (*_, given), texts, high, height in zip(labels, shown, rows, captions, tall, heights):
         for number, line in enumerate(lines):
             pen.text((GAP, top + LINE * number), line, INK, large)
+        heads = [len(_lines(text.split("\n")[0], side, small)) for text in given]  # what follows a break is grey
         for column, picture in enumerate(pictures):
             x, y = GAP + column * (side + GAP), top + LINE * len(lines) + 4
             image.paste(picture, (x, y + (high - picture.height) // 2))
             for number, line in enumerate(texts[column] if texts else ()):
-                pen.text((x, y + high + 3 + LINE * number), line, INK if number == 0 else GREY, small)
+                pen.text((x, y + high + 3 + LINE * number), line, INK if number < heads[column] else GREY, small)
         top += height
     return image
 
@@ -63,7 +64,7 @@ def labelled_sheet(
     columns: int = 0,
     side: int = 256,
 ) -> Image.Image:
-    """Pictures over their labels, row by row, under a title and, if there are any, the references in a row of their own.
+    """Pictures over their labels, row by row, under a title and, if there are any, a row of references.
 
     columns: pictures a row; 0 = as many as make the sheet about square, six at most. Raises ValueError for another
     number of labels than pictures.

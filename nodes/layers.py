@@ -19,7 +19,7 @@ def action(name: str):
         name,
         options=CHOICES,
         default=UNTOUCHED,
-        tooltip=f"What becomes of the {name} tokens' layers: zero the ones named below, or keep these and zero the rest.",
+        tooltip=f"The {name} tokens' layers: zero those named below, or keep these and zero the rest.",
     )
 
 
@@ -30,8 +30,8 @@ class SubjectAblateLayers(io.ComfyNode):
             node_id="SubjectAblateLayers",
             display_name="Ablate Layers",
             description=(
-                "Sets layers of the MLLM's hidden states to zero, for text tokens and image tokens apart: what a picture"
-                " loses shows what those layers are for. Template tokens stay."
+                "Sets layers of the MLLM's hidden states to zero, for text tokens and image tokens apart: what a"
+                " picture loses shows what those layers are for. Template tokens stay."
             ),
             search_aliases=["layer ablation", "zero layers", "keep layers", "layer roles"],
             inputs=[
@@ -66,8 +66,8 @@ class SubjectAblationSweep(io.ComfyNode):
             node_id="SubjectAblationSweep",
             display_name="Ablation Sweep",
             description=(
-                "The features as they are, then with each group of layers zeroed and each kept alone, per modality: what"
-                " follows in the graph runs once for each, in one queued job. To one sheet with Contact Sheet."
+                "The features as they are, then with each group of layers zeroed and each kept alone, per modality:"
+                " what follows in the graph runs once for each, in one queued job. To one sheet with Contact Sheet."
             ),
             search_aliases=["layer sweep", "layer roles", "ablation study", "layer groups"],
             inputs=[

@@ -104,7 +104,7 @@ class SubjectContactSheet(io.ComfyNode):
                     "labels",
                     optional=True,
                     force_input=True,
-                    tooltip="A list of as many labels as pictures, or as batches. Left open: the pictures are numbered.",
+                    tooltip="As many labels as pictures, or as batches. Left open: the pictures are numbered.",
                 ),
                 io.String.Input(
                     "figures",

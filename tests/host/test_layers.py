@@ -222,7 +222,8 @@ def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
     run = NODES["SubjectThresholdSweep"].execute
     stages, labels = run("paper", "flow_time", "0.95, 0.85", "0.85, 0.7", "grid", "1", "1", False).result
     assert labels == [
-        "paper, tau1 0.95, tau2 0.85", "paper, tau1 0.95, tau2 0.7", "paper, tau1 0.85, tau2 0.85", "paper, tau1 0.85, tau2 0.7",
+        "paper, tau1 0.95, tau2 0.85", "paper, tau1 0.95, tau2 0.7", "paper, tau1 0.85, tau2 0.85",
+        "paper, tau1 0.85, tau2 0.7",
     ]  # fmt: skip
     assert stages[0] == preset("paper") and stages[3] == preset("paper", tau1=0.85, tau2=0.7)
     assert stages[2] == preset("two_stage", tau1=0.85)  # no time between the two
@@ -292,6 +293,9 @@ def test_lists_and_batches_come_onto_one_sheet_in_order():
     assert not torch.equal(
         one, sheet_of_batches(images, list("abcd"), ["2"], references=[flat(200)], title="t", side=64)
     )
+    long = labelled_sheet([Image.new("RGB", (64, 64))], ["a label of more than one line\nfigure"], side=64)
+    ink, grey = (numpy.argwhere((pixels(long) == shade).all(-1))[:, 0] for shade in ((40, 40, 46), (110, 110, 118)))
+    assert ink.max() - ink.min() > 20 and grey.min() > ink.max()  # figures below the whole label
     with pytest.raises(ValueError, match="2 labels.*4 pictures in 3 batches"):
         sheet_of_batches(images, ["a", "b"])
     with pytest.raises(ValueError, match="3 labels"):

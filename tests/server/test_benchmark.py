@@ -3,6 +3,7 @@ picture once, one bad prompt recorded."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,19 @@ def test_every_picture_once_whatever_is_killed(own_server, small_workflow, quest
                     assert there.tobytes() == here.tobytes()
     assert len(seen) == PROMPTS - 1, "pictures of different prompts and seeds are equal"
     assert all((out / name).stat().st_mtime_ns == time_ for name, time_ in early.items()), "a picture was made twice"
+
+    other = tmp_path / "other"
+    command[command.index(out)] = other
+    stopped = start()
+    await_lines(other, 2, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    assert "Traceback" not in stopped.communicate(timeout=60)[1] and stopped.returncode == 130
+    deadline = time.monotonic() + 30
+    while any(own_server.client.get("/queue").values()):
+        assert time.monotonic() < deadline, "jobs were left in the server's queue"
+        time.sleep(0.1)
+    assert len(lines(other)) < PROMPTS // 2
+    command[command.index(other)] = out
 
     own_server.stop()
     gone = start()

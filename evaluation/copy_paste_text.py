@@ -124,6 +124,13 @@ def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
             yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(kept))))
 
 
+def captions(outputs: Pairs) -> list[str]:
+    """What to write below each output: its differences, and whether its angles can be trusted."""
+    report = outputs.report
+    columns = zip(report.azimuth_difference.tolist(), report.polar_difference.tolist(), report.kept.tolist())
+    return [f"azimuth {a:.0f}, polar {p:.0f}" + ("" if kept else " (no clear front)") for a, p, kept in columns]
+
+
 def report_csv(outputs: Pairs, floor: Pairs) -> str:
     """A line per pair, see COLUMNS."""
     text = io.StringIO()

@@ -167,6 +167,12 @@ def text_report(figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
     return "\n\n".join(text)
 
 
+def captions(figures: Sequence[Figure]) -> list[str]:
+    """What to write below each output: its own figures."""
+    columns = [[f"{figure.name} {value:.3f}" for value in figure.per_output] for figure in figures]
+    return [", ".join(row) for row in zip(*columns, strict=True)]
+
+
 def json_report(figures: Sequence[Figure], notes: Sequence[str] = (), **more) -> str:
     """Everything in the figures as JSON; an unknown interval is null. more: values to put beside them."""
     rows = []

@@ -77,6 +77,12 @@ class SubjectCopyPasteReport(io.ComfyNode):
                 io.String.Output(
                     "json", display_name="json", tooltip="Every figure with its interval, and every pair."
                 ),
+                io.String.Output(
+                    "figures",
+                    display_name="figures",
+                    is_output_list=True,
+                    tooltip="A short text for each picture, to figures of Contact Sheet.",
+                ),
             ],
         )
 
@@ -87,7 +93,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
         from ..dla.files import save_text
         from ..evaluation.copy_paste_measure import measure
         from ..evaluation.copy_paste_plot import plot_tensor, report_plot
-        from ..evaluation.copy_paste_text import report_csv, report_json, report_text
+        from ..evaluation.copy_paste_text import captions, report_csv, report_json, report_text
 
         model = orientation_model[0]  # the host hands every input over as a list
         outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])
@@ -99,7 +105,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
             save_text(Path(folder) / f"{name}_{counter:05}_.{suffix}", content)
         plot = plot_tensor(report_plot(outputs, floor, model.name))
         shown = ui.PreviewImage(plot, cls=cls).as_dict()
-        return io.NodeOutput(text, plot, json, ui={**shown, "text": (text,)})
+        return io.NodeOutput(text, plot, json, captions(outputs), ui={**shown, "text": (text,)})
 
 
 NODES = [SubjectCopyPasteReport]

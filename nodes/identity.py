@@ -119,6 +119,12 @@ class SubjectIdentityScores(io.ComfyNode):
                     display_name="json",
                     tooltip="Every figure with its pairs, backbone and preprocessing, as JSON.",
                 ),
+                io.String.Output(
+                    "figures",
+                    display_name="figures",
+                    is_output_list=True,
+                    tooltip="A short text for each picture, to figures of Contact Sheet.",
+                ),
             ],
         )
 
@@ -140,7 +146,14 @@ class SubjectIdentityScores(io.ComfyNode):
         from comfy.utils import ProgressBar
 
         from ..dla.files import save_text
-        from ..evaluation.identity import image_figure, json_report, reference_figure, text_figure, text_report
+        from ..evaluation.identity import (
+            captions,
+            image_figure,
+            json_report,
+            reference_figure,
+            text_figure,
+            text_report,
+        )
         from ..loaders.embeddings import Folder, HostCLIP, HostDINO, HostText
 
         dino, clip_vision, clip, dino_folder, clip_folder = (
@@ -208,6 +221,7 @@ class SubjectIdentityScores(io.ComfyNode):
                 follow.append(text_figure("CLIP-T", seen, said, numbers, shown, **about))
                 notes += text_notes(follow[-1], tower.cut, len(wanted))
 
+        own = captions([figure for figure in similar + follow if not figure.name.endswith(", references")])
         figures, more = similar + follow, {"prompts": wanted, "subjects": shown, "reference_subjects": known}
         report = f"{len(outputs)} outputs, {len(real)} references\n\n" + text_report(figures, notes)
         json = json_report(figures, notes, **more)
@@ -215,7 +229,7 @@ class SubjectIdentityScores(io.ComfyNode):
             filename_prefix[0], folder_paths.get_output_directory()
         )
         save_text(Path(folder) / f"{name}_{counter:05}_.json", json)
-        return io.NodeOutput(report, json, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, json, own, ui=ui.PreviewText(report))
 
     @classmethod
     def _files(cls, socket: str) -> list[str]:

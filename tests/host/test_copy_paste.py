@@ -46,7 +46,8 @@ def report(tmp_path, monkeypatch):
 
     def run(references, images, threshold=0.5, prefix="copy_paste/report", oracle=None, **masks):
         found = NODE.execute([oracle or Oracle()], references, images, [threshold], [prefix], **masks)
-        text, plot, content = found.result
+        text, plot, content, figures = found.result
+        assert len(figures) == sum(len(batch) for batch in images)
         return text, plot, json.loads(content), found.ui
 
     return run

@@ -185,11 +185,13 @@ def test_folders_run_the_librarys_models(world, listed):
 
 def run(tmp_path, monkeypatch, **inputs):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    report, text = SubjectIdentityScores.execute(
+    report, text, own = SubjectIdentityScores.execute(
         **{key: [v] if key != "images" else v for key, v in inputs.items()}
     ).result
     (written, *_), read = sorted(tmp_path.glob("identity/*.json"), reverse=True), json.loads(text)
     assert json.loads(written.read_text(encoding="utf-8")) == read
+    for row in (row for row in read["figures"] if not row["figure"].endswith(", references")):
+        assert all(f"{row['figure']} {value:.3f}" in text for text, value in zip(own, row["per_output"], strict=True))
     return report, {row["figure"]: row for row in read["figures"]}, read
 
 

@@ -49,12 +49,12 @@ FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
     "SubjectContactSheet": ("images labels figures references title columns side", "IMAGE"),
     "SubjectCopyPasteReport": (
         "orientation_model references images min_confidence filename_prefix reference_masks masks",
-        "STRING IMAGE STRING",
+        "STRING IMAGE STRING STRING",
     ),
     "SubjectIdentityScores": (
         "images references dino clip_vision clip prompts subjects reference_subjects filename_prefix dino_folder"
         " clip_folder",
-        "STRING STRING",
+        "STRING STRING STRING",
     ),
 }
 

@@ -70,4 +70,5 @@ def test_an_oracle_gives_exact_figures(renders, tmp_path, monkeypatch):
     figures = json.loads(found.result[2])["figures"]["outputs"]
     assert figures["azimuth"]["mean"] == pytest.approx((33 + 0 + 2) / 3, abs=1e-4)  # 359 and 1 differ by 2
     assert figures["polar"]["mean"] == pytest.approx((24 + 0 + 2) / 3, abs=1e-4)
+    assert found.result[3] == ["azimuth 33, polar 24", "azimuth 0, polar 0", "azimuth 2, polar 2"]
     assert figures["average_recall"]["mean"] == pytest.approx(2 / 3, abs=1e-6)

@@ -161,9 +161,7 @@ class SubjectTrainDLA(io.ComfyNode):
                 DLA.Output(
                     "DLA", display_name="DLA", tooltip="The trained DLA. To Encode Subject and Aggregate Layers."
                 ),
-                io.Image.Output(
-                    "plots", display_name="plots", tooltip="Loss curve, held-out losses, the last sample pictures."
-                ),
+                io.Image.Output("plots", display_name="plots", tooltip="Loss curve, then held-out losses."),
                 io.String.Output(
                     "report", display_name="report", tooltip="Files, losses, and what was left out of the data."
                 ),
@@ -185,11 +183,11 @@ class SubjectTrainDLA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, data, **_):
-        """Changed data are trained on again."""
-        place = Path(folder_paths.get_input_directory()) / (data or "")
-        found = sorted(place.rglob("*")) if place.is_dir() else [place]
-        return str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()])
+    def fingerprint_inputs(cls, data=None, **_):
+        """Changed data are looked at again."""
+        place = Path(folder_paths.get_input_directory()) / (data or "linked")
+        found = [path for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
+        return str([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found])
 
     @classmethod
     def execute(
@@ -241,7 +239,8 @@ def recipe(source: Path | None, *, name, stage, lora_rank=None, dla=None, start_
     values |= {"stage": stage and STAGES.index(stage) + 1, "rank": lora_rank, "start_dla": getattr(dla, "name", None)}
     values["start_lora"] = {NONE: "", BESIDE: values["start_dla"]}.get(start_lora, start_lora)
     values = {key: value for key, value in values.items() if value is not None}
-    return Recipe.from_widgets(source or Path("linked"), name or "linked", options or "", values)
+    name = "linked" if name is None else name
+    return Recipe.from_widgets(source or Path("linked"), name, options or "", values)
 
 
 NODES = [SubjectTrainDLA]

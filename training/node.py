@@ -30,8 +30,8 @@ SECONDS = 5  # between pictures of a run on its node
 def check(recipe: Recipe, whole: bool = True) -> None:
     """Raises ValueError where a run of these settings could neither begin nor go on, from files' headers alone. whole:
     the recipe holds all that the node will be given; else what may come by a link is left to the run itself."""
-    starts(recipe)
     if whole:
+        starts(recipe)
         runs, _, places = homes()
         found = state.checkpoints(runs / recipe.run.name)
         facts = state.read_facts(found[-1]) if found else {}

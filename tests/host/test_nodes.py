@@ -149,6 +149,9 @@ def test_training_data_are_offered_and_taken_from_the_input_folder_alone(tmp_pat
     check = NODES["SubjectTrainDLA"].validate_inputs
     assert check(data="cats", **settings) is True and check(data="uno/list.json", **settings) is True
     assert check(data=None, **settings | {"name": None, "seed": None}) is True  # linked: known later
+    assert check(data="cats", **settings | {"lora_rank": None}, options='run.start_lora = "mine.safetensors"') is True
+    with pytest.raises(ValueError, match="run.name is ''"):
+        check(data="cats", **settings | {"name": ""})
     for outside in ("../outside", str(tmp_path / "outside"), "cats/tom", ""):
         with pytest.raises(ValueError, match="input folder.*cats"):
             check(data=outside, **settings)

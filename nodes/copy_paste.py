@@ -1,10 +1,8 @@
 """How much of the references' pose went into the outputs: the copy-paste figures over a batch or a whole queue."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
+from .files import save_reports
 from .schema import Orientation, schema
 
 
@@ -90,7 +88,6 @@ class SubjectCopyPasteReport(io.ComfyNode):
     def execute(
         cls, orientation_model, references, images, min_confidence, filename_prefix, reference_masks=None, masks=None
     ) -> io.NodeOutput:
-        from ..dla.files import save_text
         from ..evaluation.copy_paste_measure import measure
         from ..evaluation.copy_paste_plot import plot_tensor, report_plot
         from ..evaluation.copy_paste_text import captions, report_csv, report_json, report_text
@@ -98,11 +95,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
         model = orientation_model[0]  # the host hands every input over as a list
         outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])
         text, json = report_text(outputs, floor, model.name), report_json(outputs, floor, model.name)
-        folder, name, counter, *_ = folder_paths.get_save_image_path(
-            filename_prefix[0], folder_paths.get_output_directory()
-        )
-        for suffix, content in (("csv", report_csv(outputs, floor)), ("json", json)):
-            save_text(Path(folder) / f"{name}_{counter:05}_.{suffix}", content)
+        save_reports(filename_prefix[0], csv=report_csv(outputs, floor), json=json)
         plot = plot_tensor(report_plot(outputs, floor, model.name))
         shown = ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(text, plot, json, captions(outputs), ui={**shown, "text": (text,)})

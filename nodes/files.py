@@ -44,3 +44,12 @@ def fingerprint(kind: str, name: str | None) -> str:
         return str(name)
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found])
+
+
+def save_reports(prefix: str, **contents: str) -> None:
+    """Writes texts into the host's output folder under one number, as its Save Image does; `contents` by extension."""
+    from ..dla.files import save_text
+
+    folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    for extension, content in contents.items():
+        save_text(Path(folder) / f"{name}_{counter:05}_.{extension}", content)

@@ -1,10 +1,8 @@
 """DINO-I, CLIP-I and CLIP-T of a whole queue's pictures, with the backbone beside every figure."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
+from .files import save_reports
 from .schema import NONE, advanced, schema
 
 ONE_EACH = " One per line, or a list: for each picture, or for each item of a list of batches, or one for all."
@@ -145,7 +143,6 @@ class SubjectIdentityScores(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        from ..dla.files import save_text
         from ..evaluation.identity import (
             captions,
             image_figure,
@@ -225,10 +222,7 @@ class SubjectIdentityScores(io.ComfyNode):
         figures, more = similar + follow, {"prompts": wanted, "subjects": shown, "reference_subjects": known}
         report = f"{len(outputs)} outputs, {len(real)} references\n\n" + text_report(figures, notes)
         json = json_report(figures, notes, **more)
-        folder, name, counter, *_ = folder_paths.get_save_image_path(
-            filename_prefix[0], folder_paths.get_output_directory()
-        )
-        save_text(Path(folder) / f"{name}_{counter:05}_.json", json)
+        save_reports(filename_prefix[0], json=json)
         return io.NodeOutput(report, json, own, ui=ui.PreviewText(report))
 
     @classmethod

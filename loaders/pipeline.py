@@ -33,6 +33,7 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     import folder_paths
 
     from .dit import read_header
+    from .mllm import read_info
 
     dit = read_header(folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model))
     info = read_info(mllm)
@@ -59,18 +60,6 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
             f"and reads one {dit.context_width or '?'} wide. "
             "Choose a DLA trained for this DiT."
         )
-
-
-def read_info(mllm: str):
-    """MLLMInfo of a folder under `models/mllm` by its config.json alone."""
-    from ..dla import MLLMInfo
-    from .folders import find
-    from .mllm_files import read_config
-
-    folder = find("mllm", mllm)
-    config = read_config(folder)
-    text = config.get("text_config", config)
-    return MLLMInfo(folder.name, config["model_type"], text["num_hidden_layers"], text["hidden_size"])
 
 
 def load_vae(name: str):

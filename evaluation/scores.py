@@ -1,7 +1,10 @@
 """The paper's table from score files: what the nodes wrote, joined by system. What was not measured stays empty.
 
 Read are the JSON and CSV of Copy-Paste Report, the JSON of Identity Scores, and .csv or .jsonl of one's own with a line
-for each picture and any of the columns azimuth_difference, polar_difference, counted, DINO-I, CLIP-I, CLIP-T.
+for each picture and any of the columns azimuth_difference, polar_difference, counted, DINO-I, CLIP-I, CLIP-T, backbone.
+
+Cosines of two backbones do not compare, so a figure is never pooled over them: a file that was measured by two at once
+gives a row for each, and files of one name that were measured by different ones are refused.
 """
 
 from __future__ import annotations
@@ -48,10 +51,32 @@ class System:
         default_factory=list
     )  # azimuth and polar difference; whether it counts
     identity: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in IDENTITY})
-    measured_by: dict[str, set[str]] = field(default_factory=dict)  # what measured each figure, where files say it
+    measured_by: dict[str, dict[str, str]] = field(default_factory=dict)  # what measured each figure, as files say it
+    first: dict[str, str] = field(default_factory=dict)  # the file that said so
+    beside: dict[str, System] = field(default_factory=dict)  # rows of further backbones in the same files
 
-    def by(self, figure: str, what: object) -> None:
-        self.measured_by.setdefault(figure, set()).add(str(what))
+    def by(self, figure: str, what: dict[str, str], where: str) -> None:
+        """Notes what measured a figure. Raises ScoreError where the values so far come from something else."""
+        known, there = self.measured_by.setdefault(figure, what), self.first.setdefault(figure, where)
+        parts = [key for key in {**known, **what} if known.get(key) != what.get(key)]
+        if parts:
+            found, expected = (
+                ", ".join(f"{key} {of.get(key) or 'not recorded'}" for key in parts) for of in (what, known)
+            )
+            raise ScoreError(
+                f"{where}: {figure} of {self.name} was measured by another model or in another way: {found}; expected "
+                f"{expected}, as in {there}. Such values do not compare: give these files a name of their own "
+                "(NAME=PATH)."
+            )
+
+    def add(self, figure: str, values: Sequence[float], what: dict[str, str], where: str, seen: dict) -> None:
+        """Adds an identity figure's values. seen: the first backbone of each figure in this file; values by another
+        one go to a row of their own."""
+        row = self
+        if seen.setdefault(figure, what) != what:
+            row = self.beside.setdefault(_label(what), System(f"{self.name}, by {_label(what)}"))
+        row.by(figure, what, where)
+        row.identity[figure] += values
 
     def figures(self) -> dict[str, Figure]:
         """Those that were measured."""
@@ -66,8 +91,9 @@ class System:
 
 
 def read_systems(sources: Sequence[str]) -> list[System]:
-    """A system for each name. sources: NAME=PATH, or PATH, named as itself; PATH is a score file or a run's folder.
-    Raises ScoreError for damaged files, and where one figure was measured in different ways."""
+    """A system for each name, followed by one for each further backbone in its files. sources: NAME=PATH, or PATH,
+    named as itself; PATH is a score file or a run's folder. Raises ScoreError for damaged files, and where files of one
+    name hold a figure that was measured in different ways."""
     systems: dict[str, System] = {}
     for source in sources:
         name, equals, path = source.partition("=")
@@ -79,14 +105,7 @@ def read_systems(sources: Sequence[str]) -> list[System]:
         system = systems.setdefault(name, System(name))
         for file in files:
             read_file(file, system)
-    for system in systems.values():
-        for figure, found in system.measured_by.items():
-            if len(found) > 1:
-                raise ScoreError(
-                    f"{system.name}: {figure} comes from {' and from '.join(sorted(found))}, whose values do not "
-                    "compare. Give the files under names of their own (NAME=PATH)."
-                )
-    return list(systems.values())
+    return [row for system in systems.values() for row in (system, *system.beside.values())]
 
 
 def _files(path: Path) -> list[Path]:
@@ -112,7 +131,8 @@ def read_file(path: Path, system: System) -> None:
             rows = list(csv.DictReader(text.splitlines()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ScoreError(f"{path}: cannot be read as scores ({error}).") from None
-    if not sum(read_row(row, f"{path} line {number}", system) for number, row in enumerate(rows, 1)):
+    seen = {}
+    if not sum(read_row(row, f"{path} line {number}", system, seen) for number, row in enumerate(rows, 1)):
         raise ScoreError(
             f"{path}: has no column of {', '.join(['azimuth_difference', 'polar_difference', *IDENTITY])}."
         )
@@ -121,23 +141,24 @@ def read_file(path: Path, system: System) -> None:
 def read_report(report: object, where: str, system: System) -> None:
     """Adds a JSON report of Copy-Paste Report or Identity Scores."""
     if isinstance(report, dict) and isinstance(report.get("pairs"), list):
+        what = {"orientation model": report.get("orientation_model"), "threshold": report.get("threshold")}
         for number, row in enumerate(report["pairs"], 1):
-            read_row(row, f"{where} pair {number}", system)
-        for figure in POSE:
-            system.by(figure, f"{report.get('orientation_model', 'unknown')}, threshold {report.get('threshold')}")
+            read_row(row, f"{where} pair {number}", system, {}, _told(what))
     elif isinstance(report, dict) and isinstance(report.get("figures"), list):
+        seen = {}
         for row in report["figures"]:
             name = row.get("figure") if isinstance(row, dict) else None
             if name in IDENTITY:
-                backbone = row.get("backbone") or {}
-                system.by(name, ", ".join(str(backbone.get(key)) for key in ("name", "file") if backbone.get(key)))
-                system.identity[name] += [_number(value, f"{where} {name}") for value in row.get("per_output", ())]
+                what = backbone_of(row.get("backbone"), row.get("preprocessing"))
+                values = [_number(value, f"{where} {name}") for value in row.get("per_output", ())]
+                system.add(name, values, what, where, seen)
     else:
         raise ScoreError(f"{where}: holds no figures, expected the JSON of Copy-Paste Report or of Identity Scores.")
 
 
-def read_row(row: object, where: str, system: System) -> bool:
-    """Adds one picture's values; whether there were any."""
+def read_row(row: object, where: str, system: System, seen: dict, pose_by: dict[str, str] | None = None) -> bool:
+    """Adds one picture's values; whether there were any. seen: see System.add. pose_by: what measured the angles, where
+    it is known."""
     if not isinstance(row, dict):
         raise ScoreError(f"{where}: is {type(row).__name__}, expected columns with names.")
     row = {_plain(key): value for key, value in row.items() if value not in (None, "")}
@@ -148,6 +169,8 @@ def read_row(row: object, where: str, system: System) -> bool:
         pose = [_number(row[key], where) for key in ("azimuthdifference", "polardifference")]
         if not (0 <= pose[0] <= 180 and 0 <= pose[1] <= 180):
             raise ScoreError(f"{where}: differences are {pose}, expected degrees from 0 to 180.")
+        for figure in POSE:
+            system.by(figure, pose_by or {}, where)
         system.pose.append((*pose, _number(row.get("counted", 1), where) > 0))
         found = True
     for name in IDENTITY:
@@ -155,7 +178,7 @@ def read_row(row: object, where: str, system: System) -> bool:
             value = _number(row[_plain(name)], where)
             if not -1 <= value <= 1:
                 raise ScoreError(f"{where}: {name} is {value}, expected a cosine (100 times as much in some tables).")
-            system.identity[name].append(value)
+            system.add(name, [value], backbone_of(row.get("backbone"), row.get("preprocessing")), where, seen)
             found = True
     return found
 
@@ -182,7 +205,7 @@ def score_table(systems: Sequence[System], paper: bool = False) -> str:
     ]
     text.append("95 % intervals in brackets; they take the pictures to be independent. Empty: not measured.")
     for system in systems:
-        by = [f"{figure} by {', '.join(found)}" for figure, found in system.measured_by.items() if any(found)]
+        by = [f"{figure} by {_label(what)}" for figure, what in system.measured_by.items() if what]
         pairs = len(system.pose)
         if pairs:
             by.append(f"{sum(row[2] for row in system.pose)} of {pairs} pairs count for azimuth, polar and recall")
@@ -201,6 +224,29 @@ def as_json(systems: Sequence[System]) -> dict:
         }
         for system in systems
     }
+
+
+def backbone_of(backbone: object, preprocessing: object = None) -> dict[str, str]:
+    """What tells one backbone from another, by name: loaders/embeddings.py's record, its text tower's as "text ...", and
+    the preprocessing. A text is taken as the name; empty where nothing is recorded."""
+    record = dict(backbone) if isinstance(backbone, dict) else {"name": backbone}
+    text = record.pop("text", None)
+    parts = record | {f"text {key}": value for key, value in (text if isinstance(text, dict) else {"": text}).items()}
+    return _told(parts | {"preprocessing": preprocessing})
+
+
+def _told(parts: dict) -> dict[str, str]:
+    """Without what is not said."""
+    return {key.strip(): str(value) for key, value in parts.items() if value not in (None, "")}
+
+
+def _label(what: dict[str, str]) -> str:
+    """For people: models, files and threshold; all that there is where none of them is recorded."""
+    names = [what[key] for key in ("name", "file", "orientation model") if key in what]
+    text = [what[key] for key in ("text name", "text file", "text") if key in what]
+    names += [f"text by {', '.join(text)}"] if text else []
+    names += [f"threshold {what['threshold']}"] if "threshold" in what else []
+    return ", ".join(names or what.values()) or "a backbone that is not recorded"
 
 
 def _cell(name: str, figure: Figure | None) -> str:

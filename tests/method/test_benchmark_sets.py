@@ -394,8 +394,66 @@ def test_scores_that_cannot_be_read(tmp_path):
         read_systems([str(tmp_path / "empty")])
     with pytest.raises(ScoreError, match="no such"):
         read_systems(["nowhere"])
-    for name, file in (("a", "dino.safetensors"), ("b", "other.safetensors")):
-        (tmp_path / f"{name}.json").write_text(identity(0.5, 0.6, file=file))
-    with pytest.raises(ScoreError, match="do not compare"):
+
+
+def test_a_figure_is_never_pooled_over_two_backbones(tmp_path):
+    """Whatever the backbones differ in: an error names file, found, expected and way out; one report with both makes
+    two rows."""
+
+    def write(name, *rows):
+        path = tmp_path / name
+        path.write_text(rows[0] if isinstance(rows[0], str) else json.dumps({"figures": rows}))
+        return path
+
+    vit = {"name": "ViT-S/16", "file": "dino.safetensors"}
+    text = {"name": "CLIP ViT-L/14", "file": "l.safetensors", "text": {"name": "CLIP text", "file": "l.safetensors"}}
+    row = {"figure": "DINO-I", "per_output": [0.5, 0.7], "backbone": vit, "preprocessing": "centre 224"}
+    said = row | {"figure": "CLIP-T", "backbone": text}
+    first = write("first.json", row, said)
+    others = {
+        "file other.safetensors; expected file dino.safetensors": (
+            row | {"backbone": vit | {"file": "other.safetensors"}},
+        ),
+        "name ViT-B/16; expected name ViT-S/16": (row | {"backbone": vit | {"name": "ViT-B/16"}},),
+        "preprocessing centre 518; expected preprocessing centre 224": (row | {"preprocessing": "centre 518"},),
+        "text file g.safetensors; expected text file l.safetensors": (
+            said | {"backbone": text | {"text": text["text"] | {"file": "g.safetensors"}}},
+        ),
+        "name not recorded, file not recorded, preprocessing not recorded; expected name ViT-S/16": ("dino_i\n0.6\n",),
+    }
+    for number, (words, rows) in enumerate(others.items()):
+        other = write(f"{number}.csv" if isinstance(rows[0], str) else f"{number}.json", *rows)
+        with pytest.raises(ScoreError, match="do not compare") as caught:
+            read_systems([f"x={first}", f"x={other}"])
+        assert all(part in str(caught.value) for part in (words, str(other), str(first), "NAME=PATH")), caught.value
+        assert [system.name for system in read_systems([f"x={first}", f"y={other}"])] == ["x", "y"]
+
+    wide = row | {"per_output": [0.1], "backbone": {"name": "ViT-B/16", "file": None}}
+    run = tmp_path / "run" / "scores"
+    run.mkdir(parents=True)
+    for name in "ab":
+        (run / f"{name}.json").write_text(json.dumps({"figures": [row, wide, said]}))
+    systems = read_systems([f"ours={tmp_path / 'run'}"])
+    found = {name: {key: value["mean"] for key, value in row.items()} for name, row in as_json(systems).items()}
+    assert found == {
+        "ours": {"DINO-I": pytest.approx(0.6), "CLIP-T": pytest.approx(0.6)},
+        "ours, by ViT-B/16": {"DINO-I": pytest.approx(0.1)},
+    }
+    assert [len(system.identity["DINO-I"]) for system in systems] == [4, 2]
+    table = score_table(systems)
+    assert (
+        "ours: DINO-I by ViT-S/16, dino.safetensors; CLIP-T by CLIP ViT-L/14, l.safetensors, text by CLIP text" in table
+    )
+    assert "ours, by ViT-B/16: DINO-I by ViT-B/16." in table
+
+    lines = write("own.csv", "DINO-I,backbone\n0.2,ViT-S/16\n0.4,ViT-S/16\n0.9,ViT-B/16\n")
+    found = {name: row["DINO-I"]["mean"] for name, row in as_json(read_systems([f"own={lines}"])).items()}
+    assert found == {"own": pytest.approx(0.3), "own, by ViT-B/16": 0.9}
+
+
+def test_angles_are_never_pooled_over_two_orientation_models(tmp_path):
+    (tmp_path / "a.json").write_text(pose((4, 1, 1)))
+    (tmp_path / "b.json").write_text(pose((9, 2, 1)).replace("small", "large"))
+    with pytest.raises(ScoreError, match="orientation model large; expected orientation model small"):
         read_systems([f"x={tmp_path / 'a.json'}", f"x={tmp_path / 'b.json'}"])
-    assert len(read_systems([str(tmp_path / "a.json"), str(tmp_path / "b.json")])) == 2
+    assert len(read_systems([f"x={tmp_path / 'a.json'}", f"y={tmp_path / 'b.json'}"])) == 2

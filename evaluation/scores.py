@@ -205,7 +205,11 @@ def score_table(systems: Sequence[System], paper: bool = False) -> str:
     ]
     text.append("95 % intervals in brackets; they take the pictures to be independent. Empty: not measured.")
     for system in systems:
-        by = [f"{figure} by {_label(what)}" for figure, what in system.measured_by.items() if what]
+        labels: dict[str, list[str]] = {}
+        for figure, what in system.measured_by.items():
+            if what:
+                labels.setdefault(_label(what), []).append(figure.replace("_", " "))
+        by = [f"{', '.join(figures)} by {label}" for label, figures in labels.items()]
         pairs = len(system.pose)
         if pairs:
             by.append(f"{sum(row[2] for row in system.pose)} of {pairs} pairs count for azimuth, polar and recall")
@@ -227,8 +231,8 @@ def as_json(systems: Sequence[System]) -> dict:
 
 
 def backbone_of(backbone: object, preprocessing: object = None) -> dict[str, str]:
-    """What tells one backbone from another, by name: loaders/embeddings.py's record, its text tower's as "text ...", and
-    the preprocessing. A text is taken as the name; empty where nothing is recorded."""
+    """What tells one backbone from another, by name: the record of loaders/embeddings.py, that of its text tower as
+    "text ...", and the preprocessing. A text is taken as the name; empty where nothing is recorded."""
     record = dict(backbone) if isinstance(backbone, dict) else {"name": backbone}
     text = record.pop("text", None)
     parts = record | {f"text {key}": value for key, value in (text if isinstance(text, dict) else {"": text}).items()}

@@ -25,6 +25,7 @@ from subject_dla.evaluation.orientation import (
     subject_box,
     table,
 )
+from subject_dla.tests.small.measure import published_state
 
 LAYOUTS = {"small": (384, 12, 180), "base": (768, 3, 180), "large": (1024, 2, 180), "ronormsigma1": (1024, 2, 360)}
 RENAMED = {  # by transformers 5
@@ -48,46 +49,6 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "models" / "orientation").mkdir(parents=True)
     folders.register()
     return tmp_path / "models" / "orientation"
-
-
-def published_state(width: int, layers: int, bins: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the published keys, written out here and not taken from the loader."""
-    generator = torch.Generator().manual_seed(seed)
-    out = 360 + 180 + bins + 2
-
-    def normal(*shape, std=0.02, mean=0.0):
-        return torch.randn(shape, generator=generator) * std + mean
-
-    state = {
-        "embeddings.cls_token": normal(1, 1, width, std=0.5),
-        "embeddings.mask_token": normal(1, width),
-        "embeddings.position_embeddings": normal(1, 1370, width, std=0.5),
-        "embeddings.patch_embeddings.projection.weight": normal(width, 3, 14, 14),
-        "embeddings.patch_embeddings.projection.bias": normal(width),
-    }
-    linear = {"attention.attention.query": 1, "attention.attention.key": 1, "attention.attention.value": 1}
-    for layer in range(layers):
-        base = f"encoder.layer.{layer}."
-        for name in (*linear, "attention.output.dense"):
-            state[f"{base}{name}.weight"] = normal(width, width, std=2 / width**0.5)
-            state[f"{base}{name}.bias"] = normal(width, std=0.2)
-        for name in ("layer_scale1", "layer_scale2"):
-            state[f"{base}{name}.lambda1"] = normal(width, std=0.2, mean=0.5)
-        for name in ("norm1", "norm2"):
-            state[f"{base}{name}.weight"], state[f"{base}{name}.bias"] = normal(width, mean=1), normal(width, std=0.2)
-        state[f"{base}mlp.fc1.weight"], state[f"{base}mlp.fc1.bias"] = normal(4 * width, width), normal(4 * width)
-        state[f"{base}mlp.fc2.weight"], state[f"{base}mlp.fc2.bias"] = normal(width, 4 * width), normal(width)
-    state["layernorm.weight"], state["layernorm.bias"] = normal(width, std=0.2, mean=1), normal(width, std=0.2)
-    state = {"dinov2." + key: value for key, value in state.items()}
-    for name, columns in (("net1", width), ("net2", out)):
-        state[f"down_sampler.{name}.0.weight"] = normal(out, columns, std=1 / columns**0.5)
-        state[f"down_sampler.{name}.0.bias"] = normal(out)
-        state[f"down_sampler.{name}.1.weight"] = normal(out, std=0.2, mean=1)
-        state[f"down_sampler.{name}.1.bias"] = normal(out, std=0.2)
-        state[f"down_sampler.{name}.1.running_mean"] = normal(out, std=0.3)
-        state[f"down_sampler.{name}.1.running_var"] = normal(out, std=0.2).abs() + 0.5
-        state[f"down_sampler.{name}.1.num_batches_tracked"] = torch.tensor(7)
-    return state
 
 
 @torch.no_grad()

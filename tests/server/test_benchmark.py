@@ -1,5 +1,5 @@
 """A benchmark through the queue: the server killed and restarted in the middle, the run killed and started again; every
-picture once, one bad prompt recorded."""
+picture once, one bad prompt recorded. And the table of what the score nodes in the workflow measured."""
 
 import json
 import os
@@ -9,13 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+import transformers
 from PIL import Image
 from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
 from subject_dla.demo.host import ROOT, Server, end_group
 from subject_dla.evaluation.benchmark import Template
 from subject_dla.evaluation.benchmark_sets import Case, Item
+from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
+from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects
 
 from .conftest import of_type, shrink
@@ -33,9 +38,14 @@ OURS = [
 BAD = 12  # this one is only a comment to Prompt List, which refuses it
 
 
+@pytest.fixture(scope="session")
+def measures(comfyui, tmp_path_factory) -> Path:
+    return build_measures(tmp_path_factory.mktemp("measures"), comfyui)
+
+
 @pytest.fixture
-def own_server(comfyui, family, tmp_path):
-    with Server(comfyui, tmp_path / "host", models=[family], arguments=["--cpu"]) as running:
+def own_server(comfyui, family, measures, tmp_path):
+    with Server(comfyui, tmp_path / "host", models=[family, measures], arguments=["--cpu"]) as running:
         yield running
 
 
@@ -162,32 +172,107 @@ def test_every_picture_once_whatever_is_killed(own_server, small_workflow, quest
     assert len(lines(out)) == PROMPTS
 
 
-def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, questions, tmp_path):
-    """A score node shows its JSON in a Preview as Text; here a constant stands for it. Then: another workflow is
-    refused in the same folder."""
-    command = [sys.executable, "-m", "evaluation", "run", str(questions), "--server", own_server.address]
-    command += ["--out", str(tmp_path / "out"), "--limit", "2", "--workflow"]
+def add_scores(prompt: dict) -> None:
+    """Orientation, Copy-Paste Report and Identity Scores on the picture and the first reference, as a user wires them.
+    Every pair counts: a random network is sure of no front."""
+    picture = of_type(prompt, "SaveImage")["images"]
+    reference = [min((key for key, node in prompt.items() if node["class_type"] == "LoadImage"), key=int), 0]
+    nodes = {
+        "60": ("SubjectLoadOrientation", {"orientation": "small.safetensors", "save_safetensors": False}),
+        "61": ("SubjectOrientation", {"orientation_model": ["60", 0], "image": picture, "min_confidence": 0.5}),
+        "62": (
+            "SubjectCopyPasteReport",
+            {"orientation_model": ["60", 0], "references": reference, "images": picture, "min_confidence": 0.0}
+            | {"filename_prefix": "copy_paste/report"},
+        ),
+        "63": ("PreviewAny", {"source": ["62", 2]}),
+        "64": (
+            "SubjectIdentityScores",
+            {"images": picture, "references": reference, "prompts": ["50", 0], "filename_prefix": "identity/scores"}
+            | {"dino_folder": "dino-vits16", "clip_folder": "clip"},
+        ),
+        "65": ("PreviewAny", {"source": ["64", 1]}),
+    }
+    prompt |= {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """(H, W, 3) in 0..1, as Load Image reads it."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)
+
+
+@torch.no_grad()
+def cosines(out: Path, references: Path, models: Path) -> dict[str, list[float]]:
+    """The identity figures of a run's pictures, by the library's own models."""
+    dino = transformers.ViTModel.from_pretrained(models / "dino-vits16", add_pooling_layer=False)
+    clip = transformers.CLIPModel.from_pretrained(models / "clip")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(models / "clip")
+    found = {"DINO-I": [], "CLIP-I": [], "CLIP-T": []}
+    for entry in lines(out):
+        pair = [pixels(out / entry["picture"]), pixels(references / entry["references"][0])]
+        faces = [dino(prepare(image, DINO)[None]).last_hidden_state[:, 0] for image in pair]
+        seen = [clip.vision_model(prepare(image, clip_pixels(224))[None]).pooler_output for image in pair]
+        seen = [clip.visual_projection(state) for state in seen]
+        said = clip.text_model(**tokenizer(entry["prompt"], return_tensors="pt")).pooler_output
+        pairs = {"DINO-I": faces, "CLIP-I": seen, "CLIP-T": (seen[0], clip.text_projection(said))}
+        for name, (one, other) in pairs.items():
+            found[name].append(torch.cosine_similarity(one, other).item())
+    return found
+
+
+def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, questions, measures, tmp_path):
+    """The score nodes measure as the run goes, each showing its JSON in a Preview as Text. The table is theirs, and
+    what the library's own models say of the saved pictures. Then: another workflow is refused in the same folder."""
+    out, pictures = tmp_path / "out", 4
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def go(path: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    def go(*command) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "evaluation", *map(str, command)], cwd=ROOT, env=environment, text=True,
+            capture_output=True,
+        )  # fmt: skip
+
+    def draw(path: Path) -> subprocess.CompletedProcess:
+        run = ["run", questions, "--server", own_server.address, "--out", out, "--limit", pictures]
+        return go(*run, "--workflow", path)
 
     prompt = json.loads(small_workflow.read_text())
-    report = {"figures": [{"figure": "CLIP-T", "per_output": [0.25], "backbone": {"name": "ViT-B/32"}}]}
-    prompt["60"] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": json.dumps(report)}}
-    prompt["61"] = {"class_type": "PreviewAny", "inputs": {"source": ["60", 0]}}
+    add_scores(prompt)
     small_workflow.write_text(json.dumps(prompt))
-    done = go(small_workflow)
+    done = draw(small_workflow)
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout.splitlines()[-1])["scores"]["out"]
-    assert set(scores) == {"CLIP-T"} and scores["CLIP-T"]["mean"] == 0.25
-    assert "| 0.2500 (0.2500 to 0.2500) | 2 " in done.stderr and "ViT-B/32" in done.stderr
+    assert set(scores) == {"azimuth", "polar", "average_recall", "DINO-I", "CLIP-I", "CLIP-T"}
+    for name, values in cosines(out, questions.parent, measures / "clip_vision").items():
+        assert scores[name]["mean"] == pytest.approx(sum(values) / pictures, abs=5e-4), (
+            name
+        )  # a saved picture has 8 bits
+        assert scores[name]["low"] < scores[name]["mean"] < scores[name]["high"], name
+        assert max(values) - min(values) > 2e-3, (name, "the models see no difference")
+    reports = [json.loads(path.read_text()) for path in (out / "scores").glob("*.json")]
+    assert len(reports) == 2 * pictures
+    turned = [
+        pair["azimuth_difference"] for report in reports for pair in report.get("pairs", ()) if pair["set"] != "floor"
+    ]
+    assert len(turned) == pictures and scores["azimuth"]["mean"] == pytest.approx(sum(turned) / pictures)
+    assert f"{pictures} of {pictures} pairs count" in done.stderr and "dino-vits16 (folder)" in done.stderr
+
+    scored = go("score", f"out={out}", "--paper")
+    assert scored.returncode == 0 and json.loads(scored.stdout) == {"out": scores}, scored.stderr
+    assert "| UNO, as published" in scored.stderr
+
+    name = lines(out)[1]["name"]  # lost with its reports: the host answers from its cache
+    for path in [out / f"{name}.png", *(out / "scores").glob(f"{name}-*.json")]:
+        path.unlink()
+    again = draw(small_workflow)
+    assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1])["scores"]["out"] == scores, again.stderr
 
     of_type(prompt, "SubjectStagedSampler")["steps"] = 3
     (tmp_path / "other.json").write_text(json.dumps(prompt))
-    refused = go(tmp_path / "other.json")
+    refused = draw(tmp_path / "other.json")
     assert refused.returncode == 1 and "another --out" in refused.stderr and "Traceback" not in refused.stderr
-    assert len(lines(tmp_path / "out")) == 2
+    assert len(lines(out)) == pictures
 
 
 def test_every_system_takes_a_reference_and_a_prompt(own_server):

@@ -17,6 +17,7 @@ from .flow import TIMES, WEIGHTINGS
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("fp32", "bf16", "fp16")
+PRECISIONS = ("none", "bf16")
 STEPS = {1: 25_000, 2: 10_000}  # the paper's [T]
 
 
@@ -107,6 +108,9 @@ class Training:
     weighting: str = option("none", "of the loss over flow time", among=WEIGHTINGS)
     guidance: float = option(1.0, "FLUX.1-dev's guidance while training, as UNO", low=0, high=100)
     checkpointing: bool = option(True, "compute each block again in the backward pass, for memory")
+    mixed_precision: str = option(
+        "none", "bf16: products in bf16 whatever the weights' type; for processors that have them", among=PRECISIONS
+    )
     seed: int = option(0, "of everything random", low=0, high=2**63 - 1)
 
 

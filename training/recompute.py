@@ -63,6 +63,8 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block, count: int, *tensors):
         ctx.block, ctx.count = block, count
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(*tensors)
         with torch.no_grad():
             return block(tensors[:count])
@@ -72,7 +74,8 @@ class _Recompute(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.count], ctx.needs_input_grad[2:])]
         wanted = [t for t in (*inputs, *tensors[ctx.count :]) if t.requires_grad]
-        with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        mutable = torch.autograd.graph.allow_mutation_on_saved_tensors()
+        with torch.enable_grad(), torch.autocast(*ctx.autocast), mutable:
             out = ctx.block(inputs)
             out = (out,) if isinstance(out, Tensor) else out
             reached = [(o, g) for o, g in zip(out, gradients) if o.requires_grad and g is not None]

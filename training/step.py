@@ -27,6 +27,11 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Weighted flow-matching losses (b,), fp32."""
+        mixed = self.training_options.mixed_precision == "bf16"
+        with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=mixed):
+            return self._losses(batch)
+
+    def _losses(self, batch: Batch) -> Tensor:
         backbone, options = self.backbone, self.training_options
         t = batch.t.to(backbone.device)
         clean, noise = backbone.latent(batch.clean), batch.noise.to(backbone.device)

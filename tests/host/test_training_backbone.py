@@ -188,6 +188,20 @@ def test_blocks_get_their_forward_back(monkeypatch):
     assert "forward" not in vars(block)
 
 
+def test_mixed_precision_is_computed_again_as_it_was():
+    problem = Problem(tiny_flux(), "flux")
+    (full,), whole = problem.gradients(False), problem.loss
+
+    def mixed(tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            return whole(tokens)
+
+    problem.loss = mixed
+    (kept,), (again,) = problem.gradients(False), problem.gradients(True)
+    assert torch.equal(kept, again) and not torch.equal(kept, full)
+    assert (kept - full).norm() / full.norm() < 0.05
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_stored_in_fp8(tmp_path_factory, checkpointing):
     from subject_dla.loaders.dit import load_dit

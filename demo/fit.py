@@ -1,0 +1,99 @@
+"""The loop that the demo's models share where the pack's own training has no part: VAE, MLLM, oracle and the DiT's base.
+
+A step is a function of the seed and its number, and checkpoints are whole: the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from subject_dla.dla.files import save_tensors
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_at: Callable[[int], dict[str, Tensor]],
+    folder: Path,
+    *,
+    steps: int,
+    rate: float,
+    warmup: int = 100,
+    decay: float = 0.01,
+    average: float = 0.998,
+    every: int = 500,
+    around: Callable = nullcontext,
+) -> dict:
+    """Trains `model` in place and leaves the moving average of its weights in it; what was run, with losses and seconds.
+
+    loss_at: step number -> named terms, whose sum is the loss (computed under bf16 autocast). rate: AdamW's, rising over
+    `warmup` steps and falling to 0 along a cosine. average: of the weights, per step. around: a context for forward and backward pass.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, record = folder / f"{name}.pt", {"name": name, "steps": steps, "rate": rate, "seconds": 0.0, "losses": {}}
+    mean = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.98))  # fmt: skip
+    start = 0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        mean, start, record = state["mean"], state["step"], json.loads(state["record"])
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"{name}: going on from step {start}")
+    began, sums = time.monotonic(), {}
+    model.train()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.zero_grad(set_to_none=True)
+        with around():
+            with torch.autocast("cpu", torch.bfloat16):
+                terms = loss_at(step)
+            sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            share = min(average, (1 + step) / (10 + step))
+            for key, value in model.state_dict().items():
+                if value.is_floating_point():
+                    mean[key].lerp_(value, 1 - share)
+        for key, value in terms.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        if (step + 1) % 100 == 0:
+            record["seconds"] += time.monotonic() - began
+            began = time.monotonic()
+            record["losses"][step + 1] = {key: round(value / 100, 5) for key, value in sums.items()}
+            words = " ".join(f"{key} {value:.4f}" for key, value in record["losses"][step + 1].items())
+            say(f"{name} {step + 1}/{steps} {words} ({record['seconds']:.0f} s)")
+            sums = {}
+        if (step + 1) % every == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "mean": mean, "step": step + 1, "optimizer": optimizer.state_dict()}
+            torch.save(state | {"record": json.dumps(record)}, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+    model.load_state_dict(mean)
+    return record
+
+
+def draw(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def keep(path: Path, weights: dict[str, Tensor], record: dict, metadata: dict[str, str] | None = None) -> None:
+    """Writes fp16 weights, and beside them what was run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {key: value.half().contiguous() for key, value in weights.items()}, metadata)
+    (path.parent / f"{path.stem}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

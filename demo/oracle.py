@@ -1,0 +1,80 @@
+"""The measure of the demo's pictures: a small network that reads a toy's view and traits from a picture.
+
+Trained on renders (demo/train_oracle.py); its own errors on renders it has not seen are the floor of every figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from subject_dla.demo.world import COLOURS, DECALS, KINDS, PARTS, PATTERNS, Toy
+
+TRAITS = {
+    "kind": KINDS, **{part: tuple(COLOURS) for part in PARTS}, "decal": DECALS, "decal_colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+}  # fmt: skip
+COARSE = ("kind", *PARTS)
+FINE = ("decal", "decal_colour", "pattern")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """angles (n, 2): azimuth and polar in degrees. traits: name -> (n,) indices into TRAITS[name]. probabilities: the
+    same with those of each value (n, values)."""
+
+    angles: Tensor
+    traits: dict[str, Tensor]
+    probabilities: dict[str, Tensor]
+
+    def right(self, names: tuple[str, ...], toys: list[Toy]) -> Tensor:
+        """(n,) share of these traits that are the toy's."""
+        hits = [
+            self.traits[name] == torch.tensor([TRAITS[name].index(getattr(toy, name)) for toy in toys])
+            for name in names
+        ]
+        return torch.stack(hits).float().mean(0)
+
+
+class Oracle(nn.Module):
+    """(n, 3, 112, 112) in 0..1 -> (n, outputs): sine and cosine of the azimuth, polar / 45, logits of the traits."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+
+        def block(before: int, after: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.GELU(),
+                nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.GELU(),
+            )  # fmt: skip
+
+        self.body = nn.Sequential(
+            block(3, width, 2), block(width, width, 2), block(width, 2 * width, 2), block(2 * width, 3 * width, 2)
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 49, 192), nn.GELU(), nn.Dropout(0.1), nn.Linear(192, self.outputs))  # fmt: skip
+
+    @property
+    def outputs(self) -> int:
+        return 3 + sum(map(len, TRAITS.values()))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.body(pictures.sub(0.5).mul(4)))
+
+    @torch.no_grad()
+    def read(self, pictures: Tensor) -> Reading:
+        out = torch.cat([self(part) for part in pictures.split(64)])
+        azimuth = torch.rad2deg(torch.atan2(out[:, 0], out[:, 1])) % 360
+        logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)
+        probabilities = {name: part.softmax(1) for name, part in zip(TRAITS, logits)}
+        traits = {name: part.argmax(1) for name, part in probabilities.items()}
+        return Reading(torch.stack((azimuth, out[:, 2] * 45), 1), traits, probabilities)
+
+
+def load_oracle(path: Path) -> Oracle:
+    model = Oracle().eval()
+    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return model

@@ -1,0 +1,144 @@
+"""Trains the demo's DiT: FLUX.1's layout made small, from nothing, to draw captions. It stands where FLUX.1-dev stands in
+the paper: a text-to-image model that has seen no reference and no MLLM.
+
+    python demo/train_dit.py COMFYUI DATA RUN [--steps N]
+
+reads RUN/vae.safetensors, writes RUN/dit.safetensors (fp16). Its text encoder, two layers over words, is dropped
+afterwards, as the paper drops T5: the DLA's tokens take its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+if __name__ == "__main__":
+    from family import import_pack, start_host  # beside this file
+
+    import_pack()
+
+from subject_dla.demo import fit, pictures  # noqa: E402
+from subject_dla.demo.family import CONTEXT_WIDTH, FLUX, FLUX_SCALE, FLUX_SHIFT, SIZES  # noqa: E402
+from subject_dla.training.flow import FlowTimes  # noqa: E402
+
+BATCH, DROP, WORDS = 32, 0.1, 48
+SHIFT = 1.592  # FLUX.1's at 7 x 7 tokens, what ModelSamplingFlux gives at 112 x 112 px
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps", type=int, default=8000)
+    options = parser.parse_args()
+    start_host(options.comfyui)
+    torch.manual_seed(0)
+    rows = pictures.entries(options.data, "training")
+    names = [name for row in rows for name in pictures.paths(row)]
+    captions = [picture.caption() for row in rows for picture in row["pictures"]]
+    latents = encode(options.data, names, options.run)
+    vocabulary = {word: number for number, word in enumerate(sorted({w for c in captions for w in words(c)}), 1)}
+    text = torch.zeros(len(captions), WORDS, dtype=torch.long)
+    for row, caption in enumerate(captions):
+        numbers = [vocabulary[word] for word in words(caption)][:WORDS]
+        text[row, : len(numbers)] = torch.tensor(numbers)
+    model = Base(len(vocabulary) + 1)
+    times = FlowTimes(shift=SHIFT)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        generator = fit.draw(2, step)
+        index = torch.randint(len(latents), (BATCH,), generator=generator)
+        clean = latents[index].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        t = times(torch.rand(BATCH, generator=generator))
+        ids = text[index] * (torch.rand(BATCH, 1, generator=generator) >= DROP)
+        ids = ids[:, : int((ids != 0).sum(1).max().clamp(min=1))]
+        noisy = torch.lerp(clean, noise, t[:, None, None, None])
+        return {"velocity": (model(noisy, t, ids).float() - (noise - clean)).square().mean()}
+
+    in_place = torch.autograd.graph.allow_mutation_on_saved_tensors  # as the host's blocks write
+    record = fit.fit(
+        "dit", model, loss_at, options.run, steps=options.steps, rate=1e-3, warmup=500, average=0.999, around=in_place
+    )
+    save_file(model.state_dict(), options.run / "dit-base.safetensors")  # with the text encoder, for a look
+    (options.run / "dit-words.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    # The published files call the norms' weights "scale"; newer hosts rename them on loading.
+    weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in model.dit.state_dict().items()}
+    sizes = {name: FLUX[name] for name in SIZES}
+    fit.keep(options.run / "dit.safetensors", weights, record, {"unet_config": json.dumps(sizes)})
+
+
+class Base(nn.Module):
+    def __init__(self, words: int):
+        super().__init__()
+        self.dit = new_dit()
+        self.embed = nn.Embedding(words, CONTEXT_WIDTH)
+        self.place = nn.Parameter(torch.randn(WORDS, CONTEXT_WIDTH) * 0.02)
+        layer = nn.TransformerEncoderLayer(CONTEXT_WIDTH, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(CONTEXT_WIDTH), enable_nested_tensor=False)
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Velocity, as `noisy` (b, c, h, w); t: flow times (b,); ids: words (b, n), 0 = none."""
+        context = self.text(self.embed(ids) + self.place[: ids.shape[1]])
+        return self.dit(noisy, t, context)
+
+
+def new_dit() -> nn.Module:
+    """The host's class with fresh weights: its own layers come without. Modulation and output start at zero."""
+    import comfy.ldm.flux.model
+    import comfy.ops
+
+    known = inspect.signature(comfy.ldm.flux.model.FluxParams).parameters
+    config = {key: value for key, value in FLUX.items() if key in known}
+    ops = comfy.ops.disable_weight_init
+    model = comfy.ldm.flux.model.Flux(**config, dtype=torch.float32, device="cpu", operations=ops)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            still = re.search(r"mod(ulation)?\.lin$|adaLN_modulation\.1$|final_layer\.linear$", name)
+            weight = torch.empty_like(part.weight)
+            part.weight.data = weight.zero_() if still else nn.init.xavier_uniform_(weight)
+            part.bias.data.zero_()
+    for name, value in model.named_parameters():
+        if re.search(r"_norm\.(scale|weight)$", name):
+            value.data.fill_(1.0)
+    return model.requires_grad_(True)
+
+
+def words(caption: str) -> list[str]:
+    """Those that tell something."""
+    return [
+        word
+        for word in re.findall(r"\w+", caption)
+        if word not in ("a", "an", "and", "the", "with", "seen", "on", "in")
+    ]
+
+
+def encode(data: Path, names: list[str], run: Path) -> Tensor:
+    """(n, 16, h / 8, w / 8) fp16: pictures as the DiT sees them, kept beside the run."""
+    file = run / "latents.safetensors"
+    if not file.exists():
+        from comfy.taesd.taesd import TAESD
+
+        vae = TAESD(latent_channels=16)
+        vae.load_state_dict({key: value.float() for key, value in load_file(run / "vae.safetensors").items()})
+        vae = vae.to(memory_format=torch.channels_last)
+        parts = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(names), 256):
+                batch = pictures.load(data, names[start : start + 256]).float().div(255)
+                batch = vae.encode(batch.contiguous(memory_format=torch.channels_last) * 2 - 1)
+                parts.append(((batch.float() - FLUX_SHIFT) * FLUX_SCALE).half().contiguous())
+        save_file({"latents": torch.cat(parts)}, file)
+    return load_file(file)["latents"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Trains the oracle on renders, half of them through the VAE as generated pictures are.
+
+    python demo/train_oracle.py COMFYUI DATA RUN [--steps N]
+
+reads RUN/vae.safetensors, writes RUN/oracle.safetensors (fp16) with its own errors on pictures of the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if __name__ == "__main__":
+    from family import import_pack, start_host  # beside this file
+
+    import_pack()
+
+from subject_dla.demo import fit, pictures  # noqa: E402
+from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle  # noqa: E402
+from subject_dla.demo.train_dit import encode  # noqa: E402
+from subject_dla.evaluation.copy_paste import copy_paste_report  # noqa: E402
+
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps", type=int, default=3000)
+    options = parser.parse_args()
+    start_host(options.comfyui)
+    torch.manual_seed(0)
+    rows = pictures.entries(options.data, "training")
+    places = [(number, name, picture) for number, (name, picture) in enumerate(
+        (name, picture) for row in rows for name, picture in zip(pictures.paths(row), row["pictures"])) if len(picture.toys) == 1]  # fmt: skip
+    shown = [picture for _, _, picture in places]
+    data = pictures.load(options.data, [name for _, name, _ in places])
+    latents = encode(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
+    latents = latents[[number for number, _, _ in places]]
+    vae = load_vae(options.run / "vae.safetensors")
+    labels, angles = truth(shown)
+    model = Oracle().to(memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        generator = fit.draw(3, step)
+        index = torch.randint(len(data), (BATCH,), generator=generator)
+        plain = data[index[: 2 * BATCH // 3]].float().div(255)
+        with torch.no_grad():
+            seen = decode(vae, latents[index[2 * BATCH // 3 :]])
+        x = torch.cat((plain, seen)) + 0.03 * torch.randn(BATCH, 3, 1, 1, generator=generator)
+        x = x + 0.02 * torch.randn(x.shape, generator=generator)
+        out = model(x.contiguous(memory_format=torch.channels_last)).float()
+        logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)
+        terms = {
+            name: 0.2 * F.cross_entropy(part, labels[index, i]) for i, (name, part) in enumerate(zip(TRAITS, logits))
+        }
+        return {"angles": 4 * F.mse_loss(out[:, :3], angles[index])} | terms
+
+    record = fit.fit("oracle", model, loss_at, options.run, steps=options.steps, rate=2e-3, warmup=200)
+    model.eval()
+    held = [(name, picture) for row in pictures.entries(options.data, "test") for name, picture in zip(pictures.paths(row), row["pictures"])]  # fmt: skip
+    x = pictures.load(options.data, [name for name, _ in held]).float().div(255)
+    held = [picture for _, picture in held]
+    record["floor"] = {}
+    with torch.no_grad():
+        coded = torch.cat([decode(vae, vae.encode(part * 2 - 1), raw=True) for part in x.split(64)])
+    for name, seen in (("renders", x), ("through the VAE", coded)):
+        reading = model.read(seen)
+        known = torch.tensor([[picture.view.azimuth, picture.view.polar] for picture in held])
+        report = copy_paste_report(known, reading.angles)
+        toys = [picture.toys[0] for picture in held]
+        record["floor"][name] = {
+            "azimuth": round(report.azimuth, 2), "polar": round(report.polar, 2), "average recall": round(report.average_recall, 3),
+            "coarse": round(float(reading.right(COARSE, toys).mean()), 4), "fine": round(float(reading.right(FINE, toys).mean()), 4),
+        }  # fmt: skip
+    fit.keep(options.run / "oracle.safetensors", model.state_dict(), record)
+    fit.say(f"oracle: {record['floor']}")
+
+
+def truth(shown: list) -> tuple[Tensor, Tensor]:
+    """Indices of traits (n, traits), and sine, cosine and polar / 45 (n, 3)."""
+    labels = torch.tensor([[values.index(getattr(p.toys[0], name)) for name, values in TRAITS.items()] for p in shown])
+    azimuth = torch.deg2rad(torch.tensor([p.view.azimuth for p in shown]))
+    polar = torch.tensor([p.view.polar for p in shown]) / 45
+    return labels, torch.stack((azimuth.sin(), azimuth.cos(), polar), 1)
+
+
+def load_vae(path: Path):
+    from comfy.taesd.taesd import TAESD
+    from safetensors.torch import load_file
+
+    vae = TAESD(latent_channels=16)
+    vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return vae.eval().to(memory_format=torch.channels_last)
+
+
+def decode(vae, latents: Tensor, raw: bool = False) -> Tensor:
+    """Pictures (n, 3, h, w) in 0..1, of latents as the DiT sees them (raw: as the VAE gives them)."""
+    from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT
+
+    latents = latents.float()
+    latents = latents if raw else latents / FLUX_SCALE + FLUX_SHIFT
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.decode(latents).float().add(1).div(2).clamp(0, 1)
+
+
+if __name__ == "__main__":
+    main()

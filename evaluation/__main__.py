@@ -77,8 +77,10 @@ def main(given: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict:
     from subject_dla.demo import workflow
     from subject_dla.demo.host import Client
-    from subject_dla.evaluation.benchmark import Benchmark, RunError, Template
+    from subject_dla.evaluation.benchmark import Benchmark
+    from subject_dla.evaluation.benchmark_folder import RunError
     from subject_dla.evaluation.benchmark_sets import cases, read_set
+    from subject_dla.evaluation.benchmark_template import Template
 
     found = read_set(options.set, prompts=options.prompts, images=options.images, references=options.references)
     for problem in found.problems:

@@ -1,200 +1,32 @@
 """A benchmark as a queue of prompts on a running ComfyUI: every case once, whatever happens to either side.
 
-The folder of a run holds the pictures, `ledger.jsonl` with a line for each case, and `run.json`, which says what
-workflow they come from. A case is done when its picture lies in the folder; failed ones are tried again at the next
-start. Only HTTP is spoken, through demo/host.py.
+A case is done when its picture lies in the run's folder; failed ones are tried again at the next start. Only HTTP is
+spoken, through demo/host.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-import struct
 import time
 import urllib.error
 import uuid
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
-from PIL import Image
-
-from ..demo import workflow
 from ..demo.host import Client, refusal, title
 from ..demo.workflow import WorkflowFileError
+from .benchmark_folder import MARK, Ledger, RunError, check_run, with_texts, write
 from .benchmark_sets import Case
+from .benchmark_template import Template
 
-MARK = "subject_benchmark"  # the case, among a PNG's texts
-LEDGER, RUN = "ledger.jsonl", "run.json"
 GATEWAY = (502, 503, 504)  # what a proxy says for a server that is down
 LOSSES = 3  # times that the server may end while it works on a case
 
 
-class RunError(ValueError):
-    """A run that cannot begin; the text says what to do."""
-
-
 class Away(Exception):
     """The server did not answer."""
-
-
-class Template:
-    """A workflow in API format with places for a case's references, prompt and seed.
-
-    prompt: see demo/workflow.py's to_api. object_info: the server's. prompt_node: id of the node that holds the prompt,
-    where the choice of demo/workflow.py's text_inputs is not wanted.
-    """
-
-    def __init__(self, prompt: dict, object_info: dict, prompt_node: str | None = None):
-        self.prompt, self.object_info, self.titles = prompt, object_info, workflow.titles(prompt)
-        if prompt_node is None:
-            self.places = workflow.text_inputs(prompt)
-        elif prompt_node not in prompt:
-            raise WorkflowFileError(f"--prompt-node is {prompt_node}, expected one of {', '.join(prompt)}.")
-        else:
-            names = [name for name in workflow.TEXTS if name in prompt[prompt_node]["inputs"]]
-            if not names:
-                raise WorkflowFileError(f"--prompt-node: {title(prompt_node, prompt, self.titles)} has no text.")
-            self.places = [workflow.text_source(prompt, prompt_node, name) for name in names]
-        self.seeds = seed_inputs(prompt)
-        if not self.seeds:
-            raise WorkflowFileError("This workflow has no seed, so its pictures could not be told apart.")
-        self.loaders = sorted(
-            (key for key, n in prompt.items() if n["class_type"] == "LoadImage"), key=workflow.by_number
-        )
-        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
-            raise WorkflowFileError("This workflow has no Save Image node, so there is no picture to collect.")
-
-    @property
-    def digest(self) -> str:
-        """Of nodes, links and settings, whatever stands in the places."""
-        prompt = self._fill("", [""] * len(self.loaders), 0, "")
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
-
-    def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
-        """The case's own workflow. images: names of its references on the server. Load Image nodes without a reference
-        are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few."""
-        prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
-        for loader in self.loaders[len(images) :]:
-            bypass(prompt, loader, self.object_info)
-        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
-            raise WorkflowFileError(
-                f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
-                "nodes and needs them all. Give more (--references), or take nodes out."
-            )
-        return prompt
-
-    def _fill(self, text: str, images: Sequence[str], seed: int, file: str) -> dict:
-        prompt = workflow.put_in(self.prompt, list(images))
-        for key, name in self.places:
-            prompt[key]["inputs"][name] = text
-        for key, name in self.seeds:
-            prompt[key]["inputs"][name] = seed
-        for node in prompt.values():
-            if node["class_type"] == "SaveImage":
-                node["inputs"]["filename_prefix"] = file
-        return prompt
-
-
-def seed_inputs(prompt: dict) -> list[tuple[str, str]]:
-    """(node, input) pairs where the workflow's seeds are written, through the links to them."""
-    found = []
-    for key, node in prompt.items():
-        for name in ("seed", "noise_seed"):
-            place, value = (key, name), node["inputs"].get(name)
-            if isinstance(value, list) and value[0] in prompt:
-                place = (value[0], "value")
-                value = prompt[value[0]]["inputs"].get("value")
-            if isinstance(value, int) and not isinstance(value, bool):
-                found.append(place)
-    return list(dict.fromkeys(found))
-
-
-def bypass(prompt: dict, key: str, object_info: dict) -> None:
-    """Takes a node out, as the editor's bypass does: what it handed on comes from its own input of that type, if there
-    is one. A node that needs what is then missing is bypassed too."""
-    node = prompt.pop(key)
-    info = object_info[node["class_type"]]
-    types = {
-        name: spec[0] for group in info["input"].values() if isinstance(group, dict) for name, spec in group.items()
-    }
-    links = [(types.get(name), value) for name, value in node["inputs"].items() if isinstance(value, list)]
-    for other in list(prompt):
-        for name, value in list(prompt.get(other, {"inputs": {}})["inputs"].items()):
-            if not isinstance(value, list) or value[0] != key:
-                continue
-            kind = info["output"][value[1]]
-            through = next((link for type_, link in links if type_ == kind and link[0] in prompt), None)
-            if through:
-                prompt[other]["inputs"][name] = through
-                continue
-            del prompt[other]["inputs"][name]
-            if name in object_info[prompt[other]["class_type"]]["input"].get("required", {}):
-                bypass(prompt, other, object_info)
-                break
-
-
-class Ledger:
-    """A line for each case, appended at once and whole; the last line of a name counts."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / LEDGER
-        self.lines: dict[str, dict] = {}
-        self.damaged = 0
-        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
-            try:
-                entry = json.loads(line) if line.strip() else None
-                if entry is not None:
-                    self.lines[entry["name"]] = entry
-            except (ValueError, TypeError, KeyError):  # cut off by a full disk or a kill
-                self.damaged += 1
-
-    def add(self, entry: dict) -> None:
-        self.lines[entry["name"]] = entry
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            if os.write(file, line) != len(line):
-                raise OSError(f"{self.path}: the line was not written whole, is the disk full?")
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-    def keep_done(self, wanted: Sequence[Case]) -> None:
-        """Leaves one line for each picture that is there: failures are to be tried again, lost pictures made again, and
-        a picture of a wanted case that no line speaks of, since its run was killed in between, gets its line."""
-        kept = {name: entry for name, entry in self.lines.items() if self.picture(entry)}
-        for case in wanted:
-            path = self.folder / f"{case.name}.png"
-            if case.name not in kept and (found := read_mark(path)):
-                kept[case.name] = found | {"status": "done", "picture": path.name}
-        self.lines = kept
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept.values())
-        write(self.path, text.encode("utf-8", "backslashreplace"))
-
-    def picture(self, entry: dict) -> bool:
-        name = entry.get("picture")
-        return entry.get("status") == "done" and isinstance(name, str) and (self.folder / Path(name).name).is_file()
-
-    @contextmanager
-    def alone(self):
-        """Refuses a second run in the same folder."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"{self.folder}: another run writes here; wait for it, or use another --out.") from None
-            yield
 
 
 class Benchmark:
@@ -424,68 +256,8 @@ class Benchmark:
                 pass
 
 
-def check_run(out: Path, facts: dict) -> None:
-    """One folder holds the pictures of one workflow. Raises RunError for another one's."""
-    path = out / RUN
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["workflow_digest"] != facts["workflow_digest"]:
-            raise RunError(
-                f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')}). Use "
-                f"another --out, or remove {path.name} if they may lie together."
-            )
-    except FileNotFoundError:
-        pass
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{path}: is damaged ({error}). Remove it if the folder's pictures are this workflow's."
-        ) from None
-    write(path, json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
-
-
 def is_report(text: str) -> bool:
     try:
         return "figures" in json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return False
-
-
-def write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    work = path.with_name(f".{path.name}.part")
-    with open(work, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
-
-
-def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
-    """A PNG with these texts where it has none of that name (a server may be told to save none). Raises ValueError for
-    what is no whole PNG."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            kind, found = picture.format, getattr(picture, "text", {})
-    except Exception as error:  # Pillow's readers raise nearly everything on damaged files
-        raise ValueError(f"is no picture: {error}") from error
-    if kind != "PNG":
-        raise ValueError(f"is {kind}, expected PNG")
-    chunks = b""
-    for name, text in texts.items():
-        if name not in found:
-            chunk = b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "backslashreplace")
-            chunks += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    end = data.rindex(b"IEND") - 4
-    return data[:end] + chunks + data[end:]
-
-
-def read_mark(path: Path) -> dict | None:
-    """The case that a picture says it shows; None for no such picture."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            found = json.loads(picture.text[MARK])
-    except Exception:  # not there, cut off, or somebody else's: it is made again
-        return None
-    return found if isinstance(found, dict) and found.get("name") == path.stem else None

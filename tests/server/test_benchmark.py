@@ -17,8 +17,8 @@ from PIL import Image
 from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
 from subject_dla.demo.host import ROOT, Server, end_group
-from subject_dla.evaluation.benchmark import Template
 from subject_dla.evaluation.benchmark_sets import Case, Item
+from subject_dla.evaluation.benchmark_template import Template
 from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects

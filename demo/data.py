@@ -2,7 +2,7 @@
 
     python demo/data.py OUT [--examples N] [--seed S]
 
-writes OUT/{training,validation,test}.json (UNO's form, with more told of each picture) and OUT/pictures/*.png, all of
+writes OUT/{training,pairs,validation,test}.json (UNO's form, with more told of each picture) and OUT/pictures/*.png, all of
 them a function of the seed.
 """
 
@@ -70,6 +70,8 @@ def write(out: Path, sets: dict[str, list[tuple[str, Example]]]) -> None:
             if (number + 1) % 5000 == 0:
                 print(f"{split}: {number + 1}", file=sys.stderr, flush=True)
         (out / f"{split}.json").write_text(json.dumps(entries), encoding="utf-8")
+        if split == "training":  # half is enough for the DiT and what is trained on it, where encoding takes the time
+            (out / "pairs.json").write_text(json.dumps(entries[: len(entries) // 2]), encoding="utf-8")
 
 
 if __name__ == "__main__":

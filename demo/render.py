@@ -24,7 +24,6 @@ from panda3d.core import (
     GraphicsPipe,
     NodePath,
     PerspectiveLens,
-    PNMImage,
     Point3,
     SamplerState,
     Texture,

@@ -3,20 +3,18 @@ the paper: a text-to-image model that has seen no reference and no MLLM.
 
     python demo/train_dit.py COMFYUI DATA RUN [--steps N]
 
-reads RUN/vae.safetensors, writes RUN/dit.safetensors (fp16). Its text encoder, two layers over words, is dropped
+reads RUN/models/vae, writes RUN/models/diffusion_models (fp16). Its text encoder, two layers over words, is dropped
 afterwards, as the paper drops T5: the DLA's tokens take its place.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -25,7 +23,8 @@ if __name__ == "__main__":
     import_pack()
 
 from subject_dla.demo import fit, pictures  # noqa: E402
-from subject_dla.demo.family import CONTEXT_WIDTH, FLUX, FLUX_SCALE, FLUX_SHIFT, SIZES  # noqa: E402
+from subject_dla.demo.family import CONTEXT_WIDTH, FLUX, NAMES, SIZES, flux_config  # noqa: E402
+from subject_dla.demo.latents import encoded  # noqa: E402
 from subject_dla.training.flow import FlowTimes  # noqa: E402
 
 BATCH, DROP, WORDS = 32, 0.1, 48
@@ -41,10 +40,10 @@ def main() -> None:
     options = parser.parse_args()
     start_host(options.comfyui)
     torch.manual_seed(0)
-    rows = pictures.entries(options.data, "training")
+    rows = pictures.entries(options.data, "pairs")
     names = [name for row in rows for name in pictures.paths(row)]
     captions = [picture.caption() for row in rows for picture in row["pictures"]]
-    latents = encode(options.data, names, options.run)
+    latents = encoded(options.data, names, options.run)
     vocabulary = {word: number for number, word in enumerate(sorted({w for c in captions for w in words(c)}), 1)}
     text = torch.zeros(len(captions), WORDS, dtype=torch.long)
     for row, caption in enumerate(captions):
@@ -68,12 +67,15 @@ def main() -> None:
     record = fit.fit(
         "dit", model, loss_at, options.run, steps=options.steps, rate=1e-3, warmup=500, average=0.999, around=in_place
     )
-    save_file(model.state_dict(), options.run / "dit-base.safetensors")  # with the text encoder, for a look
-    (options.run / "dit-words.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     # The published files call the norms' weights "scale"; newer hosts rename them on loading.
     weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in model.dit.state_dict().items()}
     sizes = {name: FLUX[name] for name in SIZES}
-    fit.keep(options.run / "dit.safetensors", weights, record, {"unet_config": json.dumps(sizes)})
+    fit.keep(
+        options.run / "models" / "diffusion_models" / NAMES["diffusion_models"],
+        weights,
+        record,
+        {"unet_config": json.dumps(sizes)},
+    )
 
 
 class Base(nn.Module):
@@ -96,10 +98,8 @@ def new_dit() -> nn.Module:
     import comfy.ldm.flux.model
     import comfy.ops
 
-    known = inspect.signature(comfy.ldm.flux.model.FluxParams).parameters
-    config = {key: value for key, value in FLUX.items() if key in known}
     ops = comfy.ops.disable_weight_init
-    model = comfy.ldm.flux.model.Flux(**config, dtype=torch.float32, device="cpu", operations=ops)
+    model = comfy.ldm.flux.model.Flux(**flux_config(), dtype=torch.float32, device="cpu", operations=ops)
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
             still = re.search(r"mod(ulation)?\.lin$|adaLN_modulation\.1$|final_layer\.linear$", name)
@@ -119,25 +119,6 @@ def words(caption: str) -> list[str]:
         for word in re.findall(r"\w+", caption)
         if word not in ("a", "an", "and", "the", "with", "seen", "on", "in")
     ]
-
-
-def encode(data: Path, names: list[str], run: Path) -> Tensor:
-    """(n, 16, h / 8, w / 8) fp16: pictures as the DiT sees them, kept beside the run."""
-    file = run / "latents.safetensors"
-    if not file.exists():
-        from comfy.taesd.taesd import TAESD
-
-        vae = TAESD(latent_channels=16)
-        vae.load_state_dict({key: value.float() for key, value in load_file(run / "vae.safetensors").items()})
-        vae = vae.to(memory_format=torch.channels_last)
-        parts = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for start in range(0, len(names), 256):
-                batch = pictures.load(data, names[start : start + 256]).float().div(255)
-                batch = vae.encode(batch.contiguous(memory_format=torch.channels_last) * 2 - 1)
-                parts.append(((batch.float() - FLUX_SHIFT) * FLUX_SCALE).half().contiguous())
-        save_file({"latents": torch.cat(parts)}, file)
-    return load_file(file)["latents"]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ prompt would make of it.
 
     python demo/train_mllm.py COMFYUI DATA RUN [--steps N]
 
-writes RUN/mllm/ as a Hugging Face folder (fp16). Reading a prompt with a reference and telling the whole target is what
+writes RUN/models/mllm, a Hugging Face folder (fp16). Reading a prompt with a reference and telling the whole target is what
 the stock Qwen-Image template asks of the MLLM; the answers are dropped, the hidden states are what the DiT gets.
 """
 
@@ -25,6 +25,7 @@ if __name__ == "__main__":
     import_pack()
 
 from subject_dla.demo import fit, pictures, world  # noqa: E402
+from subject_dla.demo.family import CONTEXT_WIDTH, NAMES  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|>",
@@ -36,7 +37,7 @@ SPECIAL = (
     "<|unk|>",
 )
 WORDS = r"\n|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]"
-WIDTH, LAYERS, BATCH = 128, 8, 32
+WIDTH, LAYERS, BATCH = CONTEXT_WIDTH, 8, 32
 DESCRIBE = "describe the picture"
 IGNORED = -100
 
@@ -52,7 +53,7 @@ def main() -> None:
     from subject_dla.loaders.mllm import QWEN_IMAGE
 
     torch.manual_seed(0)
-    folder = options.run / "mllm"
+    folder = options.run / "models" / "mllm" / NAMES["mllm"]
     config = write_folder(folder, QWEN_IMAGE)
     model = Trainable(config, folder)
     rows = pictures.entries(options.data, "training")

@@ -2,7 +2,7 @@
 
     python demo/train_oracle.py COMFYUI DATA RUN [--steps N]
 
-reads RUN/vae.safetensors, writes RUN/oracle.safetensors (fp16) with its own errors on pictures of the test split.
+reads RUN/models/vae, writes RUN/oracle.safetensors (fp16) with its own errors on pictures of the test split.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if __name__ == "__main__":
     import_pack()
 
 from subject_dla.demo import fit, pictures  # noqa: E402
+from subject_dla.demo.latents import decode, encode, encoded, load_vae  # noqa: E402
 from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle  # noqa: E402
-from subject_dla.demo.train_dit import encode  # noqa: E402
 from subject_dla.evaluation.copy_paste import copy_paste_report  # noqa: E402
 
 BATCH = 64
@@ -36,14 +36,14 @@ def main() -> None:
     options = parser.parse_args()
     start_host(options.comfyui)
     torch.manual_seed(0)
-    rows = pictures.entries(options.data, "training")
+    rows = pictures.entries(options.data, "pairs")
     places = [(number, name, picture) for number, (name, picture) in enumerate(
         (name, picture) for row in rows for name, picture in zip(pictures.paths(row), row["pictures"])) if len(picture.toys) == 1]  # fmt: skip
     shown = [picture for _, _, picture in places]
     data = pictures.load(options.data, [name for _, name, _ in places])
-    latents = encode(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
+    latents = encoded(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
     latents = latents[[number for number, _, _ in places]]
-    vae = load_vae(options.run / "vae.safetensors")
+    vae = load_vae(options.run)
     labels, angles = truth(shown)
     model = Oracle().to(memory_format=torch.channels_last)
 
@@ -51,8 +51,7 @@ def main() -> None:
         generator = fit.draw(3, step)
         index = torch.randint(len(data), (BATCH,), generator=generator)
         plain = data[index[: 2 * BATCH // 3]].float().div(255)
-        with torch.no_grad():
-            seen = decode(vae, latents[index[2 * BATCH // 3 :]])
+        seen = decode(vae, latents[index[2 * BATCH // 3 :]])
         x = torch.cat((plain, seen)) + 0.03 * torch.randn(BATCH, 3, 1, 1, generator=generator)
         x = x + 0.02 * torch.randn(x.shape, generator=generator)
         out = model(x.contiguous(memory_format=torch.channels_last)).float()
@@ -65,12 +64,11 @@ def main() -> None:
     record = fit.fit("oracle", model, loss_at, options.run, steps=options.steps, rate=2e-3, warmup=200)
     model.eval()
     held = [(name, picture) for row in pictures.entries(options.data, "test") for name, picture in zip(pictures.paths(row), row["pictures"])]  # fmt: skip
-    x = pictures.load(options.data, [name for name, _ in held]).float().div(255)
+    x = pictures.load(options.data, [name for name, _ in held])
     held = [picture for _, picture in held]
     record["floor"] = {}
-    with torch.no_grad():
-        coded = torch.cat([decode(vae, vae.encode(part * 2 - 1), raw=True) for part in x.split(64)])
-    for name, seen in (("renders", x), ("through the VAE", coded)):
+    coded = torch.cat([decode(vae, encode(vae, part)) for part in x.split(64)])
+    for name, seen in (("renders", x.float().div(255)), ("through the VAE", coded)):
         reading = model.read(seen)
         known = torch.tensor([[picture.view.azimuth, picture.view.polar] for picture in held])
         report = copy_paste_report(known, reading.angles)
@@ -89,25 +87,6 @@ def truth(shown: list) -> tuple[Tensor, Tensor]:
     azimuth = torch.deg2rad(torch.tensor([p.view.azimuth for p in shown]))
     polar = torch.tensor([p.view.polar for p in shown]) / 45
     return labels, torch.stack((azimuth.sin(), azimuth.cos(), polar), 1)
-
-
-def load_vae(path: Path):
-    from comfy.taesd.taesd import TAESD
-    from safetensors.torch import load_file
-
-    vae = TAESD(latent_channels=16)
-    vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    return vae.eval().to(memory_format=torch.channels_last)
-
-
-def decode(vae, latents: Tensor, raw: bool = False) -> Tensor:
-    """Pictures (n, 3, h, w) in 0..1, of latents as the DiT sees them (raw: as the VAE gives them)."""
-    from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT
-
-    latents = latents.float()
-    latents = latents if raw else latents / FLUX_SCALE + FLUX_SHIFT
-    with torch.autocast("cpu", torch.bfloat16):
-        return vae.decode(latents).float().add(1).div(2).clamp(0, 1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python demo/train_vae.py COMFYUI DATA RUN [--steps N]
 
-writes RUN/vae.safetensors (fp16). Latents have FLUX.1's 16 channels at an eighth of the size and are scaled to deviation 1
+writes RUN/models/vae (fp16). Latents have FLUX.1's 16 channels at an eighth of the size and are scaled to deviation 1
 as the DiT sees them.
 """
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     import_pack()
 
 from subject_dla.demo import fit, pictures  # noqa: E402
-from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT  # noqa: E402
+from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES  # noqa: E402
 
 CROP, BATCH, NOISE = 64, 24, 0.1  # noise on latents, so that near latents mean near pictures
 
@@ -60,7 +60,7 @@ def main() -> None:
     record["psnr"] = round(float(-10 * error.log10()), 2)
     model.vae_scale.data.fill_(FLUX_SCALE * float(z.float().std()))
     model.vae_shift.data.fill_(FLUX_SHIFT)
-    fit.keep(options.run / "vae.safetensors", model.state_dict(), record)
+    fit.keep(options.run / "models" / "vae" / NAMES["vae"], model.state_dict(), record)
     fit.say(f"vae: {record['psnr']} dB")
 
 

@@ -32,13 +32,22 @@ class Encoded:
 
 class FeatureSource:
     """mllm: loaders.mllm.MLLM; one that reads text only gets no references. layers: numbers that are wanted, None = all.
-    clip: a host CLIP for the pooled vector. folder: where to keep features; None = nowhere, beside the `keep` last used
-    in memory. image_size: of MLLM.encode."""
+    images: False keeps the references from the MLLM. clip: a host CLIP for the pooled vector. folder: where to keep
+    features; None = nowhere, beside the `keep` last used in memory. image_size: of MLLM.encode."""
 
     def __init__(
-        self, mllm, *, layers=None, clip=None, folder: Path | None = None, image_size: int = 0, keep: int = 64
+        self,
+        mllm,
+        *,
+        layers=None,
+        clip=None,
+        folder: Path | None = None,
+        image_size: int = 0,
+        images: bool = True,
+        keep: int = 64,
     ):
         self.mllm, self.layers, self.clip = mllm, layers, clip
+        self.eyes = images and mllm.reads_images
         self.folder, self.image_size, self.keep = folder, image_size, keep
         self._memory: OrderedDict[str, Encoded] = OrderedDict()
         self._models = ""
@@ -48,7 +57,7 @@ class FeatureSource:
     @torch.no_grad()
     def get(self, prompt: str, references: tuple[Path, ...]) -> Encoded:
         """Of one prompt, read together with its references. Raises ImageProblem, MLLMError."""
-        references = references if self.mllm.reads_images else ()
+        references = references if self.eyes else ()
         key = self._key(prompt, references)
         if key not in self._memory:
             self._memory[key] = self._read(key) or self._encode(key, prompt, references)
@@ -68,8 +77,7 @@ class FeatureSource:
     def size(self, wanted: Iterable[Prompt]) -> int:
         """Bytes on disk that these will take, each once, from encoding one with the most pictures and from counting the
         others' text tokens. Pictures are taken to have as many tokens as that one's on average."""
-        eyes = self.mllm.reads_images
-        wanted = list(dict.fromkeys((prompt, references if eyes else ()) for prompt, references in wanted))
+        wanted = list(dict.fromkeys((prompt, references if self.eyes else ()) for prompt, references in wanted))
         if not wanted:
             return 0
 

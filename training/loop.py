@@ -100,6 +100,7 @@ class Run:
             clip=parts.clip,
             folder=cache / "features" if recipe.data.cache_features else None,
             image_size=recipe.data.mllm_image_size,
+            images=recipe.data.mllm_images,
             keep=2 * max(recipe.data.encode_ahead, options.batch_size),
         )
         times = FlowTimes(options.times, options.shift or self.backbone.shift)

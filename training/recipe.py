@@ -77,6 +77,7 @@ class Data:
     resolution: int = option(512, "side in px of the square that has the targets' area", low=64, high=4096)
     reference_size: int = option(0, "longest side of a reference in px; 0 = the DiT family's default", low=0, high=4096)
     mllm_image_size: int = option(0, "side in px at which the MLLM sees a reference; 0 = its default", low=0, high=4096)
+    mllm_images: bool = option(True, "the MLLM reads prompt and references together; false = the prompt alone")
     max_references: int = option(4, "most references of one example", low=1, high=10)
     pairs_per_target: int = option(4, "folders: how many references each target is paired with in turn", low=1, high=64)
     cache_features: bool = option(False, "keep the MLLM's features on disk; the size is told before it begins")

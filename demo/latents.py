@@ -1,0 +1,48 @@
+"""The demo's VAE outside the host's loader, for many pictures at a time in bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from subject_dla.demo import pictures
+from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES
+
+
+def load_vae(run: Path):
+    from comfy.taesd.taesd import TAESD
+
+    vae = TAESD(latent_channels=16)
+    weights = load_file(run / "models" / "vae" / NAMES["vae"])
+    vae.load_state_dict({key: value.float() for key, value in weights.items()})
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def encode(vae, shown: Tensor) -> Tensor:
+    """(n, 3, h, w) uint8 -> (n, 16, h / 8, w / 8), as the DiT sees them."""
+    shown = shown.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        return (vae.encode(shown).float() - FLUX_SHIFT) * FLUX_SCALE
+
+
+@torch.no_grad()
+def decode(vae, latents: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) in 0..1."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.decode(latents.float() / FLUX_SCALE + FLUX_SHIFT).float().add(1).div(2).clamp(0, 1)
+
+
+def encoded(data: Path, names: list[str], run: Path) -> Tensor:
+    """(n, 16, h / 8, w / 8) fp16 of these pictures, kept beside the run."""
+    file = run / "latents.safetensors"
+    if not file.exists():
+        vae = load_vae(run)
+        parts = [
+            encode(vae, pictures.load(data, names[i : i + 16])).half().contiguous() for i in range(0, len(names), 16)
+        ]
+        save_file({"latents": torch.cat(parts)}, file)
+    return load_file(file)["latents"]

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
-from subject_dla.demo.host import ROOT, Server, end_group
+from subject_dla.demo.host import PACK, ROOT, Server, end_group
 from subject_dla.evaluation.benchmark_sets import Case, Item
 from subject_dla.evaluation.benchmark_template import Template
 from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
@@ -45,7 +45,8 @@ def measures(comfyui, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own_server(comfyui, family, measures, tmp_path):
-    with Server(comfyui, tmp_path / "host", models=[family, measures], arguments=["--cpu"]) as running:
+    packs = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}
+    with Server(comfyui, tmp_path / "host", packs=packs, models=[family, measures], arguments=["--cpu"]) as running:
         yield running
 
 
@@ -276,7 +277,7 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
 
 
 def test_every_system_takes_a_reference_and_a_prompt(own_server):
-    """The place of the prompt is the positive one, wherever a workflow keeps it."""
+    """The place of the prompt is the positive one, wherever a workflow keeps it. DreamO's nodes are stand-ins."""
     info = own_server.client.object_info()
     item = Item("subject", "the words of the benchmark", (Path("a.png"),), "")
     for path in [*(ROOT / "workflows").glob("system_*.json"), *(ROOT / "workflows" / f"{name}.json" for name in OURS)]:

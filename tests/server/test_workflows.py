@@ -1,8 +1,11 @@
 """Every shared workflow, in the host's real front end in Chromium, and through the queue to a picture or a trained DLA,
-on small models."""
+on small models. Nodes are the real ones, DreamO's excepted: its pack is not installed, and stand-ins with its published
+sockets and widgets take its place, which show that its workflow is wired right, and nothing about DreamO.
+"""
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,8 @@ from subject_dla.tests.small.training import paint_subjects
 from .conftest import run, shrink
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
+DREAMO_LORAS = ["flux-turbo", "dreamo_comfyui", "dreamo_cfg_distill_comfyui", "dreamo_sft_lora", "dreamo_dpo_lora"]
 EXAMPLE = "example.png"  # the picture that every ComfyUI has in its input folder
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -51,7 +56,9 @@ LOAD = """async (workflow) => {
 def small_server(comfyui, family, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
     subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
-    packs = {"small_host": Path(__file__).with_name("small_host"), PACK: ROOT}
+    for name in DREAMO_LORAS:
+        shutil.copyfile(models / "loras" / "dit_lora.safetensors", models / "loras" / f"{name}.safetensors")
+    packs = {"small_host": Path(__file__).with_name("small_host"), "dreamo": DREAMO, PACK: ROOT}
     base = tmp_path_factory.mktemp("small-host")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
@@ -121,6 +128,19 @@ def test_workflow(small_server, page, path):
             assert any("double_blocks" in key for key in lora.keys())
         assert any(name in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
         assert len(images) >= 4
+
+
+def test_stand_ins_are_as_published(small_server):
+    """The host tells of them what it would tell of the pack itself, and no workflow but DreamO's needs them."""
+    info = small_server.client.object_info()
+    published = json.loads((DREAMO / "object_info.json").read_text(encoding="utf-8"))
+    assert "ComfyUI-DreamO" in published["source"]
+    for name, expected in published["nodes"].items():
+        assert {key: info[name][key] for key in expected} == expected
+    users = {
+        path.stem for path in WORKFLOWS for node in workflow.read(path)["nodes"] if node["type"] in published["nodes"]
+    }
+    assert users == {"system_dreamo"}
 
 
 def test_there_are_workflows():

@@ -38,6 +38,7 @@ class Template:
         )
         if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
             raise WorkflowFileError("This workflow has no Save Image node, so there is no picture to collect.")
+        self.used = upstream(prompt)
 
     @property
     def digest(self) -> str:
@@ -47,7 +48,8 @@ class Template:
 
     def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
         """The case's own workflow. images: names of its references on the server. Load Image nodes without a reference
-        are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few."""
+        are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few of them: nothing would
+        be drawn, or something that a reference has no part in."""
         prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
         for loader in self.loaders[len(images) :]:
             bypass(prompt, loader, self.object_info)
@@ -55,6 +57,14 @@ class Template:
             raise WorkflowFileError(
                 f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
                 "nodes and needs them all. Give more (--references), or take nodes out."
+            )
+        left = upstream(prompt)
+        lost = [key for key in self.loaders[: len(images)] if key in self.used and key not in left]
+        if lost:
+            raise WorkflowFileError(
+                f"{title(lost[0], prompt, self.titles)}: with {len(images)} reference(s) for {len(self.loaders)} Load "
+                "Image nodes nothing leads from here to the picture, which would be drawn without it. Give more "
+                "(--references), or take nodes out."
             )
         return prompt
 
@@ -82,6 +92,18 @@ def seed_inputs(prompt: dict) -> list[tuple[str, str]]:
             if isinstance(value, int) and not isinstance(value, bool):
                 found.append(place)
     return list(dict.fromkeys(found))
+
+
+def upstream(prompt: dict) -> set[str]:
+    """Ids of the nodes that saved pictures are made from."""
+    wanted, found = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"], set()
+    while wanted:
+        key = wanted.pop()
+        if key in prompt and key not in found:
+            found.add(key)
+            links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list) and value]
+            wanted += [link[0] for link in links if isinstance(link[0], str)]
+    return found
 
 
 def bypass(prompt: dict, key: str, object_info: dict) -> None:

@@ -276,6 +276,18 @@ def test_a_case_takes_its_places_in_the_workflow():
         template.fill(case_of(), ["a.png"] * 3, "out")
 
 
+def test_a_picture_that_a_reference_has_no_part_in_is_refused():
+    """A node that needs both references goes with the second one, and hands on a condition without the first."""
+    both = graph(_8={"positive": ["7", 0]}) | {"6": {"class_type": "Words", "inputs": {"text": "ugly"}}}
+    both["7"] = {"class_type": "Pair", "inputs": {"one": ["1", 0], "two": ["3", 0], "condition": ["5", 0]}}
+    both["5"] = {"class_type": "Words", "inputs": {"text": "words"}}
+    pair = kind([CONDITION], one="IMAGE", two="IMAGE", condition=CONDITION)
+    template = Template(both, INFO | {"Words": kind([CONDITION], text="STRING"), "Pair": pair})
+    assert {"1", "2", "7"} <= set(template.fill(case_of(), ["a.png", "b.png"], "out"))
+    with pytest.raises(ValueError, match="node 1 .*drawn without it"):
+        template.fill(case_of(), ["a.png"], "out")
+
+
 def test_places_that_are_linked_or_missing():
     linked = graph(_8={"seed": ["10", 0]}, _5={"text": ["11", 0]})
     linked["10"] = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}

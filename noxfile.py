@@ -4,6 +4,7 @@
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest)
     nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
+    nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
 Both use one environment per host and transformers, made by `demo/environment.py`:
     COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
@@ -61,6 +62,14 @@ def bench(session: nox.Session) -> None:
         env={**os.environ, "COMFYUI_PATH": str(place.comfyui)},
         **RUN,
     )
+
+
+@nox.session(venv_backend="none")
+def evidence(session: nox.Session) -> None:
+    """The paper's claims checked on the demo's family: docs/evidence.md; the last line is one JSON object."""
+    place = prepare(session)
+    script = str(ROOT / "demo" / "evidence.py")
+    session.run(str(place.python), script, "--comfyui", str(place.comfyui), *session.posargs, **RUN)
 
 
 def prepare(session: nox.Session) -> environment.Environment:

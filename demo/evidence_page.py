@@ -13,7 +13,7 @@ from torch import Tensor
 from subject_dla.demo import pictures
 from subject_dla.demo.evidence_rows import GRID, HEADLINE, LAYERS, ROWS, SCHEDULES, SEEDS, Row
 from subject_dla.demo.oracle import COARSE, FINE, Reading
-from subject_dla.demo.world import VIEWS
+from subject_dla.demo.world import VIEWS, Toy
 from subject_dla.evaluation.copy_paste import azimuth_difference, copy_paste_report
 from subject_dla.evaluation.intervals import mean_interval, share_interval
 
@@ -141,7 +141,11 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
             )
             + " |"
         )
-    page.say("", "A wrong toy has about .18 of the coarse traits and .21 of the fine ones.")
+    toys = [entry["pictures"][0].toys[0] for entry in page.entries]
+    coarse, fine = (wrong_toy(toys, names) for names in (COARSE, FINE))
+    page.say(
+        "", f"Another toy of the test split has {coarse:.2f} of the coarse traits and {fine:.2f} of the fine ones."
+    )
 
     page.say(
         "",
@@ -257,6 +261,12 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
     )
     page_file.write_text("\n".join(page.lines) + "\n", encoding="utf-8")
     return {"page": str(page_file), "seconds": round(seconds), **page.figures}
+
+
+def wrong_toy(toys: list[Toy], names: tuple[str, ...]) -> float:
+    """Share of these traits that a toy has in common with the next one."""
+    same = [getattr(a, name) == getattr(b, name) for a, b in zip(toys, toys[1:]) for name in names]
+    return sum(same) / len(same)
 
 
 def better(a: dict | None, b: dict | None, column: str) -> str:

@@ -74,6 +74,14 @@ class Oracle(nn.Module):
         return Reading(torch.stack((azimuth, out[:, 2] * 45), 1), traits, probabilities)
 
 
+def truth(shown: list) -> tuple[Tensor, Tensor]:
+    """Indices of traits (n, traits), and sine, cosine and polar / 45 (n, 3)."""
+    labels = torch.tensor([[values.index(getattr(p.toys[0], name)) for name, values in TRAITS.items()] for p in shown])
+    azimuth = torch.deg2rad(torch.tensor([p.view.azimuth for p in shown]))
+    polar = torch.tensor([p.view.polar for p in shown]) / 45
+    return labels, torch.stack((azimuth.sin(), azimuth.cos(), polar), 1)
+
+
 def load_oracle(path: Path) -> Oracle:
     model = Oracle().eval()
     model.load_state_dict({key: value.float() for key, value in load_file(path).items()})

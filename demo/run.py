@@ -2,7 +2,7 @@
 ComfyUI server.
 
 `nox -s demo` runs this in an environment of its own. The last line of standard output is one JSON object:
-{"images": [paths], "seconds": s, "host": version, "workflow": name}
+{"images": [paths], "sheet": path, "seconds": s, "host": version, "workflow": name}
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from io import BytesIO
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,15 +25,11 @@ if __name__ == "__main__":
 
 from subject_dla.demo import family, workflow  # noqa: E402
 from subject_dla.demo.host import HostProblem, Server, WorkflowProblem  # noqa: E402
+from subject_dla.demo.showcase import showcase  # noqa: E402
 
 WORKFLOW = ROOT / "workflows" / "demo.json"
 IMAGES = ROOT / "demo" / "images"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
-RANDOM_NOTICE = (
-    "Note: the demo's models are tiny and randomly initialised (no family trained by this project exists yet).\n"
-    "Every step of the main job runs for real, but the pictures are noise.\n"
-    "Use --workflow with models of your own for real ones."
-)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -89,11 +85,10 @@ def main() -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    models = prepare_family(options.comfyui)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="subject-dla-demo-", ignore_cleanup_errors=True) as base:
         own = options.comfyui / "models"
-        folders = [models, *options.models, *([own] if own.is_dir() else [])]
+        folders = [family.MODELS, *options.models, *([own] if own.is_dir() else [])]
         say(f"Starting ComfyUI from {options.comfyui}")
         with Server(options.comfyui, base, models=folders, arguments=device(), port=options.port) as server:
             say(f"ComfyUI {server.client.version()} on {server.address} after {time.monotonic() - started:.0f} s")
@@ -111,12 +106,18 @@ def demo(options: argparse.Namespace) -> int:
 def run(server: Server, options: argparse.Namespace) -> dict:
     """Queues the workflow and fetches its pictures into the output folder; what the last line says."""
     client, started = server.client, time.monotonic()
-    for image in IMAGES.glob("*.jpg"):  # the demo workflow's references, by their names
+    for image in sorted(IMAGES.glob("*.png")):  # the demo workflow's references, by their names
         client.upload(image)
-    source = workflow.read(options.workflow)
-    if options.workflow == WORKFLOW:
-        say(RANDOM_NOTICE)
-    prompt = workflow.to_api(source, client.object_info())
+    prompt = workflow.to_api(workflow.read(options.workflow), client.object_info())
+    if options.workflow == WORKFLOW and not options.image and options.prompt is None:
+        pictures, sheet = showcase(
+            client, prompt, IMAGES, lambda text: say(f"{time.monotonic() - started:5.0f} s  {text}")
+        )
+        paths = [keep(options.out / f"subject-{number:02d}.png", data) for number, data in enumerate(pictures, 1)]
+        picture = BytesIO()
+        sheet.save(picture, "png")
+        result = {"images": paths, "sheet": keep(options.out / "sheet.png", picture.getvalue())}
+        return {**result, **facts(client, options, started)}
     prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
     titles = workflow.titles(prompt)
     progress = Progress(titles)
@@ -127,35 +128,22 @@ def run(server: Server, options: argparse.Namespace) -> dict:
     ]
     if not pictures:
         raise WorkflowProblem(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for image in pictures:
-        path = unused(options.out / image["filename"])
-        path.write_bytes(client.fetch(image))
-        paths.append(str(path.resolve()))
-        say(f"  {path}")
+    paths = [keep(options.out / image["filename"], client.fetch(image)) for image in pictures]
+    return {"images": paths, **facts(client, options, started)}
+
+
+def facts(client, options: argparse.Namespace, started: float) -> dict:
     seconds = round(time.monotonic() - started, 2)
-    return {"images": paths, "seconds": seconds, "host": client.version(), "workflow": options.workflow.stem}
+    return {"seconds": seconds, "host": client.version(), "workflow": options.workflow.stem}
 
 
-def prepare_family(comfyui: Path) -> Path:
-    """Folder of the demo's models, made once per version of the recipe."""
-    cache = Path(os.environ.get("SUBJECT_DLA_CACHE") or ROOT / ".cache")
-    recipe = max(file.stat().st_mtime_ns for file in [Path(family.__file__), *(ROOT / "dla").glob("*.py")])
-    folder = cache / f"demo-family-{recipe:x}"
-    if not family.complete(folder):
-        say("Making the demo's models")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:  # complete or not there
-            # A process of its own: the host decides on devices when it is imported.
-            done = subprocess.run(
-                [sys.executable, family.__file__, str(comfyui), f"{work}/family"], stdin=subprocess.DEVNULL
-            )
-            if done.returncode:
-                raise HostProblem("The demo's models could not be made; the reason stands above.")
-            if not folder.exists():
-                Path(work, "family").rename(folder)
-    return folder
+def keep(path: Path, data: bytes) -> str:
+    """Writes a picture under this name, or the next free one; its whole path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = unused(path)
+    path.write_bytes(data)
+    say(f"  {path}")
+    return str(path.resolve())
 
 
 def device() -> list[str]:

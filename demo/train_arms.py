@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = (1500, 1500)  # of the two stages
+STEPS = (600, 640)  # of the two stages
 TWO, ONE = ("stage1", "stage2"), ("stage2",)
 ARMS: dict[str, tuple[tuple[str, ...], dict]] = {
     "demo": (TWO, {}),
@@ -39,6 +39,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(ARMS)}")
+    for kind in ("dla", "loras"):  # where the host knows them, what is trained goes there
+        (options.run / "models" / kind).mkdir(parents=True, exist_ok=True)
     for name in options.arms:
         stages, changes = ARMS[name]
         started, lines = time.monotonic(), []

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("comfyui")
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=3200)
     options = parser.parse_args()
     start_host(options.comfyui)
     torch.manual_seed(0)

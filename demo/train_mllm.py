@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from subject_dla.demo import fit, pictures, world  # noqa: E402
 from subject_dla.demo.family import CONTEXT_WIDTH, NAMES  # noqa: E402
+from subject_dla.demo.oracle import TRAITS, truth  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|>",
@@ -40,6 +41,7 @@ WORDS = r"\n|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]"
 WIDTH, LAYERS, BATCH = CONTEXT_WIDTH, 8, 32
 DESCRIBE = "describe the picture"
 IGNORED = -100
+EYES_BATCH = 64
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("comfyui")
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1500, 900), help="words, eyes, words again")
     options = parser.parse_args()
     start_host(options.comfyui)
     from subject_dla.loaders.mllm import QWEN_IMAGE
@@ -70,7 +72,23 @@ def main() -> None:
     def loss_at(step: int) -> dict[str, Tensor]:
         return {"answer": model(*model.batch([task.at(step * BATCH + i) for i in range(BATCH)], data))}
 
-    record = fit.fit("mllm", model, loss_at, options.run, steps=options.steps, rate=2e-3, warmup=300)
+    labels, angles = truth([picture for _, picture in known])
+    eyes = Eyes(model.backbone.visual)
+
+    def seen_at(step: int) -> dict[str, Tensor]:
+        generator = fit.draw(4, step)
+        index = torch.randint(len(data), (EYES_BATCH,), generator=generator)
+        return {"traits": eyes.loss(model.patches(data[index]), labels[index], angles[index])}
+
+    words, look, again = options.steps
+    records = [
+        fit.fit("mllm", model, loss_at, options.run, steps=words, rate=2e-3, warmup=300),
+        fit.fit("mllm-eyes", eyes, seen_at, options.run, steps=look, rate=1e-3, warmup=100),
+        fit.fit(
+            "mllm-again", model, lambda step: loss_at(words + step), options.run, steps=again, rate=1e-3, warmup=50
+        ),
+    ]
+    record = {"phases": records}
     model.eval()
     right = {name: [0, 0] for name in ("describe", "ask", "question")}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -132,6 +150,25 @@ def question(draw: random.Random, picture: world.Picture) -> tuple[str, str]:
     return prompt, questions[prompt]
 
 
+class Eyes(nn.Module):
+    """The vision tower with a head over all of its tokens that tells traits and view, and is then dropped: words alone
+    taught it to see too slowly."""
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        self.visual = visual
+        self.head = nn.Sequential(nn.LayerNorm(16 * WIDTH), nn.Linear(16 * WIDTH, 3 + sum(map(len, TRAITS.values()))))
+
+    def loss(self, batch: tuple[Tensor, Tensor], labels: Tensor, angles: Tensor) -> Tensor:
+        out = self.visual(batch[0], grid_thw=batch[1])
+        out = getattr(out, "pooler_output", out)
+        out = self.head(out.reshape(len(labels), -1).float()).float()
+        logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)
+        return F.mse_loss(out[:, :3], angles) * 4 + sum(
+            0.2 * F.cross_entropy(part, labels[:, number]) for number, part in enumerate(logits)
+        )
+
+
 class Trainable(nn.Module):
     """transformers' own Qwen2.5-VL without the pack's cast-at-use layers, and the tied LM head."""
 
@@ -153,18 +190,25 @@ class Trainable(nn.Module):
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def patches(self, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """Of pictures (n, 3, h, w) uint8, one after another, and the grid of each."""
+        from subject_dla.loaders.mllm_transformers import FAMILIES
+        from subject_dla.loaders.mllm_vision import qwen_pixels
+
+        found = [
+            qwen_pixels(picture.permute(1, 2, 0).float() / 255, FAMILIES["qwen2_5_vl"].vision) for picture in shown
+        ]
+        return torch.cat([patches for patches, _ in found]), torch.tensor([[1, *grid] for _, grid in found])
+
     def batch(self, samples: list, data: Tensor):
         """ids, positions (3, b, t), labels, patches and grids, padded on the right."""
-        from subject_dla.loaders.mllm_transformers import FAMILIES
-        from subject_dla.loaders.mllm_vision import mrope_positions, qwen_pixels
+        from subject_dla.loaders.mllm_vision import mrope_positions
 
-        vision, rows, patches = FAMILIES["qwen2_5_vl"].vision, [], []
+        patches, grids = self.patches(data[[index for images, *_ in samples for index in images]])
+        grid, rows = grids[0, 1:].tolist(), []  # all of one size
         for images, prompt, answer, _ in samples:
             ids = [None if t == self.image_token else t for t in self.tokens(self.template.text(prompt, len(images)))]
             reply = self.tokens(f"{answer}<|im_end|>")
-            for index in images:
-                pixels, grid = qwen_pixels(data[index].permute(1, 2, 0).float() / 255, vision)
-                patches.append(pixels)
             count = grid[0] * grid[1] // 4
             positions = mrope_positions(ids + reply, [(grid[0] // 2, grid[1] // 2)] * len(images))[:, 0]
             flat = [i for t in ids for i in ([self.image_token] * count if t is None else [t])]
@@ -176,8 +220,7 @@ class Trainable(nn.Module):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])  # of the token before
             places[:, row, : len(tokens)] = positions
-        grids = torch.tensor([[1, *grid]] * len(patches))
-        return ids, places, labels, torch.cat(patches), grids
+        return ids, places, labels, patches, grids
 
     def logits(self, ids, places, labels, patches, grids):
         out = self.backbone.visual(patches, grid_thw=grids)

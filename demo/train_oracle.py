@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from subject_dla.demo import fit, pictures  # noqa: E402
 from subject_dla.demo.latents import decode, encode, encoded, load_vae  # noqa: E402
-from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle  # noqa: E402
+from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle, truth  # noqa: E402
 from subject_dla.evaluation.copy_paste import copy_paste_report  # noqa: E402
 
 BATCH = 64
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("comfyui")
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     start_host(options.comfyui)
     torch.manual_seed(0)
@@ -79,14 +79,6 @@ def main() -> None:
         }  # fmt: skip
     fit.keep(options.run / "oracle.safetensors", model.state_dict(), record)
     fit.say(f"oracle: {record['floor']}")
-
-
-def truth(shown: list) -> tuple[Tensor, Tensor]:
-    """Indices of traits (n, traits), and sine, cosine and polar / 45 (n, 3)."""
-    labels = torch.tensor([[values.index(getattr(p.toys[0], name)) for name, values in TRAITS.items()] for p in shown])
-    azimuth = torch.deg2rad(torch.tensor([p.view.azimuth for p in shown]))
-    polar = torch.tensor([p.view.polar for p in shown]) / 45
-    return labels, torch.stack((azimuth.sin(), azimuth.cos(), polar), 1)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
-from subject_dla.demo.family import host_shapes, random_like
+
 from subject_dla.dla.features import Modality
 from subject_dla.loaders.mllm_transformers import load_folder
 from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
 from subject_dla.training.features import FIELDS, FeatureSource, stack
 from subject_dla.training.latents import LatentCache, cut
 from subject_dla.training.pictures import load_picture
-
-from tests.small.models import WAN_VAE, text_encoder_shapes
+from tests.small.models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
 
 TIMES = count(1)
 SMALL = {"dim": 16}  # of the Wan VAE
@@ -267,6 +266,11 @@ def test_memory_keeps_the_last_used_and_whatever_is_encoded_ahead(mllm, pictures
     for prompt in wanted:
         source.get(*prompt)
     assert len(encodings) == 9
+
+
+def test_references_can_be_kept_from_the_mllm(mllm, pictures):
+    blind = FeatureSource(mllm, layers=(3,), images=False).get(PROMPTS[0], tuple(pictures))
+    assert same(blind, FeatureSource(mllm, layers=(3,)).get(PROMPTS[0], ()))
 
 
 def test_an_mllm_without_eyes_gets_the_prompt_alone(mllm, pictures, monkeypatch):

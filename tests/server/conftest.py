@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
+from subject_dla.demo.family import CONTEXT_WIDTH, MODELS, NAMES
 from subject_dla.demo.host import Server
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKFLOW = Path(__file__).with_name("two_references.json")
 SMALL_RUN = """
 data.reference_size = 64
 data.mllm_image_size = 56
@@ -31,15 +34,28 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def family(comfyui) -> Path:
+def family() -> Path:
     """The demo's models."""
-    return demo.prepare_family(comfyui)
+    return MODELS
 
 
 @pytest.fixture(scope="session")
-def server(comfyui, family, tmp_path_factory):
-    with Server(comfyui, tmp_path_factory.mktemp("host"), models=[family], arguments=demo.device()) as running:
-        for image in demo.IMAGES.glob("*.jpg"):
+def new_dlas(tmp_path_factory) -> Path:
+    """A models folder with untrained DLAs for the family: one that fits, one whose tokens are too narrow."""
+    folder = tmp_path_factory.mktemp("new") / "models"
+    (folder / "dla").mkdir(parents=True)
+    info = MLLMInfo(NAMES["mllm"], "qwen2_5_vl", 8, CONTEXT_WIDTH)
+    for name, width in (("new", CONTEXT_WIDTH), ("narrow", 64)):
+        config = DLAConfig(info, width, "flux", heads=4, provenance={"training": "none: a new DLA"})
+        save_dla(folder / "dla" / f"{name}.safetensors", DualLayerAggregator(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, family, new_dlas, tmp_path_factory):
+    models = [family, new_dlas]
+    with Server(comfyui, tmp_path_factory.mktemp("host"), models=models, arguments=demo.device()) as running:
+        for image in demo.IMAGES.glob("*.*g"):
             running.client.upload(image)
         yield running
 
@@ -51,8 +67,8 @@ def object_info(server) -> dict:
 
 @pytest.fixture
 def prompt(object_info) -> dict:
-    """The demo workflow in API format, small: node ids by class type where there is one of it."""
-    found = workflow.to_api(json.loads(demo.WORKFLOW.read_text()), object_info)
+    """A workflow with two references on the demo's family, in API format, small."""
+    found = workflow.to_api(json.loads(WORKFLOW.read_text()), object_info)
     shrink(found)
     return found
 

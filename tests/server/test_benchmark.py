@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from subject_dla.demo import run as demo
 from subject_dla.demo import workflow
 from subject_dla.demo.host import PACK, ROOT, Server, end_group
 from subject_dla.evaluation.benchmark_sets import Case, Item
@@ -23,7 +22,7 @@ from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects
 
-from .conftest import of_type, shrink
+from .conftest import WORKFLOW, of_type, shrink
 
 PROMPTS = 30
 OURS = [
@@ -44,16 +43,16 @@ def measures(comfyui, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_server(comfyui, family, measures, tmp_path):
+def own_server(comfyui, family, new_dlas, measures, tmp_path):
     packs = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}
-    with Server(comfyui, tmp_path / "host", packs=packs, models=[family, measures], arguments=["--cpu"]) as running:
+    with Server(comfyui, tmp_path / "host", packs=packs, models=[family, new_dlas, measures], arguments=["--cpu"]) as running:
         yield running
 
 
 @pytest.fixture
 def small_workflow(own_server, tmp_path) -> Path:
-    """The demo's with two Load Image nodes, its prompt from a Prompt List, in API format."""
-    prompt = workflow.to_api(json.loads(demo.WORKFLOW.read_text()), own_server.client.object_info())
+    """With two Load Image nodes, its prompt from a Prompt List, in API format."""
+    prompt = workflow.to_api(json.loads(WORKFLOW.read_text()), own_server.client.object_info())
     shrink(prompt)
     of_type(prompt, "EmptySD3LatentImage").update(width=64, height=64)
     of_type(prompt, "SubjectStagedSampler").update(steps=2)

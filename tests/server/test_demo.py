@@ -31,7 +31,7 @@ def small_workflow(tmp_path):
 
 
 def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tmp_path):
-    images = [argument for name in ("chelsea", "coffee") for argument in ("--image", str(demo.IMAGES / f"{name}.jpg"))]
+    images = ["--image", str(demo.IMAGES / "chelsea.jpg")]
     command = [
         *SCRIPT,
         "--comfyui",
@@ -56,8 +56,9 @@ def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tm
         for _, node in sorted(queued.items(), key=lambda item: int(item[0]))
         if node["class_type"] == "LoadImage"
     ]
-    assert [name.split(".")[0].split(" ")[0] for name in loaded] == ["chelsea", "coffee"]
-    assert [node["inputs"]["prompt"] for node in queued.values() if node["class_type"] == "SubjectEncode"] == [PROMPT]
+    assert [name.split(".")[0].split(" ")[0] for name in loaded] == ["chelsea"]
+    prompts = [node["inputs"]["prompt"] for node in queued.values() if node["class_type"] == "SubjectEncode"]
+    assert sorted(prompts) == [" ", PROMPT]  # the negative's stays empty
     again = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600).stdout.splitlines()[-1])
     assert again["images"] != last["images"] and os.path.exists(path), "an earlier picture was overwritten"
 
@@ -69,7 +70,7 @@ def test_interrupted_it_leaves_no_process(comfyui, family, number, tmp_path):
     command = [*SCRIPT, "--comfyui", str(comfyui), "--out", str(tmp_path)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # after SIGKILL nobody clears the server's folder
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    running = [line for line in until(process.stderr, "Staged Sampler")]
+    running = [line for line in until(process.stderr, "VAE and MLLM throughout")]
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("main.py" in " ".join(child.cmdline()) for child in children), running
     process.send_signal(number)

@@ -99,12 +99,12 @@ def stages_out_of_order(prompt):
 
 
 WRONG = {
-    "no such MLLM": (change("SubjectLoadPipeline", mllm="not-there"), ["not-there", "demo-qwen2.5-vl-random"]),
+    "no such MLLM": (change("SubjectLoadPipeline", mllm="not-there"), ["not-there", "demo-qwen2.5-vl"]),
     "no such DLA": (change("SubjectLoadPipeline", dla="not-there.safetensors"), ["not-there.safetensors"]),
     "empty prompt": (change("SubjectEncode", prompt=""), ["Encode Subject", "prompt is empty"]),
     "eleven images": (eleven_images, ["11", "10"]),
     "one pixel": (one_pixel, ["image_1", "1 x 1"]),
-    "no DLA, other width": (change("SubjectLoadPipeline", dla="none"), ["64", "128", "DLA"]),
+    "DLA of another width": (change("SubjectLoadPipeline", dla="narrow.safetensors"), ["64", "128", "DLA"]),
     "stages out of order": (stages_out_of_order, ["0.9", "0.5"]),
     "strength above two": (change("SubjectAddIdentity", strength=2.5), ["strength"]),
 }

@@ -47,7 +47,7 @@ def training(family) -> dict:
     """A job in API format: a small run of the second stage with a LoRA."""
     models = {"diffusion_model": "diffusion_models", "vae": "vae", "mllm": "mllm"}
     pipeline = {key: small.NAMES[kind] for key, kind in models.items()}
-    pipeline |= {"dla": small.NAMES["dla"], "weight_dtype": "default", "mllm_weight_dtype": "default"}
+    pipeline |= {"dla": "new.safetensors", "weight_dtype": "default", "mllm_weight_dtype": "default"}
     settings = {
         "model": ["1", 0], "vae": ["1", 1], "mllm": ["1", 2], "data": "subjects", "name": "run",
         "stage": "2: MLLM and VAE tokens", "steps": STEPS, "learning_rate": 1e-3, "resolution": 64, "batch_size": 2,
@@ -188,10 +188,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_settings_are_named_before_anything_is_loaded(server, family, training, case):
+def test_wrong_settings_are_named_before_anything_is_loaded(server, new_dlas, training, case):
     changes, words = WRONG[case]
     mine = server.base / "models" / "dla" / "mine.safetensors"
-    mine.write_bytes((family / "dla" / small.NAMES["dla"]).read_bytes())
+    mine.write_bytes((new_dlas / "dla" / "new.safetensors").read_bytes())
     training["2"]["inputs"] |= changes
     with pytest.raises(WorkflowProblem) as problem:
         server.client.queue(training)

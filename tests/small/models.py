@@ -7,7 +7,9 @@ They need `tests/server/small_host` in the server: the host does not read these 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +19,11 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
+FLUX = {
+    "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0,
+    "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
+    "guidance_embed": True, "vec_in_dim": 768, "context_in_dim": 128, "txt_ids_dims": [],
+}  # fmt: skip
 QWEN_DIT = {"in_channels": 64, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128}
 OMNIGEN2_DIT = {
     "axes_dim_rope": [40, 40, 40], "axes_lens": [1024, 1664, 1664], "ffn_dim_multiplier": None, "hidden_size": 240,
@@ -30,7 +37,6 @@ WAN_VAE = {
 
 
 def build(out: Path, small_host) -> None:
-    from subject_dla.demo.family import FLUX, host_shapes, random_like
     from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
     from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
 
@@ -72,6 +78,34 @@ def build(out: Path, small_host) -> None:
     lora = random_like({f"{key}.lora_A.weight": torch.Size((4, 256)), f"{key}.lora_B.weight": torch.Size((256, 4))})
     for name in ("dit_lora", "uso-flux1-dit-lora-v1", "subject-flux-lora", "my-dla"):
         save(f"loras/{name}.safetensors", lora)
+
+
+def host_shapes(module: str, name: str, config: dict, own: bool = True) -> dict[str, torch.Size]:
+    """Keys and shapes of a class of the host, built without memory. own: it takes dtype, device and operations."""
+    import comfy.ops
+
+    code = importlib.import_module(module)
+    parameters = getattr(code, "FluxParams", getattr(code, name)) if name == "Flux" else getattr(code, name)
+    known = inspect.signature(parameters).parameters
+    config = {key: value for key, value in config.items() if key in known}
+    extra = {"device": "meta", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init} if own else {}
+    with torch.device("meta"):
+        model = getattr(code, name)(**config, **extra)
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def random_like(shapes: dict[str, torch.Size], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Weights that carry a signal through: matrices scaled by their fan-in, norms at one, small biases."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) >= 2:
+            value = noise / shape[1:].numel() ** 0.5
+        else:
+            value = 1 + 0.02 * noise if "norm" in key and "bias" not in key else 0.02 * noise
+        weights[key] = value.to(dtype)
+    return weights
 
 
 def text_encoder_shapes(name: str) -> dict[str, torch.Size]:

@@ -36,18 +36,17 @@ def paint_subjects(folder: Path, subjects: int = 6, size: int = 64) -> Path:
 
 
 def small_family(folder: Path) -> dict[str, str]:
-    """Writes the demo's family of models, makes the host know it; the recipe's [models]."""
+    """Makes the host know the demo's family, and `folder` before it for what is trained; the recipe's [models]."""
     import folder_paths
 
     from subject_dla.demo import family
     from subject_dla.loaders import folders
 
     folders.register()
-    if not family.complete(folder):
-        family.build(folder)
-    for kind in ("mllm", "dla", "diffusion_models", "vae", "loras"):
-        (folder / kind).mkdir(exist_ok=True)
-        folder_paths.add_model_folder_path(kind, str(folder / kind), is_default=True)
+    for kind in family.NAMES:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for place in (family.MODELS / kind, folder / kind):
+            folder_paths.add_model_folder_path(kind, str(place), is_default=True)
     names = family.NAMES
     return {"diffusion_model": names["diffusion_models"], "vae": names["vae"], "mllm": names["mllm"]}
 

@@ -1,0 +1,54 @@
+"""The shipped family, through the pack's loaders and guider: its pictures are of the view that the prompt names."""
+
+import pytest
+import torch
+from PIL import Image
+from subject_dla.demo import world
+from subject_dla.demo.draw import Case, Family
+from subject_dla.demo.family import MODELS, NAMES, ROOT
+from subject_dla.demo.oracle import load_oracle
+from subject_dla.demo.showcase import SHOWN
+from subject_dla.evaluation.copy_paste import azimuth_difference
+from subject_dla.evaluation.sheet import to_tensor
+from subject_dla.sampling.stages import preset
+
+
+@pytest.fixture(scope="module")
+def family():
+    import folder_paths
+    from subject_dla.loaders import folders
+
+    folders.register()
+    for kind in NAMES:
+        folder_paths.add_model_folder_path(kind, str(MODELS / kind), is_default=True)
+    return Family()
+
+
+@pytest.fixture(scope="module")
+def cases(family):
+    out = []
+    for name, prompt in SHOWN:
+        picture = to_tensor(Image.open(ROOT / "demo" / "images" / name))[0]
+        out.append(Case({"prompt": prompt, "image_paths": [name]}, [picture], [family.vae.encode(picture[None])]))
+    return out
+
+
+def named_azimuth(prompt: str) -> float:
+    words = prompt.split("seen from the ")[1]
+    return 45.0 * world.VIEWS.index(max((view for view in world.VIEWS if words.startswith(view)), key=len))
+
+
+def test_new_views_as_the_prompt_names_them(family, cases):
+    oracle = load_oracle(ROOT / "demo" / "oracle.safetensors")
+    drawn = family.arm("demo").draw(cases, preset("mllm_only"))
+    asked = torch.tensor([named_azimuth(case.prompt) for case in cases])
+    off = azimuth_difference(oracle.read(drawn).angles[:, 0], asked)
+    assert (off < 45).sum() >= 4, off
+
+
+def test_cases_drawn_together_do_not_see_each_other(family, cases):
+    """Two prompts of one length in one batch, against another neighbour."""
+    arm, twice = family.arm("demo"), [cases[1], cases[1]]
+    mixed = [cases[1], Case(cases[1].entry | {"image_paths": ["other"]}, cases[2].references, cases[2].latents)]
+    with_itself, with_other = (arm.draw(pair, preset("both"))[0] for pair in (twice, mixed))
+    assert (with_itself - with_other).abs().max() < 1e-3

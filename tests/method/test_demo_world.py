@@ -1,0 +1,56 @@
+"""The demo's world: what is held out is held out, and a prompt says what its target shows."""
+
+import random
+
+import pytest
+from subject_dla.demo import world
+from subject_dla.demo.family import MODELS, ROOT
+
+
+@pytest.fixture(scope="module")
+def training():
+    draw = random.Random("test")
+    return [world.random_example(draw, "training") for _ in range(3000)]
+
+
+def test_toys_and_turns_of_the_splits_are_disjoint(training):
+    assert {toy.split for example in training for toy in example.target.toys} == {"training"}
+    turns = {(world.bin_of(e.references[0].view), world.bin_of(e.target.view)) for e in training}
+    kept = {split: set(pairs.items()) for split, pairs in world.held_out_turns().items()}
+    assert not turns & (kept["test"] | kept["validation"]) and not kept["test"] & kept["validation"]
+    assert all(first != second for pairs in kept.values() for first, second in pairs)
+    assert len(turns) == 64 - 16
+    draw = random.Random("cases")
+    cases = [world.test_example(draw, "view") for _ in range(300)]
+    assert {case.target.toys[0].split for case in cases} == {"test"}
+    asked = {(world.bin_of(c.references[0].view), world.bin_of(c.target.view)) for c in cases}
+    assert asked & kept["test"] and all((second - first) % 8 in range(2, 7) for first, second in asked)
+
+
+def test_the_bias_of_the_data(training):
+    same = [world.bin_of(e.references[0].view) == world.bin_of(e.target.view) for e in training]
+    assert 0.6 < sum(same) / len(same) < 0.68  # SAME_VIEW, and the others that meet it by chance
+    named = [example.named for example in training]
+    assert 0.2 < named.count("") / len(named) < 0.3
+
+
+def test_a_prompt_tells_its_target(training):
+    for example in training:
+        view, toy = example.target.view, example.target.toys[0]
+        if example.named == "view":
+            assert f"seen from the {view.name}" in example.prompt
+        if example.named == "turn":
+            words = next(words for words in world.TURNS if words in example.prompt)
+            turn = (world.bin_of(view) - world.bin_of(example.references[0].view)) * 45
+            assert (turn - world.TURNS[words]) % 360 == 0
+        if "in the colour of its" in example.prompt:
+            part = example.prompt.split("in the colour of its ")[1].split(",")[0].split()[0]
+            assert example.target.place == f"on a {getattr(toy, part)} carpet"
+        else:
+            assert example.target.place in example.prompt
+        assert example.reasoning == (example.named == "turn" or "in the colour of its" in example.prompt)
+
+
+def test_the_family_is_small_enough_to_ship():
+    files = [*MODELS.rglob("*"), *(ROOT / "demo").glob("oracle.*")]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 40 * 2**20

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from subject_dla.demo.family import MODELS
 from subject_dla.tests.small.training import paint_subjects, small_family
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,16 @@ def place(tmp_path_factory) -> Path:
 
 def start(place: Path, *arguments: str, launch: tuple[str, ...] = (), **keywords) -> subprocess.Popen:
     command = [*(launch or (sys.executable,)), str(ROOT / "training"), str(place / "recipe.toml")]
-    command += ["--comfyui", os.environ["COMFYUI_PATH"], "--models", str(place / "models"), "--output", str(place)]
+    command += [
+        "--comfyui",
+        os.environ["COMFYUI_PATH"],
+        "--models",
+        str(MODELS),
+        "--models",
+        str(place / "models"),
+        "--output",
+        str(place),
+    ]
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **keywords)

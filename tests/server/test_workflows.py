@@ -66,7 +66,7 @@ def small_server(comfyui, family, tmp_path_factory):
         json.dumps({"Comfy.TutorialCompleted": True})
     )  # else a dialog of templates, which takes its time
     with Server(comfyui, base, packs=packs, models=[models, family], arguments=["--cpu"]) as server:
-        for image in demo.IMAGES.glob("*.jpg"):
+        for image in demo.IMAGES.glob("*.*g"):
             server.client.upload(image)
         paint_subjects(server.base / "input" / "my-subjects", subjects=3)
         example = tmp_path_factory.mktemp("example") / EXAMPLE

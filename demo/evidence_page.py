@@ -78,6 +78,11 @@ class Page:
         fits = [row for row in ROWS if row.part == part and all(getattr(row, k) == v for k, v in wanted.items())]
         return [row for row in fits if (self.work / f"{row.key}.json").exists()]
 
+    def count(self, part: str) -> int:
+        """Cases of its first row."""
+        rows = self.rows(part)
+        return len(json.loads((self.work / f"{rows[0].key}.json").read_text(encoding="utf-8"))["angles"]) if rows else 0
+
     def score(self, part: str, **wanted) -> dict[str, Figure] | None:
         rows = self.rows(part, **wanted)
         return score(self.work, rows, self.entries).figures() if rows else None
@@ -151,7 +156,8 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
         "",
         "## 1. Copy-paste, view and identity",
         "",
-        f"Prompts that name a view at least 90° from the reference's; {seeds} seed(s) of training and sampling together.",
+        f"Prompts that name a view at least 90° from the reference's; {seeds} seed(s) of training and sampling together, "
+        f"{page.count('headline')} of the set's 200 cases for each.",
     )
     page.table("schedule", all_seeds)
     page.say(picture(page, "headline", list(SCHEDULES), page_file))

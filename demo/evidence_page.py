@@ -87,6 +87,14 @@ class Page:
         rows = self.rows(part, **wanted)
         return score(self.work, rows, self.entries).figures() if rows else None
 
+    def compare(self, arms: dict[str, tuple[str, str]], schedules: tuple[str, ...], join: str) -> dict:
+        """Figures by "ARM join SCHEDULE". arms: by name, the part of the page that draws it and its weights."""
+        return {
+            f"{name}{join}{how}": self.score(part, name=how, arm=arm)
+            for name, (part, arm) in arms.items()
+            for how in schedules
+        }
+
     def table(self, head: str, rows: dict[str, dict[str, Figure] | None], columns=COLUMNS) -> None:
         self.lines += [
             "",
@@ -185,11 +193,7 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
 
     page.say("## 2. Last layer, one pooling, two poolings", "", "Each pair trained in the same two stages.")
     arms = {"last layer": ("pooling", "demo-last"), "single LAP": ("pooling", "demo-lap"), "DLA": ("headline", "demo")}
-    table = {
-        f"{name}, {how}": page.score(part, name=how, arm=arm)
-        for name, (part, arm) in arms.items()
-        for how in ("MLLM only", HEADLINE)
-    }
+    table = page.compare(arms, ("MLLM only", HEADLINE), ", ")
     page.table("connection", table)
     last, dla, lap = (table[f"{name}, {HEADLINE}"] for name in ("last layer", "DLA", "single LAP"))
     page.verdict(
@@ -212,11 +216,7 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
         "single-stage": ("training", "demo-single"),
         "single-stage, both throughout": ("training", "demo-single-both"),
     }
-    table = {
-        f"{name}; {how}": page.score(part, name=how, arm=arm)
-        for name, (part, arm) in arms.items()
-        for how in ("both throughout", HEADLINE)
-    }
+    table = page.compare(arms, ("both throughout", HEADLINE), "; ")
     page.table("training; sampling", table)
     two, one = table[f"two-stage; {HEADLINE}"], table[f"single-stage, both throughout; {HEADLINE}"]
     page.verdict(

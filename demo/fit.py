@@ -5,6 +5,7 @@ A step is a function of the seed and its number, and checkpoints are whole: the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -15,7 +16,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from subject_dla.demo.family import start_host
 from subject_dla.dla.files import save_tensors
+
+
+def begin(description: str, *steps: int) -> argparse.Namespace:
+    """comfyui, data, run and steps (a number, or one for each phase) from the command line; the host started, the seed set."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("run", type=Path)
+    many = {"nargs": len(steps), "default": steps} if len(steps) > 1 else {"default": steps[0]}
+    parser.add_argument("--steps", type=int, **many)
+    options = parser.parse_args()
+    start_host(options.comfyui)
+    torch.manual_seed(0)
+    return options
 
 
 def fit(

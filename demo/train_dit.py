@@ -9,16 +9,14 @@ afterwards, as the paper drops T5: the DLA's tokens take its place.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 if __name__ == "__main__":
-    from family import import_pack, start_host  # beside this file
+    from family import import_pack  # beside this file
 
     import_pack()
 
@@ -32,14 +30,7 @@ SHIFT = 1.592  # FLUX.1's at 7 x 7 tokens, what ModelSamplingFlux gives at 112 x
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("comfyui")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=3200)
-    options = parser.parse_args()
-    start_host(options.comfyui)
-    torch.manual_seed(0)
+    options = fit.begin(__doc__, 3200)
     rows = pictures.entries(options.data, "pairs")
     names = [name for row in rows for name in pictures.paths(row)]
     captions = [picture.caption() for row in rows for picture in row["pictures"]]

@@ -9,7 +9,6 @@ the stock Qwen-Image template asks of the MLLM; the answers are dropped, the hid
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if __name__ == "__main__":
-    from family import import_pack, start_host  # beside this file
+    from family import import_pack  # beside this file
 
     import_pack()
 
@@ -45,16 +44,9 @@ EYES_BATCH = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("comfyui")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1500, 900), help="words, eyes, words again")
-    options = parser.parse_args()
-    start_host(options.comfyui)
+    options = fit.begin(__doc__, 3000, 1500, 900)  # words, eyes, words again
     from subject_dla.loaders.mllm import QWEN_IMAGE
 
-    torch.manual_seed(0)
     folder = options.run / "models" / "mllm" / NAMES["mllm"]
     config = write_folder(folder, QWEN_IMAGE)
     model = Trainable(config, folder)

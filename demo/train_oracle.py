@@ -7,15 +7,13 @@ reads RUN/models/vae, writes RUN/oracle.safetensors (fp16) with its own errors o
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if __name__ == "__main__":
-    from family import import_pack, start_host  # beside this file
+    from family import import_pack  # beside this file
 
     import_pack()
 
@@ -28,14 +26,7 @@ BATCH = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("comfyui")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
-    options = parser.parse_args()
-    start_host(options.comfyui)
-    torch.manual_seed(0)
+    options = fit.begin(__doc__, 1000)
     rows = pictures.entries(options.data, "pairs")
     places = [(number, name, picture) for number, (name, picture) in enumerate(
         (name, picture) for row in rows for name, picture in zip(pictures.paths(row), row["pictures"])) if len(picture.toys) == 1]  # fmt: skip

@@ -8,14 +8,12 @@ as the DiT sees them.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 if __name__ == "__main__":
-    from family import import_pack, start_host  # beside this file
+    from family import import_pack  # beside this file
 
     import_pack()
 
@@ -26,14 +24,7 @@ CROP, BATCH, NOISE = 64, 24, 0.1  # noise on latents, so that near latents mean 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("comfyui")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
-    options = parser.parse_args()
-    start_host(options.comfyui)
-    torch.manual_seed(0)
+    options = fit.begin(__doc__, 3000)
     model = new_vae().to(memory_format=torch.channels_last)
     names = [name for row in pictures.entries(options.data, "training")[:8000] for name in pictures.paths(row)]
     data = pictures.load(options.data, names)

@@ -18,9 +18,10 @@ from subject_dla.demo import environment, workflow
 from subject_dla.demo import run as demo
 from subject_dla.demo.host import PACK, ROOT, Server
 from subject_dla.dla import load_dla
+from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects
 
-from .conftest import run, shrink
+from .conftest import of_type, run, shrink
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
@@ -56,6 +57,7 @@ LOAD = """async (workflow) => {
 def small_server(comfyui, family, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
     subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
+    build_measures(models, comfyui)
     for name in DREAMO_LORAS:
         shutil.copyfile(models / "loras" / "dit_lora.safetensors", models / "loras" / f"{name}.safetensors")
     packs = {"small_host": Path(__file__).with_name("small_host"), "dreamo": DREAMO, PACK: ROOT}
@@ -128,6 +130,31 @@ def test_workflow(small_server, page, path):
             assert any("double_blocks" in key for key in lora.keys())
         assert any(name in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
         assert len(images) >= 4
+
+
+def test_threshold_sweep_with_its_figures(small_server, page):
+    """The two nodes that are muted until the orientation model's file is there."""
+    saved = workflow.read(ROOT / "workflows" / "threshold_sweep.json")
+    assert [node["type"] for node in saved["nodes"] if node["mode"] == workflow.MUTED] == [
+        "SubjectLoadOrientation",
+        "SubjectCopyPasteReport",
+    ]
+    for node in saved["nodes"]:
+        node["mode"] = workflow.ALWAYS
+    prompt = page.evaluate(LOAD, saved)["output"]
+    shrink(prompt)
+    of_type(prompt, "SubjectLoadOrientation")["orientation"] = "small.safetensors"
+    of_type(prompt, "SubjectCopyPasteReport")["min_confidence"] = 0.0
+    key = {node["class_type"]: key for key, node in prompt.items()}
+    prompt["100"] = {
+        "class_type": "PreviewAny",
+        "inputs": {"source": prompt[key["SubjectContactSheet"]]["inputs"]["figures"]},
+    }
+    outputs = run(small_server, prompt)
+    shown = outputs["100"]["text"]
+    assert len(shown) == 6 and all(text.startswith("azimuth ") for text in shown), shown  # two controls, four thresholds
+    assert "azimuth" in outputs[key["SubjectCopyPasteReport"]]["text"][0]
+    assert outputs[key["SaveImage"]]["images"]
 
 
 def test_stand_ins_are_as_published(small_server):

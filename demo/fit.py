@@ -84,11 +84,11 @@ def fit(
                 if value.is_floating_point():
                     mean[key].lerp_(value, 1 - share)
         for key, value in terms.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach())
+            sums.setdefault(key, []).append(float(value.detach()))
         if (step + 1) % 100 == 0:
             record["seconds"] += time.monotonic() - began
             began = time.monotonic()
-            record["losses"][step + 1] = {key: round(value / 100, 5) for key, value in sums.items()}
+            record["losses"][step + 1] = {key: round(sum(v) / len(v), 5) for key, v in sums.items()}
             words = " ".join(f"{key} {value:.4f}" for key, value in record["losses"][step + 1].items())
             say(f"{name} {step + 1}/{steps} {words} ({record['seconds']:.0f} s)")
             sums = {}

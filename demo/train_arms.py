@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = (600, 640)  # of the two stages
+STEPS = (1000, 800)  # of the two stages
 TWO, ONE = ("stage1", "stage2"), ("stage2",)
 ARMS: dict[str, tuple[tuple[str, ...], dict]] = {
     "demo": (TWO, {}),

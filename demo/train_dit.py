@@ -1,7 +1,7 @@
-"""Trains the demo's DiT: FLUX.1's layout made small, from nothing, to draw captions. It stands where FLUX.1-dev stands in
-the paper: a text-to-image model that has seen no reference and no MLLM.
+"""Trains the demo's DiT: FLUX.1's layout made small, from nothing, first to draw captions, then prompts with reference
+latents beside them as well. It stands where FLUX.1-dev with UNO stands: an image model with references that has seen no MLLM.
 
-    python demo/train_dit.py COMFYUI DATA RUN [--steps N]
+    python demo/train_dit.py COMFYUI DATA RUN [--steps CAPTIONS REFERENCES]
 
 reads RUN/models/vae, writes RUN/models/diffusion_models (fp16). Its text encoder, two layers over words, is dropped
 afterwards, as the paper drops T5: the DLA's tokens take its place.
@@ -30,34 +30,50 @@ SHIFT = 1.592  # FLUX.1's at 7 x 7 tokens, what ModelSamplingFlux gives at 112 x
 
 
 def main() -> None:
-    options = fit.begin(__doc__, 3200)
+    options = fit.begin(__doc__, 3200, 3000)
     rows = pictures.entries(options.data, "pairs")
     names = [name for row in rows for name in pictures.paths(row)]
     captions = [picture.caption() for row in rows for picture in row["pictures"]]
+    prompts = [row["prompt"] for row in rows]
     latents = encoded(options.data, names, options.run)
-    vocabulary = {word: number for number, word in enumerate(sorted({w for c in captions for w in words(c)}), 1)}
-    text = torch.zeros(len(captions), WORDS, dtype=torch.long)
-    for row, caption in enumerate(captions):
-        numbers = [vocabulary[word] for word in words(caption)][:WORDS]
-        text[row, : len(numbers)] = torch.tensor(numbers)
+    vocabulary = {word: n for n, word in enumerate(sorted({w for text in captions + prompts for w in words(text)}), 1)}
+    captions, prompts = numbers(captions, vocabulary), numbers(prompts, vocabulary)
+    first = torch.tensor([0] + [len(row["pictures"]) for row in rows]).cumsum(0)  # of each row's pictures: the target
+    by_count = {n: torch.tensor([i for i, row in enumerate(rows) if len(row["image_paths"]) == n]) for n in (1, 2)}
     model = Base(len(vocabulary) + 1)
     times = FlowTimes(shift=SHIFT)
 
-    def loss_at(step: int) -> dict[str, Tensor]:
-        generator = fit.draw(2, step)
-        index = torch.randint(len(latents), (BATCH,), generator=generator)
-        clean = latents[index].float()
+    def velocity(generator: torch.Generator, ids: Tensor, clean: Tensor, references: list[Tensor]) -> dict[str, Tensor]:
         noise = torch.randn(clean.shape, generator=generator)
         t = times(torch.rand(BATCH, generator=generator))
-        ids = text[index] * (torch.rand(BATCH, 1, generator=generator) >= DROP)
+        ids = ids * (torch.rand(BATCH, 1, generator=generator) >= DROP)
         ids = ids[:, : int((ids != 0).sum(1).max().clamp(min=1))]
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        return {"velocity": (model(noisy, t, ids).float() - (noise - clean)).square().mean()}
+        return {"velocity": (model(noisy, t, ids, references).float() - (noise - clean)).square().mean()}
+
+    def from_caption(step: int) -> dict[str, Tensor]:
+        generator = fit.draw(2, step)
+        index = torch.randint(len(latents), (BATCH,), generator=generator)
+        return velocity(generator, captions[index], latents[index].float(), [])
+
+    def from_references(step: int) -> dict[str, Tensor]:
+        """Every second step is of captions still; one in seven of the others has two references, as the data have."""
+        if step % 2:
+            return {"caption": from_caption(options.steps[0] + step)["velocity"]}
+        generator = fit.draw(5, step)
+        rows = by_count[2 if step % 14 == 0 else 1]
+        rows = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
+        count = 2 if step % 14 == 0 else 1
+        references = [latents[first[rows] + 1 + n].float() for n in range(count)]
+        return velocity(generator, prompts[rows], latents[first[rows]].float(), references)
 
     in_place = torch.autograd.graph.allow_mutation_on_saved_tensors  # as the host's blocks write
-    record = fit.fit(
-        "dit", model, loss_at, options.run, steps=options.steps, rate=1e-3, warmup=500, average=0.999, around=in_place
-    )
+    settings = {"average": 0.999, "around": in_place}
+    drawn, seen = options.steps
+    record = {"phases": [
+        fit.fit("dit", model, from_caption, options.run, steps=drawn, rate=1e-3, warmup=500, **settings),
+        fit.fit("dit-references", model, from_references, options.run, steps=seen, rate=7e-4, warmup=200, **settings),
+    ]}  # fmt: skip
     # The published files call the norms' weights "scale"; newer hosts rename them on loading.
     weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in model.dit.state_dict().items()}
     sizes = {name: FLUX[name] for name in SIZES}
@@ -78,10 +94,10 @@ class Base(nn.Module):
         layer = nn.TransformerEncoderLayer(CONTEXT_WIDTH, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True)
         self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(CONTEXT_WIDTH), enable_nested_tensor=False)
 
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Velocity, as `noisy` (b, c, h, w); t: flow times (b,); ids: words (b, n), 0 = none."""
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, references: list[Tensor]) -> Tensor:
+        """Velocity, as `noisy` (b, c, h, w); t: flow times (b,); ids: words (b, n), 0 = none; references as `noisy`."""
         context = self.text(self.embed(ids) + self.place[: ids.shape[1]])
-        return self.dit(noisy, t, context)
+        return self.dit(noisy, t, context, ref_latents=references or None, ref_latents_method="uxo")
 
 
 def new_dit() -> nn.Module:
@@ -101,6 +117,15 @@ def new_dit() -> nn.Module:
         if re.search(r"_norm\.(scale|weight)$", name):
             value.data.fill_(1.0)
     return model.requires_grad_(True)
+
+
+def numbers(texts: list[str], vocabulary: dict[str, int]) -> Tensor:
+    """(texts, WORDS), 0 = none."""
+    out = torch.zeros(len(texts), WORDS, dtype=torch.long)
+    for row, text in enumerate(texts):
+        found = [vocabulary[word] for word in words(text)][:WORDS]
+        out[row, : len(found)] = torch.tensor(found)
+    return out
 
 
 def words(caption: str) -> list[str]:

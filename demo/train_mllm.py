@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -44,7 +45,7 @@ EYES_BATCH = 64
 
 
 def main() -> None:
-    options = fit.begin(__doc__, 3000, 1500, 900)  # words, eyes, words again
+    options = fit.begin(__doc__, 5000, 3000)  # eyes, words
     from subject_dla.loaders.mllm import QWEN_IMAGE
 
     folder = options.run / "models" / "mllm" / NAMES["mllm"]
@@ -61,24 +62,24 @@ def main() -> None:
         Task([p for _, p in seen], "validation"),
     )
 
-    def loss_at(step: int) -> dict[str, Tensor]:
-        return {"answer": model(*model.batch([task.at(step * BATCH + i) for i in range(BATCH)], data))}
-
     labels, angles = truth([picture for _, picture in known])
     eyes = Eyes(model.backbone.visual)
+    both = nn.ModuleDict({"mllm": model, "eyes": eyes})
 
-    def seen_at(step: int) -> dict[str, Tensor]:
-        generator = fit.draw(4, step)
-        index = torch.randint(len(data), (EYES_BATCH,), generator=generator)
-        return {"traits": eyes.loss(model.patches(data[index]), labels[index], angles[index])}
+    def see(step: int) -> dict[str, Tensor]:
+        index = torch.randint(len(data), (EYES_BATCH,), generator=fit.draw(4, step))
+        return {"traits": eyes.loss(model.see(data[index])[0], labels[index], angles[index])}
 
-    words, look, again = options.steps
+    def answer(step: int) -> dict[str, Tensor]:
+        samples = [task.at(step * BATCH + i) for i in range(BATCH)]
+        index = [number for images, *_ in samples for number in images]
+        seen, grids = model.see(data[index])
+        return {"answer": model(*model.batch(samples, grids), seen), "traits": eyes.loss(seen, labels[index], angles[index])}  # fmt: skip
+
+    look, words = options.steps
     records = [
-        fit.fit("mllm", model, loss_at, options.run, steps=words, rate=2e-3, warmup=300),
-        fit.fit("mllm-eyes", eyes, seen_at, options.run, steps=look, rate=1e-3, warmup=100),
-        fit.fit(
-            "mllm-again", model, lambda step: loss_at(words + step), options.run, steps=again, rate=1e-3, warmup=50
-        ),
+        fit.fit("mllm-eyes", eyes, see, options.run, steps=look, rate=1e-3, warmup=200),
+        fit.fit("mllm", both, answer, options.run, steps=words, rate=1.5e-3, warmup=300),
     ]
     record = {"phases": records}
     model.eval()
@@ -86,7 +87,8 @@ def main() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, 512, 64):
             samples = [held_task.at(start + i) for i in range(64)]
-            logits, labels = model.logits(*model.batch(samples, held_data))
+            seen, grids = model.see(held_data[[number for images, *_ in samples for number in images]])
+            logits, labels = model.logits(*model.batch(samples, grids), seen)
             good = (logits.argmax(-1) == labels) | (labels == IGNORED)
             for sample, row in zip(samples, good.all(1).tolist()):
                 right[sample[3]][0] += row
@@ -143,18 +145,17 @@ def question(draw: random.Random, picture: world.Picture) -> tuple[str, str]:
 
 
 class Eyes(nn.Module):
-    """The vision tower with a head over all of its tokens that tells traits and view, and is then dropped: words alone
-    taught it to see too slowly."""
+    """The vision tower with a head that reads traits and view off the mean of its tokens, and is then dropped: words alone
+    taught it to see too slowly; and a mean is what an attention head of the language model can take as well."""
 
     def __init__(self, visual: nn.Module):
         super().__init__()
-        self.visual = visual
-        self.head = nn.Sequential(nn.LayerNorm(16 * WIDTH), nn.Linear(16 * WIDTH, 3 + sum(map(len, TRAITS.values()))))
+        self.visual = visual  # a shared part: its steps train it
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 + sum(map(len, TRAITS.values())))
 
-    def loss(self, batch: tuple[Tensor, Tensor], labels: Tensor, angles: Tensor) -> Tensor:
-        out = self.visual(batch[0], grid_thw=batch[1])
-        out = getattr(out, "pooler_output", out)
-        out = self.head(out.reshape(len(labels), -1).float()).float()
+    def loss(self, seen: Tensor, labels: Tensor, angles: Tensor) -> Tensor:
+        out = self.norm(rearrange(seen, "(b n) c -> b n c", b=len(labels)).float())
+        out = self.head(out.mean(1)).float()
         logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)
         return F.mse_loss(out[:, :3], angles) * 4 + sum(
             0.2 * F.cross_entropy(part, labels[:, number]) for number, part in enumerate(logits)
@@ -182,21 +183,22 @@ class Trainable(nn.Module):
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def patches(self, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """Of pictures (n, 3, h, w) uint8, one after another, and the grid of each."""
+    def see(self, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """The vision tower's tokens of pictures (n, 3, h, w) uint8, one picture after another, and the grid of each."""
         from subject_dla.loaders.mllm_transformers import FAMILIES
         from subject_dla.loaders.mllm_vision import qwen_pixels
 
         found = [
             qwen_pixels(picture.permute(1, 2, 0).float() / 255, FAMILIES["qwen2_5_vl"].vision) for picture in shown
         ]
-        return torch.cat([patches for patches, _ in found]), torch.tensor([[1, *grid] for _, grid in found])
+        grids = torch.tensor([[1, *grid] for _, grid in found])
+        out = self.backbone.visual(torch.cat([patches for patches, _ in found]), grid_thw=grids)
+        return getattr(out, "pooler_output", out), grids
 
-    def batch(self, samples: list, data: Tensor):
-        """ids, positions (3, b, t), labels, patches and grids, padded on the right."""
+    def batch(self, samples: list, grids: Tensor):
+        """ids, positions (3, b, t) and labels, padded on the right."""
         from subject_dla.loaders.mllm_vision import mrope_positions
 
-        patches, grids = self.patches(data[[index for images, *_ in samples for index in images]])
         grid, rows = grids[0, 1:].tolist(), []  # all of one size
         for images, prompt, answer, _ in samples:
             ids = [None if t == self.image_token else t for t in self.tokens(self.template.text(prompt, len(images)))]
@@ -212,13 +214,11 @@ class Trainable(nn.Module):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])  # of the token before
             places[:, row, : len(tokens)] = positions
-        return ids, places, labels, patches, grids
+        return ids, places, labels
 
-    def logits(self, ids, places, labels, patches, grids):
-        out = self.backbone.visual(patches, grid_thw=grids)
-        out = getattr(out, "pooler_output", out)
+    def logits(self, ids: Tensor, places: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         embeds = self.backbone.get_input_embeddings()(ids)
-        embeds = embeds.masked_scatter((ids == self.image_token)[..., None], out.to(embeds.dtype))
+        embeds = embeds.masked_scatter((ids == self.image_token)[..., None], seen.to(embeds.dtype))
         # padding is on the right: causal attention never looks at it
         states = self.backbone.language_model(
             inputs_embeds=embeds, position_ids=places, use_cache=False

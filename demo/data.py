@@ -29,7 +29,7 @@ TEST = {"view": 200, "free": 100, "reasoning": 120}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--examples", type=int, default=20_000, help="for training")
+    parser.add_argument("--examples", type=int, default=16_000, help="for training")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()

@@ -16,8 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from safetensors.torch import load_file
+
 from subject_dla.demo.family import start_host
 from subject_dla.dla.files import save_tensors
+
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # products in bf16 are quick on such processors, and slow on others
 
 
 def begin(description: str, *steps: int) -> argparse.Namespace:
@@ -28,10 +32,26 @@ def begin(description: str, *steps: int) -> argparse.Namespace:
     parser.add_argument("run", type=Path)
     many = {"nargs": len(steps), "default": steps} if len(steps) > 1 else {"default": steps[0]}
     parser.add_argument("--steps", type=int, **many)
+    parser.add_argument("--start", type=Path, metavar="FILE", help="weights (.safetensors) to begin with, where they fit")
     options = parser.parse_args()
     start_host(options.comfyui)
     torch.manual_seed(0)
     return options
+
+
+def mixed() -> torch.autocast:
+    """bf16 products where this processor has them."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=BF16)
+
+
+def start(model: nn.Module, file: Path | None, rename: Callable[[str], str] = str) -> None:
+    """Puts the weights of `file` into `model` where name (after `rename`) and shape fit; the others stay as they are."""
+    own = model.state_dict()
+    found = {rename(key): value.float() for key, value in load_file(file).items()} if file else {}
+    fits = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(fits, strict=False)
+    if file:
+        say(f"{file.name}: {len(fits)} of {len(own)} weights taken over")
 
 
 def fit(
@@ -50,7 +70,7 @@ def fit(
 ) -> dict:
     """Trains `model` in place and leaves the moving average of its weights in it; what was run, with losses and seconds.
 
-    loss_at: step number -> named terms, whose sum is the loss (computed under bf16 autocast). rate: AdamW's, rising over
+    loss_at: step number -> named terms, whose sum is the loss (computed under `mixed`). rate: AdamW's, rising over
     `warmup` steps and falling to 0 along a cosine. average: of the weights, per step. around: a context for forward and backward pass.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +93,7 @@ def fit(
             group["lr"] = rate * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.zero_grad(set_to_none=True)
         with around():
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed():
                 terms = loss_at(step)
             sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

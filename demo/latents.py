@@ -1,4 +1,4 @@
-"""The demo's VAE outside the host's loader, for many pictures at a time in bf16."""
+"""The demo's VAE outside the host's loader, for many pictures at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from subject_dla.demo import pictures
+from subject_dla.demo import fit, pictures
 from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES
 
 
@@ -25,14 +25,14 @@ def load_vae(run: Path):
 def encode(vae, shown: Tensor) -> Tensor:
     """(n, 3, h, w) uint8 -> (n, 16, h / 8, w / 8), as the DiT sees them."""
     shown = shown.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fit.mixed():
         return (vae.encode(shown).float() - FLUX_SHIFT) * FLUX_SCALE
 
 
 @torch.no_grad()
 def decode(vae, latents: Tensor) -> Tensor:
     """Pictures (n, 3, h, w) in 0..1."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fit.mixed():
         return vae.decode(latents.float() / FLUX_SCALE + FLUX_SHIFT).float().add(1).div(2).clamp(0, 1)
 
 

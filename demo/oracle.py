@@ -55,14 +55,14 @@ class Oracle(nn.Module):
         self.body = nn.Sequential(
             block(3, width, 2), block(width, width, 2), block(width, 2 * width, 2), block(2 * width, 3 * width, 2)
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 49, 192), nn.GELU(), nn.Dropout(0.1), nn.Linear(192, self.outputs))  # fmt: skip
-
-    @property
-    def outputs(self) -> int:
-        return 3 + sum(map(len, TRAITS.values()))
+        # A view is told by where things are, a decal by that it is there at all, wherever.
+        self.view = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 49, 96), nn.GELU(), nn.Linear(96, 3))
+        self.traits = nn.Sequential(nn.Linear(6 * width, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, sum(map(len, TRAITS.values()))))  # fmt: skip
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.head(self.body(pictures.sub(0.5).mul(4)))
+        features = self.body(pictures.sub(0.5).mul(4))
+        anywhere = torch.cat((features.amax((2, 3)), features.mean((2, 3))), 1)
+        return torch.cat((self.view(features), self.traits(anywhere)), 1)
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Reading:

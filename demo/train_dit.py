@@ -1,7 +1,7 @@
 """Trains the demo's DiT: FLUX.1's layout made small, from nothing, first to draw captions, then prompts with reference
 latents beside them as well. It stands where FLUX.1-dev with UNO stands: an image model with references that has seen no MLLM.
 
-    python demo/train_dit.py COMFYUI DATA RUN [--steps CAPTIONS REFERENCES]
+    python demo/train_dit.py COMFYUI DATA RUN [--steps CAPTIONS REFERENCES] [--start FILE]
 
 reads RUN/models/vae, writes RUN/models/diffusion_models (fp16). Its text encoder, two layers over words, is dropped
 afterwards, as the paper drops T5: the DLA's tokens take its place.
@@ -41,6 +41,7 @@ def main() -> None:
     first = torch.tensor([0] + [len(row["pictures"]) for row in rows]).cumsum(0)  # of each row's pictures: the target
     by_count = {n: torch.tensor([i for i, row in enumerate(rows) if len(row["image_paths"]) == n]) for n in (1, 2)}
     model = Base(len(vocabulary) + 1)
+    fit.start(model.dit, options.start, norm_names(model.dit))
     times = FlowTimes(shift=SHIFT)
 
     def velocity(generator: torch.Generator, ids: Tensor, clean: Tensor, references: list[Tensor]) -> dict[str, Tensor]:
@@ -57,13 +58,13 @@ def main() -> None:
         return velocity(generator, captions[index], latents[index].float(), [])
 
     def from_references(step: int) -> dict[str, Tensor]:
-        """Every second step is of captions still; one in seven of the others has two references, as the data have."""
-        if step % 2:
+        """Every fourth step is of captions still; one in seven of the others has two references, as the data have."""
+        if step % 4 == 3:
             return {"caption": from_caption(options.steps[0] + step)["velocity"]}
         generator = fit.draw(5, step)
-        rows = by_count[2 if step % 14 == 0 else 1]
+        count = 2 if step % 7 == 0 else 1
+        rows = by_count[count]
         rows = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-        count = 2 if step % 14 == 0 else 1
         references = [latents[first[rows] + 1 + n].float() for n in range(count)]
         return velocity(generator, prompts[rows], latents[first[rows]].float(), references)
 
@@ -98,6 +99,12 @@ class Base(nn.Module):
         """Velocity, as `noisy` (b, c, h, w); t: flow times (b,); ids: words (b, n), 0 = none; references as `noisy`."""
         context = self.text(self.embed(ids) + self.place[: ids.shape[1]])
         return self.dit(noisy, t, context, ref_latents=references or None, ref_latents_method="uxo")
+
+
+def norm_names(dit: nn.Module):
+    """From a published file's names of the norms' weights, "scale", to this host's."""
+    own = dit.state_dict()
+    return lambda key: key if key in own else key.replace("_norm.scale", "_norm.weight")
 
 
 def new_dit() -> nn.Module:

@@ -1,10 +1,11 @@
 """Trains the demo's MLLM: Qwen2.5-VL's layout made small, from nothing, to describe what a picture shows and what a
 prompt would make of it.
 
-    python demo/train_mllm.py COMFYUI DATA RUN [--steps N]
+    python demo/train_mllm.py COMFYUI DATA RUN [--steps EYES WORDS] [--start FILE]
 
 writes RUN/models/mllm, a Hugging Face folder (fp16). Reading a prompt with a reference and telling the whole target is what
-the stock Qwen-Image template asks of the MLLM; the answers are dropped, the hidden states are what the DiT gets.
+the stock Qwen-Image template asks of the MLLM; the answers are dropped, the hidden states are what the DiT gets. As in a real
+one's training every word after the pictures is foretold, the prompt's as well: so the last layers turn to the next word.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 
 from subject_dla.demo import fit, pictures, world  # noqa: E402
 from subject_dla.demo.family import CONTEXT_WIDTH, NAMES  # noqa: E402
-from subject_dla.demo.oracle import TRAITS, truth  # noqa: E402
+from subject_dla.demo.oracle import COARSE, TRAITS, truth  # noqa: E402
 
 SPECIAL = (
     "<|endoftext|>",
@@ -51,6 +52,7 @@ def main() -> None:
     folder = options.run / "models" / "mllm" / NAMES["mllm"]
     config = write_folder(folder, QWEN_IMAGE)
     model = Trainable(config, folder)
+    fit.start(model.backbone, options.start, lambda key: re.sub("^model.", "language_model.", key))
     rows = pictures.entries(options.data, "training")
     known = [(name, picture) for row in rows for name, picture in zip(pictures.paths(row), row["pictures"]) if len(picture.toys) == 1]  # fmt: skip
     data = pictures.load(options.data, [name for name, _ in known])
@@ -74,7 +76,7 @@ def main() -> None:
         samples = [task.at(step * BATCH + i) for i in range(BATCH)]
         index = [number for images, *_ in samples for number in images]
         seen, grids = model.see(data[index])
-        return {"answer": model(*model.batch(samples, grids), seen), "traits": eyes.loss(seen, labels[index], angles[index])}  # fmt: skip
+        return {"words": model(*model.batch(samples, grids), seen), "traits": eyes.loss(seen, labels[index], angles[index])}  # fmt: skip
 
     look, words = options.steps
     records = [
@@ -83,16 +85,17 @@ def main() -> None:
     ]
     record = {"phases": records}
     model.eval()
-    right = {name: [0, 0] for name in ("describe", "ask", "question")}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    right = {name: [0, 0] for name in ("describe", "ask", "question", "repeat")}
+    with torch.no_grad(), fit.mixed():
         for start in range(0, 512, 64):
             samples = [held_task.at(start + i) for i in range(64)]
             seen, grids = model.see(held_data[[number for images, *_ in samples for number in images]])
             logits, labels = model.logits(*model.batch(samples, grids), seen)
             good = (logits.argmax(-1) == labels) | (labels == IGNORED)
-            for sample, row in zip(samples, good.all(1).tolist()):
-                right[sample[3]][0] += row
-                right[sample[3]][1] += 1
+            for (*_, reply, kind), row, label in zip(samples, good, labels):
+                answer = (label != IGNORED).nonzero()[-len(model.tokens(reply)) - 1 :, 0]
+                right[kind][0] += bool(row[answer].all())
+                right[kind][1] += 1
     record["answers wholly right, held out"] = {name: round(a / b, 3) for name, (a, b) in right.items()}
     weights = {f"model.{re.sub('^language_model.', '', key)}" if key.startswith("language_model.") else key: value
                for key, value in model.backbone.state_dict().items()}  # fmt: skip
@@ -111,11 +114,11 @@ class Task:
         index = draw.randrange(len(self.shown))
         picture = self.shown[index]
         toy, kind = picture.toys[0], draw.random()
-        if kind < 0.3:
+        if kind < 0.25:
             return [index], DESCRIBE, picture.caption(), "describe"
-        if kind < 0.5:
+        if kind < 0.45:
             return [index], *question(draw, picture), "question"
-        if kind < 0.56:
+        if kind < 0.5:
             other = draw.randrange(len(self.shown))
             example = world.ask(
                 draw, [picture, self.shown[other]], (toy, self.shown[other].toys[0]), world.random_view(draw), "view"
@@ -126,6 +129,8 @@ class Task:
         view = world.random_view(draw, bin) if named else picture.view
         example = world.ask(draw, [picture], (toy,), view, named)
         target, prompt = example.target.caption(), example.prompt
+        if kind < 0.6:  # without the reference there is no more to tell
+            return [], prompt, prompt, "repeat"
         if named and not any(level in prompt for level in world.LEVELS):  # the answer tells what can be known
             target = target.rsplit(f" {view.level}", 1)[0]
         return [index], prompt, target, "ask"
@@ -134,8 +139,7 @@ class Task:
 def question(draw: random.Random, picture: world.Picture) -> tuple[str, str]:
     toy = picture.toys[0]
     questions = {f"what colour is its {part}?": getattr(toy, part) for part in world.PARTS}
-    questions |= {"what is on its side?": f"a {toy.decal_colour} {toy.decal}", "what is it?": f"a {toy.kind}"}
-    questions |= {"what is its pattern?": toy.pattern, "from where is it seen?": picture.view.caption()}
+    questions |= {"what is it?": f"a {toy.kind}", "from where is it seen?": picture.view.caption()}
     turned = {
         words: world.VIEWS[(world.bin_of(picture.view) + amount // 45) % 8] for words, amount in world.TURNS.items()
     }
@@ -146,19 +150,20 @@ def question(draw: random.Random, picture: world.Picture) -> tuple[str, str]:
 
 class Eyes(nn.Module):
     """The vision tower with a head that reads traits and view off the mean of its tokens, and is then dropped: words alone
-    taught it to see too slowly; and a mean is what an attention head of the language model can take as well."""
+    taught it to see too slowly; and a mean is what an attention head of the language model can take as well. Coarse traits
+    alone, which words name too."""
 
     def __init__(self, visual: nn.Module):
         super().__init__()
         self.visual = visual  # a shared part: its steps train it
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 + sum(map(len, TRAITS.values())))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 + sum(len(TRAITS[name]) for name in COARSE))
 
     def loss(self, seen: Tensor, labels: Tensor, angles: Tensor) -> Tensor:
         out = self.norm(rearrange(seen, "(b n) c -> b n c", b=len(labels)).float())
         out = self.head(out.mean(1)).float()
-        logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)
+        logits = out[:, 3:].split([len(TRAITS[name]) for name in COARSE], 1)
         return F.mse_loss(out[:, :3], angles) * 4 + sum(
-            0.2 * F.cross_entropy(part, labels[:, number]) for number, part in enumerate(logits)
+            0.2 * F.cross_entropy(part, labels[:, list(TRAITS).index(name)]) for name, part in zip(COARSE, logits)
         )
 
 
@@ -196,7 +201,7 @@ class Trainable(nn.Module):
         return getattr(out, "pooler_output", out), grids
 
     def batch(self, samples: list, grids: Tensor):
-        """ids, positions (3, b, t) and labels, padded on the right."""
+        """ids, positions (3, b, t) and labels (of what follows the pictures), padded on the right."""
         from subject_dla.loaders.mllm_vision import mrope_positions
 
         grid, rows = grids[0, 1:].tolist(), []  # all of one size
@@ -206,7 +211,8 @@ class Trainable(nn.Module):
             count = grid[0] * grid[1] // 4
             positions = mrope_positions(ids + reply, [(grid[0] // 2, grid[1] // 2)] * len(images))[:, 0]
             flat = [i for t in ids for i in ([self.image_token] * count if t is None else [t])]
-            rows.append((flat + reply, positions, len(flat)))
+            start = max((place for place, token in enumerate(flat) if token == self.image_token), default=0) + 1
+            rows.append((flat + reply, positions, start))
         longest = max(len(ids) for ids, _, _ in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         labels, places = torch.full_like(ids, IGNORED), torch.zeros(3, *ids.shape, dtype=torch.long)

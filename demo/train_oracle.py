@@ -1,6 +1,6 @@
-"""Trains the oracle on renders, half of them through the VAE as generated pictures are.
+"""Trains the oracle on renders, a third of them through the VAE as generated pictures are.
 
-    python demo/train_oracle.py COMFYUI DATA RUN [--steps N]
+    python demo/train_oracle.py COMFYUI DATA RUN [--steps N] [--start FILE]
 
 reads RUN/models/vae, writes RUN/oracle.safetensors (fp16) with its own errors on pictures of the test split.
 """
@@ -22,11 +22,11 @@ from subject_dla.demo.latents import decode, encode, encoded, load_vae  # noqa: 
 from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle, truth  # noqa: E402
 from subject_dla.evaluation.copy_paste import copy_paste_report  # noqa: E402
 
-BATCH = 64
+BATCH, CODED = 64, 4000  # CODED: so many pictures are decoded from their latents, once
 
 
 def main() -> None:
-    options = fit.begin(__doc__, 1000)
+    options = fit.begin(__doc__, 3000)
     rows = pictures.entries(options.data, "pairs")
     places = [(number, name, picture) for number, (name, picture) in enumerate(
         (name, picture) for row in rows for name, picture in zip(pictures.paths(row), row["pictures"])) if len(picture.toys) == 1]  # fmt: skip
@@ -35,15 +35,18 @@ def main() -> None:
     latents = encoded(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
     latents = latents[[number for number, _, _ in places]]
     vae = load_vae(options.run)
+    coded = [decode(vae, part.float()).mul(255).round().byte() for part in latents[:CODED].split(16)]
+    coded = torch.cat(coded).contiguous()
     labels, angles = truth(shown)
     model = Oracle().to(memory_format=torch.channels_last)
+    fit.start(model, options.start)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = fit.draw(3, step)
         index = torch.randint(len(data), (BATCH,), generator=generator)
-        plain = data[index[: 2 * BATCH // 3]].float().div(255)
-        seen = decode(vae, latents[index[2 * BATCH // 3 :]])
-        x = torch.cat((plain, seen)) + 0.03 * torch.randn(BATCH, 3, 1, 1, generator=generator)
+        index[2 * BATCH // 3 :] %= CODED
+        x = torch.cat((data[index[: 2 * BATCH // 3]], coded[index[2 * BATCH // 3 :]])).float().div(255)
+        x = x + 0.03 * torch.randn(BATCH, 3, 1, 1, generator=generator)
         x = x + 0.02 * torch.randn(x.shape, generator=generator)
         out = model(x.contiguous(memory_format=torch.channels_last)).float()
         logits = out[:, 3:].split([len(values) for values in TRAITS.values()], 1)

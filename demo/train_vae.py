@@ -44,7 +44,7 @@ def main() -> None:
 
     record = fit.fit("vae", model, loss_at, options.run, steps=options.steps, rate=2e-3, warmup=200)
     model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), fit.mixed():
         x0 = data[:256].float().div(255)
         z = model.taesd_encoder(x0)
         error = (model.taesd_decoder(z).float().clamp(0, 1) - x0).square().mean()

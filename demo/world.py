@@ -1,5 +1,6 @@
 """The demo's world: wooden toys on wheels, each with coarse traits (kind, colours) and fine ones (a decal, the body's
-pattern), seen from a known azimuth and polar, somewhere; and the prompts that ask for them.
+pattern), seen from a known azimuth and polar, somewhere; and the prompts that ask for them. Words name coarse traits
+alone, as captions do: the fine ones are in the pictures.
 
 Azimuth and polar as Orient Anything's (docs/systems.md): at azimuth 0 the toy faces the camera, at 90 it faces image-left;
 polar is the camera's elevation, in degrees. Everything here is our choice: the paper's data are not public.
@@ -24,7 +25,8 @@ LEVELS = {"at eye level": 5.0, "from slightly above": 22.0, "from high above": 4
 PLACES = ("on grass", "on sand", "in the snow", "on a road", "at night")
 TURNS = {"from the other side": 180, "turned a quarter to the left": 90, "turned a quarter to the right": -90}
 AZIMUTH_JITTER, POLAR_JITTER = 8.0, 3.0  # uniform, each way: a view's word names no exact angle
-SAME_VIEW = 0.6  # share of training pairs whose target repeats the reference's view: the bias of real pairs
+SAME_VIEW = 0.8  # share of training pairs whose target repeats the reference's view: the bias of real pairs
+SAID = {"view": 0.35, "turn": 0.15, "": 0.5}  # shares of training prompts by what they say of the view
 TWO_TOYS, TWO_VIEWS = 0.06, 0.08  # shares of examples with two references
 SPLITS = ("training", "validation", "test")
 
@@ -46,10 +48,7 @@ class Toy:
         return "test" if number < 0.1 else "validation" if number < 0.15 else "training"
 
     def caption(self) -> str:
-        return (
-            f"a {self.kind} with a {self.pattern} {self.body} body, a {self.top} top, {self.wheels} wheels and a "
-            f"{self.decal_colour} {self.decal}"
-        )
+        return f"a {self.kind} with a {self.body} body, a {self.top} top and {self.wheels} wheels"
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def test_example(draw: random.Random, which: str) -> Example:
 
 def random_example(draw: random.Random, split: str) -> Example:
     """A reference or two, a prompt and the target it asks for, as the training data have them: biased to the reference's
-    view, which half of the prompts don't name."""
+    view, which half of the prompts say nothing of."""
     kind = draw.random()
     count = 2 if kind < TWO_TOYS else 1
     toys = tuple(random_toy(draw, split) for _ in range(count))
@@ -169,7 +168,7 @@ def random_example(draw: random.Random, split: str) -> Example:
     else:
         bin, level = draw.choice([bin for bin in range(8) if turn_split(start, bin) == split]), None
     view = random_view(draw, bin, level)
-    return ask(draw, references, toys, view, named=draw.choice(("view", "view", "turn", "")))
+    return ask(draw, references, toys, view, named=draw.choices(tuple(SAID), tuple(SAID.values()))[0])
 
 
 def ask(

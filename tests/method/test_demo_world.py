@@ -29,9 +29,15 @@ def test_toys_and_turns_of_the_splits_are_disjoint(training):
 
 def test_the_bias_of_the_data(training):
     same = [world.bin_of(e.references[0].view) == world.bin_of(e.target.view) for e in training]
-    assert 0.6 < sum(same) / len(same) < 0.68  # SAME_VIEW, and the others that meet it by chance
+    assert 0.79 < sum(same) / len(same) < 0.86  # SAME_VIEW, and the others that meet it by chance
     named = [example.named for example in training]
-    assert 0.2 < named.count("") / len(named) < 0.3
+    assert 0.46 < named.count("") / len(named) < 0.54
+
+
+def test_words_name_no_fine_trait(training):
+    """Else a prompt or caption could bring back what only the references' pictures should."""
+    words = {word for e in training for text in (e.prompt, e.target.caption()) for word in text.replace(",", "").split()}
+    assert words.isdisjoint((*world.DECALS, *world.PATTERNS)) and words >= {*world.KINDS, *world.COLOURS, *world.PARTS}
 
 
 def test_a_prompt_tells_its_target(training):

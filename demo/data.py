@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from subject_dla.demo.world import Example, random_example, test_example  # noqa: E402
 
-TEST = {"view": 200, "free": 100, "reasoning": 120}
+TEST = {"view": 200, "free": 60, "reasoning": 80}
 
 
 def main() -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from subject_dla.demo import pictures
-from subject_dla.demo.family import NAMES
+from subject_dla.demo.family import NAMES, SIDE
 from subject_dla.dla.features import Features
 from subject_dla.sampling.sample import staged_sample
 from subject_dla.sampling.stages import Stages
 
-SIDE = 112  # px
 STEPS, CFG = 12, 2.5  # the paper's CFG
 
 

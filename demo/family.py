@@ -18,6 +18,7 @@ NAMES = {
     "diffusion_models": "demo-flux.safetensors",
     "vae": "demo-taef1.safetensors",
 }
+SIDE = 112  # px of its pictures: a multiple of the MLLM's 28 and of the DiT's 16
 CONTEXT_WIDTH = 128
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # FLUX.1's latents, as the host takes them to the DiT
 # FLUX.1's layout made small, without the distilled guidance; older hosts take some sizes for granted, so the file says

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subject_dla.demo import fit, pictures
-from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES
+from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES, SIDE
 
 
 def load_vae(run: Path):
@@ -46,3 +46,13 @@ def encoded(data: Path, names: list[str], run: Path) -> Tensor:
         ]
         save_file({"latents": torch.cat(parts)}, file)
     return load_file(file)["latents"]
+
+
+def hand_over(data: Path, names: list[str], run: Path, folder: Path) -> None:
+    """Leaves what `encoded` keeps where the pack's training looks for it, in place of encoding one picture at a time."""
+    from subject_dla.loaders.pipeline import load_vae as by_host
+    from subject_dla.training.latents import LatentCache
+
+    cache = LatentCache(by_host(NAMES["vae"]), folder)
+    for name, latent in zip(names, encoded(data, names, run).float() / FLUX_SCALE + FLUX_SHIFT):
+        cache.put(data / name, SIDE, SIDE, latent)

@@ -43,21 +43,19 @@ class Reading:
 class Oracle(nn.Module):
     """(n, 3, 112, 112) in 0..1 -> (n, outputs): sine and cosine of the azimuth, polar / 45, logits of the traits."""
 
-    def __init__(self, width: int = 48):
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 144)):
         super().__init__()
 
-        def block(before: int, after: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.GELU(),
-                nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.GELU(),
-            )  # fmt: skip
+        def block(before: int, after: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU(),
+                nn.Conv2d(after, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU(),
+            ]  # fmt: skip
 
-        self.body = nn.Sequential(
-            block(3, width, 2), block(width, width, 2), block(width, 2 * width, 2), block(2 * width, 3 * width, 2)
-        )
+        self.body = nn.Sequential(*(part for pair in zip((3, *widths), widths) for part in block(*pair)))
         # A view is told by where things are, a decal by that it is there at all, wherever.
-        self.view = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 49, 96), nn.GELU(), nn.Linear(96, 3))
-        self.traits = nn.Sequential(nn.Linear(6 * width, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, sum(map(len, TRAITS.values()))))  # fmt: skip
+        self.view = nn.Sequential(nn.Flatten(), nn.Linear(49 * widths[-1], 96), nn.GELU(), nn.Linear(96, 3))
+        self.traits = nn.Sequential(nn.Linear(2 * widths[-1], 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, sum(map(len, TRAITS.values()))))  # fmt: skip
 
     def forward(self, pictures: Tensor) -> Tensor:
         features = self.body(pictures.sub(0.5).mul(4))

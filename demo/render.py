@@ -33,14 +33,14 @@ from panda3d.core import (
 )
 from PIL import Image, ImageDraw
 
-from subject_dla.demo.world import COLOURS, Picture, Toy, View
+from subject_dla.demo.family import SIDE as SIZE  # noqa: E402
+from subject_dla.demo.world import COLOURS, Picture, Toy, View  # noqa: E402
 
 loadPrcFileData("", "load-display p3tinydisplay\nwindow-type offscreen\naudio-library-name null\nframebuffer-alpha 1")
 loadPrcFileData("", "notify-level error")
 
 from direct.showbase.ShowBase import ShowBase  # noqa: E402
 
-SIZE = 112  # px: a multiple of the MLLM's 28 and of the DiT's 16
 OVER = 2  # drawn so much larger, then scaled down: the renderer has no antialiasing
 BODIES = {  # (profile of (y, z), half the width) of the body and the top
     "car": ([(-1, 0.25), (1, 0.25), (1, 0.95), (-1, 0.85)], 0.5, [(-0.3, 0.9), (0.85, 0.95), (0.6, 1.45), (0, 1.45)], 0.42),

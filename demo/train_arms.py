@@ -1,7 +1,7 @@
 """Trains DLA and LoRA by the pack's own training: the demo's own pair, and the pairs that the evidence compares it with,
 each differing in one thing.
 
-    python demo/train_arms.py COMFYUI DATA RUN [ARM ...]
+    python demo/train_arms.py COMFYUI DATA RUN [ARM ...] [--processes N]
 
 reads RUN/models, writes RUN/models/{dla,loras}/ARM.safetensors; the same command goes on after a stop.
 """
@@ -15,8 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = (1000, 800)  # of the two stages
+if __name__ == "__main__":
+    from family import import_pack  # beside this file
+
+    import_pack()
+
+from subject_dla.demo import fit, latents, pictures  # noqa: E402
+from subject_dla.demo.family import ROOT, start_host  # noqa: E402
+
+STEPS, BATCH = (1000, 1200), 32  # of the two stages
 TWO, ONE = ("stage1", "stage2"), ("stage2",)
 ARMS: dict[str, tuple[tuple[str, ...], dict]] = {
     "demo": (TWO, {}),
@@ -36,11 +43,20 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("arms", nargs="*", default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--processes", type=int, default=1, help="that share a step's examples; a divisor of %d" % BATCH)
     options = parser.parse_args()
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(ARMS)}")
     for kind in ("dla", "loras"):  # where the host knows them, what is trained goes there
         (options.run / "models" / kind).mkdir(parents=True, exist_ok=True)
+    output = options.run / "output"
+    if not (output / "subject_dla" / "cache" / "latents").exists():
+        start_host(str(options.comfyui))
+        import folder_paths
+
+        folder_paths.add_model_folder_path("vae", str((options.run / "models" / "vae").resolve()), is_default=True)
+        names = [name for row in pictures.entries(options.data, "pairs") for name in pictures.paths(row)]
+        latents.hand_over(options.data, names, options.run, output / "subject_dla" / "cache" / "latents")
     for name in options.arms:
         stages, changes = ARMS[name]
         started, lines = time.monotonic(), []
@@ -51,6 +67,8 @@ def main() -> int:
                 "data.source": str((options.data / "pairs.json").resolve()),
                 "data.validation_source": str((options.data / "validation.json").resolve()),
                 "training.steps": steps,
+                "training.batch_size": BATCH // options.processes,
+                "training.mixed_precision": "bf16" if fit.BF16 else "none",
                 "run.name": name if last else f"{name}-{stage}",
                 **({"run.start_dla": "", "run.start_lora": ""} if len(stages) == 1 else {}),
                 **({"run.start_dla": f"{name}-stage1.safetensors", "run.start_lora": f"{name}-stage1.safetensors"} if last and len(stages) > 1 else {}),
@@ -58,17 +76,17 @@ def main() -> int:
             }  # fmt: skip
             if stage == "stage2" and len(stages) > 1:
                 settings.pop("dla.modalities", None)  # goes on from that DLA
-            command = [sys.executable, str(ROOT / "training"), str(ROOT / "demo" / f"{stage}.toml")]
-            command += ["--comfyui", str(options.comfyui), "--models", str(options.run / "models"), "--output", str(options.run / "output")]  # fmt: skip
+            several = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes))
+            command = [sys.executable, *(several if options.processes > 1 else ()), str(ROOT / "training"), str(ROOT / "demo" / f"{stage}.toml")]
+            command += ["--comfyui", str(options.comfyui), "--models", str(options.run / "models"), "--output", str(output)]  # fmt: skip
             for key, value in settings.items():
                 command += ["--set", f"{key} = {json.dumps(value)}"]
-            command += ["--", "--bf16-vae"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 return done.returncode
             lines.append(json.loads(done.stdout.splitlines()[-1]))
         folder = options.run / "models" / "dla"
-        validation = (options.run / "output" / "subject_dla" / "runs" / name / "validation.csv").read_text()
+        validation = (output / "subject_dla" / "runs" / name / "validation.csv").read_text()
         record = {"arm": name, "stages": lines, "seconds": round(time.monotonic() - started), "held out": validation}
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         print(json.dumps(record), flush=True)

@@ -1,18 +1,20 @@
-"""Trains the demo's DiT: FLUX.1's layout made small, from nothing, first to draw captions, then prompts with reference
-latents beside them as well. It stands where FLUX.1-dev with UNO stands: an image model with references that has seen no MLLM.
+"""Trains the demo's DiT: FLUX.1's layout made small, from nothing, first to draw captions, then what a prompt and a reference
+ask for. It reads the MLLM's last layer, as Qwen-Image's DiT does.
 
-    python demo/train_dit.py COMFYUI DATA RUN [--steps CAPTIONS REFERENCES] [--start FILE]
+    python demo/train_dit.py COMFYUI DATA RUN [--steps CAPTIONS PAIRS] [--start FILE]
 
-reads RUN/models/vae, writes RUN/models/diffusion_models (fp16). Its text encoder, two layers over words, is dropped
-afterwards, as the paper drops T5: the DLA's tokens take its place.
+reads RUN/models/vae and RUN/models/mllm, writes RUN/models/diffusion_models (fp16).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -21,62 +23,59 @@ if __name__ == "__main__":
     import_pack()
 
 from subject_dla.demo import fit, pictures  # noqa: E402
-from subject_dla.demo.family import CONTEXT_WIDTH, FLUX, NAMES, SIZES, flux_config  # noqa: E402
+from subject_dla.demo.family import FLUX, NAMES, SIDE, SIZES, flux_config  # noqa: E402
 from subject_dla.demo.latents import encoded  # noqa: E402
+from subject_dla.dla.aggregator import aggregate  # noqa: E402
 from subject_dla.training.flow import FlowTimes  # noqa: E402
 
-BATCH, DROP, WORDS = 32, 0.1, 48
+BATCH, DROP = 32, 0.1
+CAPTIONS = 3000  # so many rows' captions are drawn from
 SHIFT = 1.592  # FLUX.1's at 7 x 7 tokens, what ModelSamplingFlux gives at 112 x 112 px
 
 
 def main() -> None:
-    options = fit.begin(__doc__, 3200, 3000)
+    options = fit.begin(__doc__, 2500, 2500)
     rows = pictures.entries(options.data, "pairs")
-    names = [name for row in rows for name in pictures.paths(row)]
-    captions = [picture.caption() for row in rows for picture in row["pictures"]]
-    prompts = [row["prompt"] for row in rows]
-    latents = encoded(options.data, names, options.run)
-    vocabulary = {word: n for n, word in enumerate(sorted({w for text in captions + prompts for w in words(text)}), 1)}
-    captions, prompts = numbers(captions, vocabulary), numbers(prompts, vocabulary)
+    latents = encoded(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
     first = torch.tensor([0] + [len(row["pictures"]) for row in rows]).cumsum(0)  # of each row's pictures: the target
-    by_count = {n: torch.tensor([i for i, row in enumerate(rows) if len(row["image_paths"]) == n]) for n in (1, 2)}
-    model = Base(len(vocabulary) + 1)
-    fit.start(model.dit, options.start, norm_names(model.dit))
+    captions = Said(options, "captions", [(row["pictures"][0].caption(), []) for row in rows[:CAPTIONS]])
+    prompts = Said(options, "pairs", [(row["prompt"], row["image_paths"]) for row in rows])
+    nothing = Said(options, "nothing", [("", [])]).contexts[0]
+    dit = new_dit()
+    fit.start(dit, options.start, norm_names(dit))
     times = FlowTimes(shift=SHIFT)
 
-    def velocity(generator: torch.Generator, ids: Tensor, clean: Tensor, references: list[Tensor]) -> dict[str, Tensor]:
+    def loss(seed: int, step: int, said: Said, look: bool) -> Tensor:
+        """Of one batch. look: the DiT gets the references' latents too."""
+        generator = fit.draw(seed, step)
+        index, context = said.batch(generator)
+        if torch.rand(1, generator=generator) < DROP:
+            context = nothing.expand(BATCH, -1, -1)
+        clean = latents[first[index]].float()
+        count = len(rows[int(index[0])]["image_paths"]) if look else 0  # of the whole batch
+        references = [latents[first[index] + 1 + n].float() for n in range(count)]
         noise = torch.randn(clean.shape, generator=generator)
         t = times(torch.rand(BATCH, generator=generator))
-        ids = ids * (torch.rand(BATCH, 1, generator=generator) >= DROP)
-        ids = ids[:, : int((ids != 0).sum(1).max().clamp(min=1))]
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        return {"velocity": (model(noisy, t, ids, references).float() - (noise - clean)).square().mean()}
+        velocity = dit(noisy, t, context.float(), ref_latents=references or None, ref_latents_method="uxo")
+        return (velocity.float() - (noise - clean)).square().mean()
 
-    def from_caption(step: int) -> dict[str, Tensor]:
-        generator = fit.draw(2, step)
-        index = torch.randint(len(latents), (BATCH,), generator=generator)
-        return velocity(generator, captions[index], latents[index].float(), [])
-
-    def from_references(step: int) -> dict[str, Tensor]:
-        """Every fourth step is of captions still; one in seven of the others has two references, as the data have."""
-        if step % 4 == 3:
-            return {"caption": from_caption(options.steps[0] + step)["velocity"]}
-        generator = fit.draw(5, step)
-        count = 2 if step % 7 == 0 else 1
-        rows = by_count[count]
-        rows = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-        references = [latents[first[rows] + 1 + n].float() for n in range(count)]
-        return velocity(generator, prompts[rows], latents[first[rows]].float(), references)
+    def from_pairs(step: int) -> dict[str, Tensor]:
+        """Of ten steps three are of captions still, three of prompts with the references' latents, four without."""
+        if step % 10 in (0, 3, 6):
+            return {"caption": loss(2, options.steps[0] + step, captions, False)}
+        look = step % 10 in (1, 4, 7)
+        return {"both" if look else "mllm": loss(5, step, prompts, look)}
 
     in_place = torch.autograd.graph.allow_mutation_on_saved_tensors  # as the host's blocks write
-    settings = {"average": 0.999, "around": in_place}
-    drawn, seen = options.steps
+    settings = {"average": 0.998, "around": in_place}
+    drawn, paired = options.steps
     record = {"phases": [
-        fit.fit("dit", model, from_caption, options.run, steps=drawn, rate=1e-3, warmup=500, **settings),
-        fit.fit("dit-references", model, from_references, options.run, steps=seen, rate=7e-4, warmup=200, **settings),
+        fit.fit("dit", dit, lambda step: {"caption": loss(2, step, captions, False)}, options.run, steps=drawn, rate=1e-3, warmup=500, **settings),
+        fit.fit("dit-pairs", dit, from_pairs, options.run, steps=paired, rate=7e-4, warmup=100, **settings),
     ]}  # fmt: skip
     # The published files call the norms' weights "scale"; newer hosts rename them on loading.
-    weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in model.dit.state_dict().items()}
+    weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in dit.state_dict().items()}
     sizes = {name: FLUX[name] for name in SIZES}
     fit.keep(
         options.run / "models" / "diffusion_models" / NAMES["diffusion_models"],
@@ -86,19 +85,42 @@ def main() -> None:
     )
 
 
-class Base(nn.Module):
-    def __init__(self, words: int):
-        super().__init__()
-        self.dit = new_dit()
-        self.embed = nn.Embedding(words, CONTEXT_WIDTH)
-        self.place = nn.Parameter(torch.randn(WORDS, CONTEXT_WIDTH) * 0.02)
-        layer = nn.TransformerEncoderLayer(CONTEXT_WIDTH, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(CONTEXT_WIDTH), enable_nested_tensor=False)
+class Said:
+    """Prompts, each with its pictures, as the MLLM's last layer has them; a batch is of one number of tokens."""
 
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, references: list[Tensor]) -> Tensor:
-        """Velocity, as `noisy` (b, c, h, w); t: flow times (b,); ids: words (b, n), 0 = none; references as `noisy`."""
-        context = self.text(self.embed(ids) + self.place[: ids.shape[1]])
-        return self.dit(noisy, t, context, ref_latents=references or None, ref_latents_method="uxo")
+    def __init__(self, options, name: str, asked: list[tuple[str, list[str]]]):
+        file = options.run / f"contexts-{name}.safetensors"
+        if not file.exists():
+            tokens = list(read(options, asked))
+            save_file({"tokens": torch.cat(tokens).half(), "lengths": torch.tensor([len(t) for t in tokens])}, file)
+        kept = load_file(file)
+        self.contexts = kept["tokens"].split(kept["lengths"].tolist())
+        groups = defaultdict(list)
+        for index, ((_, images), context) in enumerate(zip(asked, self.contexts)):
+            groups[len(images), len(context)].append(index)
+        self.groups = [torch.tensor(group) for group in groups.values()]
+        self.shares = torch.tensor([float(len(group)) for group in self.groups])
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Numbers (BATCH,) and context tokens (BATCH, n, c)."""
+        group = self.groups[int(torch.multinomial(self.shares, 1, generator=generator))]
+        index = group[torch.randint(len(group), (BATCH,), generator=generator)]
+        return index, torch.stack([self.contexts[i] for i in index.tolist()])
+
+
+@torch.no_grad()
+def read(options, asked: list[tuple[str, list[str]]]) -> Iterator[Tensor]:
+    import folder_paths
+
+    from subject_dla.loaders import folders
+    from subject_dla.loaders.mllm import load_mllm
+
+    folders.register()
+    folder_paths.add_model_folder_path("mllm", str((options.run / "models" / "mllm").resolve()), is_default=True)
+    mllm = load_mllm(NAMES["mllm"])
+    for prompt, images in asked:
+        seen = pictures.load(options.data, images).permute(0, 2, 3, 1).float() / 255 if images else ()
+        yield aggregate(mllm.encode(prompt, list(seen), image_size=SIDE)).tokens[0]
 
 
 def norm_names(dit: nn.Module):
@@ -124,24 +146,6 @@ def new_dit() -> nn.Module:
         if re.search(r"_norm\.(scale|weight)$", name):
             value.data.fill_(1.0)
     return model.requires_grad_(True)
-
-
-def numbers(texts: list[str], vocabulary: dict[str, int]) -> Tensor:
-    """(texts, WORDS), 0 = none."""
-    out = torch.zeros(len(texts), WORDS, dtype=torch.long)
-    for row, text in enumerate(texts):
-        found = [vocabulary[word] for word in words(text)][:WORDS]
-        out[row, : len(found)] = torch.tensor(found)
-    return out
-
-
-def words(caption: str) -> list[str]:
-    """Those that tell something."""
-    return [
-        word
-        for word in re.findall(r"\w+", caption)
-        if word not in ("a", "an", "and", "the", "with", "seen", "on", "in")
-    ]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from subject_dla.demo.latents import decode, encode, encoded, load_vae  # noqa: 
 from subject_dla.demo.oracle import COARSE, FINE, TRAITS, Oracle, truth  # noqa: E402
 from subject_dla.evaluation.copy_paste import copy_paste_report  # noqa: E402
 
-BATCH, CODED = 64, 4000  # CODED: so many pictures are decoded from their latents, once
+BATCH, CODED = 64, 2000  # CODED: so many pictures are decoded from their latents, once
 
 
 def main() -> None:

@@ -44,9 +44,12 @@ class LatentCache:
             return load_file(file)["latent"]
         except (SafetensorError, OSError, KeyError):  # not there yet, or damaged
             latent = self._encode(path, width, height)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, {"latent": latent})
+            self._save(file, latent)
             return latent
+
+    def put(self, path: Path, width: int, height: int, latent: Tensor) -> None:
+        """Keeps on disk what was encoded elsewhere, many at a time, as `get` gives it."""
+        self._save(self.folder / f"{self._key(path, width, height)}.safetensors", latent.float().cpu().contiguous())
 
     def size(self, images: Iterable[tuple[Path, int, int]]) -> int:
         """Bytes on disk that these pictures (path, width, height) will take, each once, from encoding the first."""
@@ -64,6 +67,11 @@ class LatentCache:
                 f"The VAE gave NaN or infinite values for {path.name}. Load it in bf16 or fp32 instead of fp16."
             )
         return latent.clone().float().cpu().contiguous()
+
+    @staticmethod
+    def _save(file: Path, latent: Tensor) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, {"latent": latent})
 
     def _key(self, path: Path, width: int, height: int) -> str:
         status = path.stat()

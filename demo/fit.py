@@ -14,9 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from subject_dla.demo.family import start_host
 from subject_dla.dla.files import save_tensors

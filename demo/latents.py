@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from subject_dla.demo import fit, pictures
 from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, NAMES, SIDE
+from subject_dla.dla.files import save_tensors
 
 
 def load_vae(run: Path):
@@ -44,7 +45,7 @@ def encoded(data: Path, names: list[str], run: Path) -> Tensor:
         parts = [
             encode(vae, pictures.load(data, names[i : i + 16])).half().contiguous() for i in range(0, len(names), 16)
         ]
-        save_file({"latents": torch.cat(parts)}, file)
+        save_tensors(file, {"latents": torch.cat(parts)})
     return load_file(file)["latents"]
 
 

@@ -33,8 +33,8 @@ from panda3d.core import (
 )
 from PIL import Image, ImageDraw
 
-from subject_dla.demo.family import SIDE as SIZE  # noqa: E402
-from subject_dla.demo.world import COLOURS, Picture, Toy, View  # noqa: E402
+from subject_dla.demo.family import SIDE as SIZE
+from subject_dla.demo.world import COLOURS, Picture, Toy, View
 
 loadPrcFileData("", "load-display p3tinydisplay\nwindow-type offscreen\naudio-library-name null\nframebuffer-alpha 1")
 loadPrcFileData("", "notify-level error")

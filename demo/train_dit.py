@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -26,6 +26,7 @@ from subject_dla.demo import fit, pictures  # noqa: E402
 from subject_dla.demo.family import FLUX, NAMES, SIDE, SIZES, flux_config  # noqa: E402
 from subject_dla.demo.latents import encoded  # noqa: E402
 from subject_dla.dla.aggregator import aggregate  # noqa: E402
+from subject_dla.dla.files import save_tensors  # noqa: E402
 from subject_dla.training.flow import FlowTimes  # noqa: E402
 
 BATCH, DROP = 32, 0.1
@@ -92,7 +93,7 @@ class Said:
         file = options.run / f"contexts-{name}.safetensors"
         if not file.exists():
             tokens = list(read(options, asked))
-            save_file({"tokens": torch.cat(tokens).half(), "lengths": torch.tensor([len(t) for t in tokens])}, file)
+            save_tensors(file, {"tokens": torch.cat(tokens).half(), "lengths": torch.tensor([len(t) for t in tokens])})
         kept = load_file(file)
         self.contexts = kept["tokens"].split(kept["lengths"].tolist())
         groups = defaultdict(list)

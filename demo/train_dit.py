@@ -28,6 +28,7 @@ from subject_dla.demo.latents import encoded  # noqa: E402
 from subject_dla.dla.aggregator import aggregate  # noqa: E402
 from subject_dla.dla.files import save_tensors  # noqa: E402
 from subject_dla.training.flow import FlowTimes  # noqa: E402
+from subject_dla.training.recompute import in_place  # noqa: E402
 
 BATCH, DROP = 32, 0.1
 CAPTIONS = 3000  # so many rows' captions are drawn from
@@ -62,14 +63,13 @@ def main() -> None:
         return (velocity.float() - (noise - clean)).square().mean()
 
     def from_pairs(step: int) -> dict[str, Tensor]:
-        """Of ten steps three are of captions still, three of prompts with the references' latents, four without."""
-        if step % 10 in (0, 3, 6):
+        """Of ten steps two are of captions still, three of prompts with the references' latents, five without."""
+        if step % 10 in (0, 5):
             return {"caption": loss(2, options.steps[0] + step, captions, False)}
         look = step % 10 in (1, 4, 7)
         return {"both" if look else "mllm": loss(5, step, prompts, look)}
 
-    in_place = torch.autograd.graph.allow_mutation_on_saved_tensors  # as the host's blocks write
-    settings = {"average": 0.998, "around": in_place}
+    settings = {"average": 0.998, "around": in_place}  # as the host's blocks write
     drawn, paired = options.steps
     record = {"phases": [
         fit.fit("dit", dit, lambda step: {"caption": loss(2, step, captions, False)}, options.run, steps=drawn, rate=1e-3, warmup=500, **settings),

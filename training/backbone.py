@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import comfy.ldm.flux.math
 import comfy.model_management
@@ -15,7 +15,7 @@ from ..loaders.dit import context_width, dit_family
 from ..sampling.attention import KeyStrengthAttention
 from ..sampling.tokens import KeyStrengths, key_strengths
 from .lora import LoRA
-from .recompute import recomputed
+from .recompute import in_place, recomputed
 
 # Where the host's classes keep their blocks.
 BLOCKS = {
@@ -72,9 +72,8 @@ class Backbone:
         try:
             if before is not None:
                 management.in_training = True
-            with recomputed(blocks, trained) if self.checkpointing else nullcontext():
-                with nullcontext() if self.checkpointing else torch.autograd.graph.allow_mutation_on_saved_tensors():
-                    yield
+            with recomputed(blocks, trained) if self.checkpointing else in_place():
+                yield
         finally:
             if before is not None:
                 management.in_training = before

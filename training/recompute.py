@@ -2,13 +2,14 @@
 
 torch's own checkpointing keeps a block's inputs and the recomputed activations by reference; ComfyUI's FLUX and
 OmniGen2 write into both (`img += ...`), which gives wrong gradients without a word. Here every run works on copies of
-the inputs, and autograd is told of the writes by `allow_mutation_on_saved_tensors`.
+the inputs, and autograd is told of the writes by `in_place`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,32 @@ def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Seque
                 del block.forward
             else:
                 block.forward = before
+
+
+@contextmanager
+def in_place():
+    """torch's `allow_mutation_on_saved_tensors`, around forward and backward pass, without one fault of it.
+
+    torch knows a kept tensor by the addresses of its object and data and by its version. Once it has copied one that
+    was about to be written over and let it go, a new tensor may get both addresses, and torch takes the old one's copy
+    for it: an error where shapes differ, wrong gradients where they do not. Here what was copied is forgotten by address.
+    """
+    with torch.autograd.graph.allow_mutation_on_saved_tensors() as kept:
+        kept.cloned = _Copies(kept)
+        yield
+
+
+class _Copies(WeakKeyDictionary):
+    """Handle -> copy; torch fills it just before it lets the original go."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def __setitem__(self, handle, copy: Tensor) -> None:
+        super().__setitem__(handle, copy)
+        original = self.kept.original[handle]
+        self.kept.tid_to_weakhandle.pop((id(original), original.data_ptr(), original._version), None)
 
 
 def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:
@@ -74,8 +101,7 @@ class _Recompute(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.count], ctx.needs_input_grad[2:])]
         wanted = [t for t in (*inputs, *tensors[ctx.count :]) if t.requires_grad]
-        mutable = torch.autograd.graph.allow_mutation_on_saved_tensors()
-        with torch.enable_grad(), torch.autocast(*ctx.autocast), mutable:
+        with torch.enable_grad(), torch.autocast(*ctx.autocast), in_place():
             out = ctx.block(inputs)
             out = (out,) if isinstance(out, Tensor) else out
             reached = [(o, g) for o, g in zip(out, gradients) if o.requires_grad and g is not None]

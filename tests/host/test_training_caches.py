@@ -135,6 +135,18 @@ def test_latents_are_the_hosts_and_hit_equals_miss(vae, pictures, tmp_path, monk
         assert len(files(folder)) == 1 and len(list(folder.iterdir())) == 1  # nothing temporary stays
 
 
+def test_latents_encoded_elsewhere_are_taken(vae, pictures, tmp_path, monkeypatch):
+    with torch.inference_mode():  # as in a node
+        latent = vae.encode(cut(load_picture(pictures[0]), 96, 64)[None])[0].half()
+    LatentCache(vae, tmp_path).put(pictures[0], 96, 64, latent)
+    encodings = calls(monkeypatch, vae, "encode")
+    cache = LatentCache(vae, tmp_path)
+    found = cache.get(pictures[0], 96, 64)
+    assert found.dtype == torch.float32 and torch.equal(found, latent.float()) and not encodings
+    cache.get(pictures[1], 96, 64)  # that one was not put
+    assert len(encodings) == 1
+
+
 def test_damaged_latents_are_encoded_again_and_replaced(vae, pictures, tmp_path):
     cache = LatentCache(vae, tmp_path)
     latent = cache.get(pictures[0], 64, 64)

@@ -82,7 +82,7 @@ def fit(
     if file.exists():
         state = torch.load(file, weights_only=True)
         model.load_state_dict(state["model"])
-        mean, start, record = state["mean"], state["step"], json.loads(state["record"])
+        mean, start, record = state["mean"], state["step"], json.loads(state["record"]) | {"steps": steps}
         optimizer.load_state_dict(state["optimizer"])
         say(f"{name}: going on from step {start}")
     began, sums = time.monotonic(), {}

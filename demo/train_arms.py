@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from subject_dla.demo import fit, latents, pictures  # noqa: E402
 from subject_dla.demo.family import ROOT, start_host  # noqa: E402
 
-STEPS, BATCH = (1000, 1200), 32  # of the two stages
+STEPS, BATCH = (200, 1000), 32  # of the two stages
 TWO, ONE = ("stage1", "stage2"), ("stage2",)
 ARMS: dict[str, tuple[tuple[str, ...], dict]] = {
     "demo": (TWO, {}),

@@ -43,7 +43,7 @@ def test_new_views_as_the_prompt_names_them(family, cases):
     drawn = family.arm("demo").draw(cases, preset("mllm_only"))
     asked = torch.tensor([named_azimuth(case.prompt) for case in cases])
     off = azimuth_difference(oracle.read(drawn).angles[:, 0], asked)
-    assert off.mean() < 60, off  # 90 by chance
+    assert (off < 22.5).sum() >= 3, off  # of five; by chance each with one in eight
 
 
 def test_cases_drawn_together_do_not_see_each_other(family, cases):

@@ -247,8 +247,7 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
     assert set(scores) == {"azimuth", "polar", "average_recall", "DINO-I", "CLIP-I", "CLIP-T"}
     for name, values in cosines(out, questions.parent, measures / "clip_vision").items():
         found = scores[name]["mean"]
-        assert found == pytest.approx(sum(values) / pictures, abs=1e-3), (name, "a saved picture has 8 bits")
-        print(name, found, sum(values) / pictures)
+        assert found == pytest.approx(sum(values) / pictures, abs=5e-4), (name, "a saved picture has 8 bits")
         assert scores[name]["low"] < found < scores[name]["high"], name
         assert max(values) - min(values) > 2e-3, (name, "the models see no difference")
     reports = [json.loads(path.read_text()) for path in (out / "scores").glob("*.json")]

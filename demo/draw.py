@@ -58,8 +58,8 @@ class Family:
         out = []
         with torch.no_grad():
             for entry in pictures.entries(data, split):
-                seen = pictures.load(data, entry["image_paths"]).permute(0, 2, 3, 1).float() / 255
-                out.append(Case(entry, list(seen), [self.vae.encode(picture[None]) for picture in seen]))
+                seen = pictures.images(data, entry["image_paths"])
+                out.append(Case(entry, seen, [self.vae.encode(picture[None]) for picture in seen]))
         return out
 
     def features(self, case: Case, images: bool = True) -> Features:

@@ -20,6 +20,7 @@ from subject_dla.evaluation.intervals import mean_interval, share_interval
 Figure = tuple[float, float, float]  # mean, low, high
 FOLLOWS = 22.5  # degrees of azimuth: half of what a view's word covers
 COLUMNS = ("azimuth", "polar", "recall", "view error", "follows", "coarse", "fine")
+UNNAMED = ("azimuth", "polar", "recall", "coarse", "fine")  # where the prompt names no view
 HEADS = {
     "azimuth": "azimuth vs reference °", "polar": "polar vs reference °", "recall": "average recall vs reference",
     "view error": "error vs prompted view °", "follows": "follows the prompted view", "coarse": "coarse identity",
@@ -188,7 +189,7 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
     page.table(
         "no view named",
         {name: page.score("free", name=name) for name in SCHEDULES},
-        ("azimuth", "polar", "recall", "coarse", "fine"),
+        UNNAMED,
     )
 
     page.say(
@@ -198,7 +199,7 @@ def write_page(page_file: Path, work: Path, models: Path, seconds: float) -> dic
         "before any of these fresh cases was drawn; they are about the paper's thresholds on raw flow time.",
     )
     again = {name: page.score("again", name=name) for name in AGAIN}
-    page.table("no view named, fresh cases", again, ("azimuth", "polar", "recall", "coarse", "fine"))
+    page.table("no view named, fresh cases", again, UNNAMED)
     both, only, staged = (again[name] for name in ("both throughout", "MLLM only", "staged 0.95 / 0.85"))
     page.verdict(
         "where no view is named, staged denoising copies the pose less than both conditions throughout", better(both, staged, "recall"),

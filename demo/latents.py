@@ -34,7 +34,12 @@ def encode(vae, shown: Tensor) -> Tensor:
 def decode(vae, latents: Tensor) -> Tensor:
     """Pictures (n, 3, h, w) in 0..1."""
     with fit.mixed():
-        return vae.decode(latents.float() / FLUX_SCALE + FLUX_SHIFT).float().add(1).div(2).clamp(0, 1)
+        return vae.decode(as_the_vae_gives(latents)).float().add(1).div(2).clamp(0, 1)
+
+
+def as_the_vae_gives(latents: Tensor) -> Tensor:
+    """From what the DiT sees, fp32: `encode` without FLUX.1's scale and shift."""
+    return latents.float() / FLUX_SCALE + FLUX_SHIFT
 
 
 def encoded(data: Path, names: list[str], run: Path) -> Tensor:
@@ -55,5 +60,5 @@ def hand_over(data: Path, names: list[str], run: Path, folder: Path) -> None:
     from subject_dla.training.latents import LatentCache
 
     cache = LatentCache(by_host(NAMES["vae"]), folder)
-    for name, latent in zip(names, encoded(data, names, run).float() / FLUX_SCALE + FLUX_SHIFT):
+    for name, latent in zip(names, as_the_vae_gives(encoded(data, names, run))):
         cache.put(data / name, SIDE, SIDE, latent)

@@ -35,3 +35,8 @@ def load(data: Path, names: list[str]) -> Tensor:
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(lambda name: np.asarray(Image.open(data / name).convert("RGB")), names))
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+
+
+def images(data: Path, names: list[str]) -> list[Tensor]:
+    """(h, w, 3) in 0..1 each, as the host's IMAGE has them."""
+    return list(load(data, names).permute(0, 2, 3, 1).float() / 255) if names else []

@@ -33,7 +33,7 @@ from panda3d.core import (
 )
 from PIL import Image, ImageDraw
 
-from subject_dla.demo.family import SIDE as SIZE
+from subject_dla.demo.family import SIDE
 from subject_dla.demo.world import COLOURS, Picture, Toy, View
 
 loadPrcFileData("", "load-display p3tinydisplay\nwindow-type offscreen\naudio-library-name null\nframebuffer-alpha 1")
@@ -67,7 +67,7 @@ class Renderer:
         properties.setRgbaBits(8, 8, 8, 8)
         properties.setDepthBits(24)
         self.base.makeDefaultPipe()
-        size = WindowProperties.size(SIZE * OVER, SIZE * OVER)
+        size = WindowProperties.size(SIDE * OVER, SIDE * OVER)
         self.window = self.base.graphicsEngine.makeOutput(
             self.base.pipe, "view", 0, properties, size, GraphicsPipe.BFRefuseWindow
         )
@@ -87,7 +87,7 @@ class Renderer:
         self.camera.reparentTo(self.base.render)
 
     def toys(self, toys: tuple[Toy, ...], view: View) -> np.ndarray:
-        """(SIZE, SIZE, 4) uint8, the toys and their shadows over nothing."""
+        """(SIDE, SIDE, 4) uint8, the toys and their shadows over nothing."""
         root = self.base.render.attachNewNode("toys")
         a, p = radians(view.azimuth), radians(view.polar)
         for index, toy in enumerate(toys):
@@ -104,12 +104,12 @@ class Renderer:
         self.base.graphicsEngine.renderFrame()
         self.base.graphicsEngine.renderFrame()
         data = self.window.getScreenshot()
-        pixels = np.frombuffer(data.getRamImageAs("RGBA"), np.uint8).reshape(SIZE * OVER, SIZE * OVER, 4)[::-1]
+        pixels = np.frombuffer(data.getRamImageAs("RGBA"), np.uint8).reshape(SIDE * OVER, SIDE * OVER, 4)[::-1]
         root.removeNode()
         return np.asarray(
             Image.fromarray(np.ascontiguousarray(pixels), "RGBA")
             .convert("RGBa")
-            .resize((SIZE, SIZE), Image.BOX)
+            .resize((SIDE, SIDE), Image.BOX)
             .convert("RGBA")
         )
 
@@ -288,21 +288,21 @@ GROUNDS = {  # ground, sky
 
 
 def place(name: str, polar: float, seed: int) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8: the ground up to a horizon that sinks with the camera, and what is behind."""
+    """(SIDE, SIDE, 3) uint8: the ground up to a horizon that sinks with the camera, and what is behind."""
     draw = np.random.default_rng(seed)
     ground, sky = GROUNDS.get(name) or (COLOURS[name.split()[2]], (205, 195, 180))
-    rows = np.arange(SIZE)[:, None, None]
-    horizon = SIZE * (0.62 - polar / 60)
-    out = np.where(rows < horizon, np.array(sky, float), np.array(ground, float) * (0.9 + 0.1 * rows / SIZE))
-    out = np.broadcast_to(out, (SIZE, SIZE, 3)).copy()
+    rows = np.arange(SIDE)[:, None, None]
+    horizon = SIDE * (0.62 - polar / 60)
+    out = np.where(rows < horizon, np.array(sky, float), np.array(ground, float) * (0.9 + 0.1 * rows / SIDE))
+    out = np.broadcast_to(out, (SIDE, SIDE, 3)).copy()
     coarse = draw.normal(0, 1, (8, 8))
-    rough = np.asarray(Image.fromarray(coarse.astype(np.float32)).resize((SIZE, SIZE), Image.BICUBIC))
+    rough = np.asarray(Image.fromarray(coarse.astype(np.float32)).resize((SIDE, SIDE), Image.BICUBIC))
     out += 6 * rough[..., None] * (rows >= horizon)
     if name == "on a road":
-        y, x = np.mgrid[0:SIZE, 0:SIZE]
-        out[(y > horizon) & (abs(y - SIZE * 0.93) < 2) & (x // 14 % 2 == 0)] = (230, 230, 220)
+        y, x = np.mgrid[0:SIDE, 0:SIDE]
+        out[(y > horizon) & (abs(y - SIDE * 0.93) < 2) & (x // 14 % 2 == 0)] = (230, 230, 220)
     if name == "at night":
-        stars = draw.integers(0, SIZE, (14, 2))
+        stars = draw.integers(0, SIDE, (14, 2))
         for y, x in stars:
             if y < horizon - 1:
                 out[y, x] = (230, 230, 200)

@@ -84,7 +84,8 @@ def main() -> int:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 return done.returncode
-            lines.append(json.loads(done.stdout.splitlines()[-1]))
+            line = json.loads(done.stdout.splitlines()[-1])
+            lines.append(line | {kind: Path(line[kind]).name for kind in ("dla", "lora")})
         folder = options.run / "models" / "dla"
         validation = (output / "subject_dla" / "runs" / name / "validation.csv").read_text()
         record = {"arm": name, "stages": lines, "seconds": round(time.monotonic() - started), "held out": validation}

@@ -119,9 +119,9 @@ def read(options, asked: list[tuple[str, list[str]]]) -> Iterator[Tensor]:
     folders.register()
     folder_paths.add_model_folder_path("mllm", str((options.run / "models" / "mllm").resolve()), is_default=True)
     mllm = load_mllm(NAMES["mllm"])
-    for prompt, images in asked:
-        seen = pictures.load(options.data, images).permute(0, 2, 3, 1).float() / 255 if images else ()
-        yield aggregate(mllm.encode(prompt, list(seen), image_size=SIDE)).tokens[0]
+    for prompt, names in asked:
+        seen = pictures.images(options.data, names)
+        yield aggregate(mllm.encode(prompt, seen, image_size=SIDE)).tokens[0]
 
 
 def norm_names(dit: nn.Module):

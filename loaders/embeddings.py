@@ -40,7 +40,7 @@ class Embedder:
     pixels: Pixels
 
     def image(self, image: Tensor) -> Tensor:
-        """(H, W, 3) in 0..1 to (D,) float32 on the CPU."""
+        """(H, W, 3) in 0..1 to (D,) float32 on the CPU; each class below has its own."""
         raise NotImplementedError
 
 

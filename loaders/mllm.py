@@ -111,10 +111,12 @@ class MLLM:
         return Features(states, wanted, modality[None], image_index[None], mask, self.info, prefix=(prefix,))
 
     def run(self, text, images, size, tiles, wanted):
-        """-> states (1, M, T, C); tokens, a list of ids with None for an image; mask (1, T) bool; tokens per image."""
+        """-> states (1, M, T, C); tokens, a list of ids with None for an image; mask (1, T) bool; tokens per image.
+        Each loader (mllm_transformers, mllm_clip) has its own."""
         raise NotImplementedError
 
     def tokenize(self, text: str) -> list[int]:
+        """Each loader has its own."""
         raise NotImplementedError
 
     def header(self) -> list[int]:

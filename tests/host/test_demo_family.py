@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from subject_dla.demo import latents, world
 from subject_dla.demo.draw import Case, Family
-from subject_dla.demo.family import FLUX_SCALE, FLUX_SHIFT, MODELS, NAMES, ROOT
+from subject_dla.demo.family import MODELS, NAMES, ROOT
 from subject_dla.demo.oracle import load_oracle
 from subject_dla.demo.showcase import SHOWN
 from subject_dla.evaluation.copy_paste import azimuth_difference
@@ -57,6 +57,6 @@ def test_cases_drawn_together_do_not_see_each_other(family, cases):
 def test_latents_encoded_many_at_a_time_are_the_hosts(cases):
     """The recipe's, which go into the training's cache."""
     shown = torch.stack([case.references[0] for case in cases]).permute(0, 3, 1, 2).mul(255).round().byte()
-    encoded = latents.encode(latents.load_vae(MODELS.parent), shown) / FLUX_SCALE + FLUX_SHIFT
+    encoded = latents.as_the_vae_gives(latents.encode(latents.load_vae(MODELS.parent), shown))
     expected = torch.cat([case.latents[0] for case in cases])
     assert (encoded - expected).abs().max() < 0.02 * expected.abs().max()

@@ -49,7 +49,7 @@ BODIES = {  # (profile of (y, z), half the width) of the body and the top
     "boat": ([(-0.85, 0.25), (0.95, 0.25), (1, 0.9), (-1.15, 0.9)], 0.5, [(-0.1, 0.9), (0.7, 0.9), (0.7, 1.45), (0.1, 1.45)], 0.35),
     "duck": ([(-0.75, 0.25), (0.7, 0.25), (1.1, 1.05), (0.6, 0.85), (-0.8, 0.85), (-0.95, 0.5)], 0.42, [(-0.9, 0.85), (-0.3, 0.85), (-0.15, 1.15), (-0.3, 1.5), (-0.8, 1.5), (-0.98, 1.15)], 0.32),
 }  # fmt: skip
-SIDE = {
+FLANK = {
     "car": (0, 0.58),
     "truck": (0.4, 0.85),
     "train": (-0.35, 0.62),
@@ -142,7 +142,7 @@ def build(toy: Toy) -> NodePath:
             x=x,
         )
         prism(root, [(0.95, 0.36), (1.05, 0.36), (1.05, 0.54), (0.95, 0.54)], 0.09, (150, 0, 0), x=x)
-    y, z = SIDE[toy.kind]
+    y, z = FLANK[toy.kind]
     size = 0.62
     picture = decal(toy.decal, toy.decal_colour)
     for heading, place in ((-90, (-half - 0.02, y, z)), (90, (half + 0.02, y, z))):

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
     import_pack()
 
-from subject_dla.demo.evidence_rows import ROWS  # noqa: E402
+from subject_dla.demo.evidence_rows import ROWS, SHIPPED  # noqa: E402
 from subject_dla.demo.family import MODELS  # noqa: E402
 
 SHOWN = 6  # cases whose pictures are kept for the page
@@ -42,6 +42,9 @@ def main() -> int:
     )
     parser.add_argument("--cases", type=float, default=1.0, help="share of each set's cases, for a quick look")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the rows of pairs that do not ship in demo/recorded.json"
+    )
     parser.add_argument("--worker", type=int, default=-1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -59,9 +62,13 @@ def main() -> int:
     workers = [subprocess.Popen([*command, "--worker", str(number)], env=one, stdout=sys.stderr) for number in range(2)]
     if any([worker.wait() for worker in workers]):
         return 1
+    from subject_dla.demo.evidence_kept import Kept
     from subject_dla.demo.evidence_page import write_page
 
-    figures = write_page(options.page, options.work, options.models, time.monotonic() - started)
+    kept = Kept(options.work, options.models)
+    if options.record:
+        kept.record([row for row in ROWS if row.arm not in SHIPPED])
+    figures = write_page(options.page, kept, data, time.monotonic() - started)
     print(json.dumps(figures), flush=True)
     return 0
 
@@ -73,6 +80,7 @@ def draw(options) -> None:
     import folder_paths
     from PIL import Image
     from subject_dla.demo.draw import Family
+    from subject_dla.demo.evidence_kept import Kept
     from subject_dla.demo.oracle import load_oracle
     from subject_dla.loaders import folders
 
@@ -82,10 +90,11 @@ def draw(options) -> None:
     comfy.utils.PROGRESS_BAR_ENABLED = False
     family, oracle = Family(), load_oracle(options.models.parent / "oracle.safetensors")
     cases = family.cases(options.work / "data")
-    rows = [row for row in ROWS if (options.models / "dla" / f"{row.arm}.safetensors").exists()]
+    kept = Kept(options.work, options.models)
+    rows = [row for row in ROWS if kept.drawable(row)]
     arm = None
     for row in rows[options.worker :: 2]:
-        file = options.work / f"{row.key}.json"
+        file = kept.file(row)
         if file.exists():
             continue
         started = time.monotonic()

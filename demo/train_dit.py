@@ -59,7 +59,7 @@ def main() -> None:
         noise = torch.randn(clean.shape, generator=generator)
         t = times(torch.rand(BATCH, generator=generator))
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        velocity = dit(noisy, t, context.float(), ref_latents=references or None, ref_latents_method="uxo")
+        velocity = dit(noisy, t, context, ref_latents=references or None, ref_latents_method="uxo")
         return (velocity.float() - (noise - clean)).square().mean()
 
     def from_pairs(step: int) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class Said:
             tokens = list(read(options, asked))
             save_tensors(file, {"tokens": torch.cat(tokens).half(), "lengths": torch.tensor([len(t) for t in tokens])})
         kept = load_file(file)
-        self.contexts = kept["tokens"].split(kept["lengths"].tolist())
+        self.contexts = kept["tokens"].float().split(kept["lengths"].tolist())
         groups = defaultdict(list)
         for index, ((_, images), context) in enumerate(zip(asked, self.contexts)):
             groups[len(images), len(context)].append(index)

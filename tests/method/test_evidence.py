@@ -1,0 +1,89 @@
+"""The evidence: a row counts for the weights that drew it alone, and a claim holds where intervals lie apart."""
+
+import json
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+from subject_dla.demo import evidence_rows, world
+from subject_dla.demo.evidence_kept import BASE, Kept
+from subject_dla.demo.evidence_score import Scored, better, difference
+from subject_dla.demo.family import NAMES
+from subject_dla.demo.oracle import COARSE, FINE, TRAITS
+from subject_dla.evaluation.copy_paste import copy_paste_report
+
+ROW = next(row for row in evidence_rows.ROWS if row.arm == "demo-last")
+RESULT = {"angles": [[1.26, 2.0]], "traits": {"kind": [0]}, "seconds": 1.0}
+
+
+@pytest.fixture
+def models(tmp_path):
+    folder = tmp_path / "family" / "models"
+    files = [folder / kind / NAMES[kind] for kind in BASE[1:]] + [folder / "mllm" / NAMES["mllm"] / "model.safetensors"]
+    for file in (*files, folder.parent / "oracle.safetensors", *pair(folder)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(file.name.encode())
+    return folder
+
+
+def pair(folder):
+    return [folder / kind / f"{ROW.arm}.safetensors" for kind in ("dla", "loras")]
+
+
+def test_a_row_is_of_the_weights_that_drew_it(models, tmp_path):
+    kept = Kept(tmp_path, models, tmp_path / "none.json")
+    kept.file(ROW).write_text(json.dumps(RESULT))
+    assert Kept(tmp_path, models, tmp_path / "none.json").read(ROW) == RESULT
+    for changed in (pair(models)[1], models / "vae" / NAMES["vae"]):
+        before = changed.read_bytes()
+        changed.write_bytes(b"another")
+        assert Kept(tmp_path, models, tmp_path / "none.json").read(ROW) is None
+        changed.write_bytes(before)
+
+
+def test_recorded_rows_stand_in_for_weights_that_do_not_ship_with_this_family(models, tmp_path):
+    recorded = tmp_path / "recorded.json"
+    kept = Kept(tmp_path, models, recorded)
+    kept.file(ROW).write_text(json.dumps(RESULT))
+    kept.record(evidence_rows.ROWS)
+    assert set(json.loads(recorded.read_text())["rows"]) == {ROW.key}
+    for file in pair(models):
+        file.unlink()
+    kept = Kept(tmp_path, models, recorded)
+    assert not kept.drawable(ROW) and kept.read(ROW) == RESULT | {"angles": [[1.3, 2.0]]}
+    (models / "diffusion_models" / NAMES["diffusion_models"]).write_bytes(b"another DiT")
+    assert Kept(tmp_path, models, recorded).read(ROW) is None
+
+
+def test_figures_of_known_readings():
+    draw = random.Random("figures")
+    examples = [world.test_example(draw, "view") for _ in range(80)]
+    entries = [{"pictures": [e.target, *e.references]} for e in examples]
+
+    def row(shown: int, right: tuple[str, ...]) -> Scored:
+        """Every picture in the view of its target (0) or its reference (1), with these traits right and no others."""
+        toys = [asdict(e.target.toys[0]) for e in examples]
+        true = {name: [values.index(toy[name]) for toy in toys] for name, values in TRAITS.items()}
+        wrong = {name: [(n + 1) % len(TRAITS[name]) for n in numbers] for name, numbers in true.items()}
+        views = [entry["pictures"][shown].view for entry in entries]
+        angles = [[view.azimuth, view.polar] for view in views]
+        return Scored.of({"angles": angles, "traits": {n: (true if n in right else wrong)[n] for n in TRAITS}}, entries)
+
+    follows, copies = row(0, (*COARSE, "decal")), row(1, (*COARSE, *FINE))
+    assert follows.figures["follows"][0] == 1 and copies.figures["follows"][0] == 0  # jitter is 8°, views 90° apart
+    assert copies.figures["azimuth"] == (0, 0, 0) and copies.figures["recall"][0] == 1
+    assert follows.figures["coarse"][0] == 1 and follows.figures["fine"][0] == pytest.approx(1 / 3)
+    recall = copy_paste_report(follows.reference, follows.angles).average_recall
+    assert float(follows.shares("recall").mean()) == pytest.approx(recall)
+
+    assert better(follows, copies, "follows") == "holds here" and better(copies, follows, "fine") == "holds here"
+    assert better(follows, copies, "recall") == "is contradicted here"
+    assert "undecided" in better(follows, copies, "coarse") and "not measured" in better(None, copies, "coarse")
+    assert difference(copies, follows, "fine") == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert torch.equal(copies.shares("fine"), torch.ones(80).double())
+
+
+def test_rows_have_keys_of_their_own():
+    keys = [row.key for row in evidence_rows.ROWS]
+    assert len(set(keys)) == len(keys)

@@ -47,6 +47,8 @@ def main() -> int:
     )
     parser.add_argument("--worker", type=int, default=-1, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cases != 1:  # a quick look's rows are no others'
+        options.work /= f"cases-{options.cases}"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.worker >= 0:
         draw(options)
@@ -88,15 +90,15 @@ def draw(options) -> None:
     for kind in ("mllm", "dla", "diffusion_models", "vae", "loras"):
         folder_paths.add_model_folder_path(kind, str((options.models / kind).resolve()), is_default=True)
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    kept = Kept(options.work, options.models)
+    rows = [row for row in ROWS if kept.drawable(row)][options.worker :: 2]
+    rows = [row for row in rows if not kept.file(row).exists()]
+    if not rows:
+        return
     family, oracle = Family(), load_oracle(options.models.parent / "oracle.safetensors")
     cases = family.cases(options.work / "data")
-    kept = Kept(options.work, options.models)
-    rows = [row for row in ROWS if kept.drawable(row)]
     arm = None
-    for row in rows[options.worker :: 2]:
-        file = kept.file(row)
-        if file.exists():
-            continue
+    for row in rows:
         started = time.monotonic()
         if arm is None or arm.name != row.arm:
             arm = family.arm(row.arm)
@@ -105,6 +107,7 @@ def draw(options) -> None:
         drawn = arm.draw(chosen, row.stages, images=row.images, change=row.change, seed=row.seed)
         reading = oracle.read(drawn)
         sheet = torch.cat(list(drawn[:SHOWN]), 2).mul(255).byte().permute(1, 2, 0).numpy()
+        file = kept.file(row)
         Image.fromarray(sheet).save(file.with_suffix(".png"))
         result = {
             "angles": reading.angles.tolist(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from subject_dla.demo.evidence_rows import Row
@@ -42,13 +42,23 @@ class Kept:
         file = self.file(row)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def record(self, rows: Iterable[Row]) -> None:
-        """Writes these rows for readers without their weights."""
+    def record(self, rows: Sequence[Row]) -> None:
+        """Writes these rows, and how their weights were trained, for readers without them."""
         found = {row.key: result for row in rows if (result := self.read(row))}
         for result in found.values():
             result["angles"] = [[round(angle, 1) for angle in pair] for pair in result["angles"]]
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(result, separators=(',', ':'))}" for key, result in found.items())
-        self.recorded.write_text(f'{{"base": "{self.base}", "rows": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        trained = {}
+        for arm in sorted({row.arm for row in rows}):
+            told = self.models / "dla" / f"{arm}.json"
+            if told.exists():
+                trained[arm] = {
+                    k: v for k, v in json.loads(told.read_text(encoding="utf-8")).items() if k in ("stages", "seconds")
+                }
+        lines = ",\n".join(
+            f"{json.dumps(key)}: {json.dumps(result, separators=(',', ':'))}" for key, result in found.items()
+        )
+        head = json.dumps({"base": self.base, "trained": trained})[:-1]
+        self.recorded.write_text(f'{head}, "rows": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
     def _weights(self, arm: str) -> tuple[Path, Path]:
         return tuple(self.models / kind / f"{arm}.safetensors" for kind in ("dla", "loras"))

@@ -32,9 +32,13 @@ class Page:
         result = self.kept.read(row)
         return Scored.of(result, [entry for entry in self.entries if entry["set"] == row.cases]) if result else None
 
-    def compare(self, arms: dict[str, tuple[str, str]], schedules: tuple[str, ...], join: str) -> dict[str, Scored | None]:
+    def compare(
+        self, arms: dict[str, tuple[str, str]], schedules: tuple[str, ...], join: str
+    ) -> dict[str, Scored | None]:
         """By "ARM join SCHEDULE". arms: by name, the part of the page that draws it and its weights."""
-        return {f"{name}{join}{how}": self.score(part, how, arm) for name, (part, arm) in arms.items() for how in schedules}
+        return {
+            f"{name}{join}{how}": self.score(part, how, arm) for name, (part, arm) in arms.items() for how in schedules
+        }
 
     def table(self, head: str, rows: dict[str, Scored | None], columns=tuple(HEADS)) -> None:
         self.say("", f"| {head} | " + " | ".join(HEADS[c] for c in columns) + " |", "| --- |" + " --- |" * len(columns))
@@ -66,7 +70,9 @@ class Page:
         cases = [entry for entry in self.entries if entry["set"] == rows[0].cases][:count]
         references = [Image.open(self.data / entry["image_paths"][0]) for entry in cases]
         lines = [("references", references, [entry["prompt"] for entry in cases])]
-        lines += [(name, [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]) for name, strip in strips]
+        lines += [
+            (name, [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]) for name, strip in strips
+        ]
         folder.mkdir(exist_ok=True)
         contact_sheet(lines, side=168).save(folder / f"{part}.jpg", quality=88)
         self.say("", f"![{part}](evidence/{part}.jpg)", "")
@@ -84,16 +90,35 @@ def write_page(page_file: Path, kept: Kept, data: Path, seconds: float) -> dict:
     headline = {name: page.score("headline", name) for name in SCHEDULES}
     page.table("schedule", headline)
     page.picture("headline", tuple(SCHEDULES), pictures_folder)
-    page.verdict("staged denoising copies the pose less than both conditions throughout", "recall", "both throughout", HEADLINE, headline)
-    page.verdict("MLLM tokens alone lose fine identity, which the VAE's tokens bring back", "fine", HEADLINE, "MLLM only", headline)
+    page.verdict(
+        "staged denoising copies the pose less than both conditions throughout",
+        "recall",
+        "both throughout",
+        HEADLINE,
+        headline,
+    )
+    page.verdict(
+        "MLLM tokens alone lose fine identity, which the VAE's tokens bring back",
+        "fine",
+        HEADLINE,
+        "MLLM only",
+        headline,
+    )
     page.say("Once more with DLA and LoRA trained from two other seeds, and with other noise:")
     seeds(page, "headline", tuple(SCHEDULES), ("recall", "follows", "coarse", "fine"))
 
     page.say("### Thresholds", "", "The paper's belong to 4096 image tokens, these pictures have 49.")
-    page.table("thresholds", {name: headline[name] for name in (PAPER, HEADLINE)} | {name: page.score("grid", name) for name in GRID})
+    page.table(
+        "thresholds",
+        {name: headline[name] for name in (PAPER, HEADLINE)} | {name: page.score("grid", name) for name in GRID},
+    )
     page.picture("grid", tuple(GRID), pictures_folder)
 
-    page.say("### No view named", "", "Nothing but the reference tells a view: turning away is variety, not obedience. 60 cases.")
+    page.say(
+        "### No view named",
+        "",
+        "Nothing but the reference tells a view: turning away is variety, not obedience. 60 cases.",
+    )
     page.table("no view named", {name: page.score("free", name) for name in SCHEDULES}, UNNAMED)
     page.say(
         "### No view named, asked again",
@@ -103,8 +128,20 @@ def write_page(page_file: Path, kept: Kept, data: Path, seconds: float) -> dict:
     )
     again = {name: page.score("again", name) for name in AGAIN}
     page.table("no view named, fresh cases", again, UNNAMED)
-    page.verdict("where no view is named, staged denoising copies the pose less than both conditions throughout", "recall", "both throughout", PAPER, again)
-    page.verdict("where no view is named, staged denoising keeps fine identity better than MLLM tokens alone", "fine", PAPER, "MLLM only", again)
+    page.verdict(
+        "where no view is named, staged denoising copies the pose less than both conditions throughout",
+        "recall",
+        "both throughout",
+        PAPER,
+        again,
+    )
+    page.verdict(
+        "where no view is named, staged denoising keeps fine identity better than MLLM tokens alone",
+        "fine",
+        PAPER,
+        "MLLM only",
+        again,
+    )
     seeds(page, "again", AGAIN, ("recall", "coarse", "fine"))
 
     page.say("## 2. Last layer, one pooling, two poolings", "", "Each pair trained in the same two stages.")
@@ -112,8 +149,20 @@ def write_page(page_file: Path, kept: Kept, data: Path, seconds: float) -> dict:
     table = page.compare(arms, ("MLLM only", HEADLINE), ", ")
     page.table("connection", table)
     for how in ("MLLM only", HEADLINE):
-        page.verdict(f"the last layer alone loses identity against pooling all layers ({how})", "fine", f"DLA, {how}", f"last layer, {how}", table)
-        page.verdict(f"two poolings follow the prompt better than one ({how})", "follows", f"DLA, {how}", f"single LAP, {how}", table)
+        page.verdict(
+            f"the last layer alone loses identity against pooling all layers ({how})",
+            "fine",
+            f"DLA, {how}",
+            f"last layer, {how}",
+            table,
+        )
+        page.verdict(
+            f"two poolings follow the prompt better than one ({how})",
+            "follows",
+            f"DLA, {how}",
+            f"single LAP, {how}",
+            table,
+        )
 
     page.say(
         "## 3. Two-stage and single-stage training",
@@ -141,7 +190,9 @@ def write_page(page_file: Path, kept: Kept, data: Path, seconds: float) -> dict:
         "*Seen from the other side*, *turned a quarter*, *in the colour of its wheels*. Text only: the MLLM reads the prompt without the references, trained so.",
     )
     table = {f"MLLM, {name}": page.score("reasoning", name) for name in ("MLLM only", HEADLINE, "both throughout")}
-    table |= {f"text only, {name}": page.score("reasoning", name, "demo-text") for name in (HEADLINE, "both throughout")}
+    table |= {
+        f"text only, {name}": page.score("reasoning", name, "demo-text") for name in (HEADLINE, "both throughout")
+    }
     page.table("conditioning", table)
     for how in (HEADLINE, "both throughout"):
         for column in ("follows", "coarse"):
@@ -167,10 +218,16 @@ def introduction(page: Page) -> None:
     )
     floor = json.loads((page.kept.models.parent / "oracle.json").read_text(encoding="utf-8"))["floor"]
     for name, values in floor.items():
-        page.say(f"| {name} | " + " | ".join(str(values[key]) for key in ("azimuth", "polar", "average recall", "coarse", "fine")) + " |")
+        page.say(
+            f"| {name} | "
+            + " | ".join(str(values[key]) for key in ("azimuth", "polar", "average recall", "coarse", "fine"))
+            + " |"
+        )
     toys = [entry["pictures"][0].toys[0] for entry in page.entries]
     coarse, fine = (wrong_toy(toys, names) for names in (COARSE, FINE))
-    page.say("", f"Another toy of the test split has {coarse:.2f} of the coarse traits and {fine:.2f} of the fine ones.")
+    page.say(
+        "", f"Another toy of the test split has {coarse:.2f} of the coarse traits and {fine:.2f} of the fine ones."
+    )
     recorded = sorted({row.arm for row in ROWS if not page.kept.drawable(row) and page.kept.read(row)})
     if recorded:
         page.say("", f"Not drawn anew, since their weights do not ship (`demo/recorded.json`): {', '.join(recorded)}.")
@@ -188,9 +245,26 @@ def roles(page: Page) -> None:
         "MLLM only, with groups of the MLLM's nine layers (0 = embeddings) zeroed in one modality. A new DLA reads the last layer alone: what so short a training",
         "has not taught it to read of the others can't be missed.",
     )
-    names = [f"{modality} {action} {group}" for modality in ("text", "image") for action in ("without", "only") for group in LAYERS]
+    names = [
+        f"{modality} {action} {group}"
+        for modality in ("text", "image")
+        for action in ("without", "only")
+        for group in LAYERS
+    ]
     table = {"all layers": page.score("headline", "MLLM only")} | {name: page.score("roles", name) for name in names}
     page.table("layers", table, ("view error", "follows", "coarse", "fine"))
     early, late = min(LAYERS), max(LAYERS)  # what matters is missed
-    page.verdict("of the image tokens the early layers carry identity", "coarse", f"image without {late}", f"image without {early}", table)
-    page.verdict("of the text tokens the late layers carry the prompt", "follows", f"text without {early}", f"text without {late}", table)
+    page.verdict(
+        "of the image tokens the early layers carry identity",
+        "coarse",
+        f"image without {late}",
+        f"image without {early}",
+        table,
+    )
+    page.verdict(
+        "of the text tokens the late layers carry the prompt",
+        "follows",
+        f"text without {early}",
+        f"text without {late}",
+        table,
+    )

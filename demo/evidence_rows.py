@@ -62,11 +62,15 @@ def _rows() -> list[Row]:
     rows += [Row("grid", name, "demo", stages, share=HALF) for name, stages in GRID.items()]
     rows += [Row("free", name, "demo", stages, "free") for name, stages in SCHEDULES.items()]
     for seed, arm in enumerate(SEEDS):
-        rows += [Row("again", name, arm, SCHEDULES[name], "free again", seed, share=HALF if seed else 1.0) for name in AGAIN]
+        rows += [
+            Row("again", name, arm, SCHEDULES[name], "free again", seed, share=HALF if seed else 1.0) for name in AGAIN
+        ]
     for arm in ("demo-last", "demo-lap"):
         rows += [Row("pooling", name, arm, SCHEDULES[name], share=HALF) for name in ("MLLM only", HEADLINE)]
     for arm in ("demo-single", "demo-single-both"):
-        rows += [Row("training", name, arm, SCHEDULES[name], share=HALF) for name in ("both throughout", PAPER, HEADLINE)]
+        rows += [
+            Row("training", name, arm, SCHEDULES[name], share=HALF) for name in ("both throughout", PAPER, HEADLINE)
+        ]
     for modality in ("text", "image"):
         for group, layers in LAYERS.items():
             others = [layer for layer in range(9) if layer not in layers]

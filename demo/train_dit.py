@@ -36,7 +36,7 @@ SHIFT = 1.592  # FLUX.1's at 7 x 7 tokens, what ModelSamplingFlux gives at 112 x
 
 
 def main() -> None:
-    options = fit.begin(__doc__, 3000, 4500)
+    options = fit.begin(__doc__, 3000, 5200)
     rows = pictures.entries(options.data, "pairs")
     latents = encoded(options.data, [name for row in rows for name in pictures.paths(row)], options.run)
     first = torch.tensor([0] + [len(row["pictures"]) for row in rows]).cumsum(0)  # of each row's pictures: the target

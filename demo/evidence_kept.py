@@ -46,7 +46,7 @@ class Kept:
         """Writes these rows, and how their weights were trained, for readers without them."""
         found = {row.key: result for row in rows if (result := self.read(row))}
         for result in found.values():
-            result["angles"] = [[round(angle, 1) for angle in pair] for pair in result["angles"]]
+            result["angles"] = [[round(angle, 3) for angle in pair] for pair in result["angles"]]
         trained = {}
         for arm in sorted({row.arm for row in rows}):
             told = self.models / "dla" / f"{arm}.json"

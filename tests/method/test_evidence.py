@@ -14,7 +14,7 @@ from subject_dla.demo.oracle import COARSE, FINE, TRAITS
 from subject_dla.evaluation.copy_paste import copy_paste_report
 
 ROW = next(row for row in evidence_rows.ROWS if row.arm == "demo-last")
-RESULT = {"angles": [[1.26, 2.0]], "traits": {"kind": [0]}, "seconds": 1.0}
+RESULT = {"angles": [[1.2346, 2.0]], "traits": {"kind": [0]}, "seconds": 1.0}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_recorded_rows_stand_in_for_weights_that_do_not_ship_with_this_family(mo
     for file in pair(models):
         file.unlink()
     kept = Kept(tmp_path, models, recorded)
-    assert not kept.drawable(ROW) and kept.read(ROW) == RESULT | {"angles": [[1.3, 2.0]]}
+    assert not kept.drawable(ROW) and kept.read(ROW) == RESULT | {"angles": [[1.235, 2.0]]}
     (models / "diffusion_models" / NAMES["diffusion_models"]).write_bytes(b"another DiT")
     assert Kept(tmp_path, models, recorded).read(ROW) is None
 

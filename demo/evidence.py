@@ -22,7 +22,8 @@ if __name__ == "__main__":
 
     import_pack()
 
-from subject_dla.demo.evidence_rows import ROWS, SHIPPED  # noqa: E402
+from subject_dla.demo.evidence_kept import Kept  # noqa: E402
+from subject_dla.demo.evidence_rows import ROWS  # noqa: E402
 from subject_dla.demo.family import MODELS  # noqa: E402
 
 SHOWN = 6  # cases whose pictures are kept for the page
@@ -64,12 +65,12 @@ def main() -> int:
     workers = [subprocess.Popen([*command, "--worker", str(number)], env=one, stdout=sys.stderr) for number in range(2)]
     if any([worker.wait() for worker in workers]):
         return 1
-    from subject_dla.demo.evidence_kept import Kept
     from subject_dla.demo.evidence_page import write_page
 
     kept = Kept(options.work, options.models)
     if options.record:
-        kept.record([row for row in ROWS if row.arm not in SHIPPED])
+        ships = Kept(options.work, MODELS)
+        kept.record([row for row in ROWS if not ships.drawable(row)])
     figures = write_page(options.page, kept, data, time.monotonic() - started)
     print(json.dumps(figures), flush=True)
     return 0
@@ -82,7 +83,6 @@ def draw(options) -> None:
     import folder_paths
     from PIL import Image
     from subject_dla.demo.draw import Family
-    from subject_dla.demo.evidence_kept import Kept
     from subject_dla.demo.oracle import load_oracle
     from subject_dla.loaders import folders
 

@@ -25,7 +25,7 @@ class Kept:
         self.base = digest(*(models / kind / names[kind] for kind in BASE), models.parent / "oracle.safetensors")
         self._pairs: dict[str, str] = {}
         record = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
-        self._rows = record["rows"] if record.get("base") == self.base else {}
+        self._record = record if record.get("base") == self.base else {"rows": {}, "trained": {}}
 
     def drawable(self, row: Row) -> bool:
         return all(file.exists() for file in self._weights(row.arm))
@@ -38,7 +38,7 @@ class Kept:
     def read(self, row: Row) -> dict | None:
         """A row's result; None where it was not drawn."""
         if not self.drawable(row):
-            return self._rows.get(row.key)
+            return self._record["rows"].get(row.key)
         file = self.file(row)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -47,17 +47,16 @@ class Kept:
         found = {row.key: result for row in rows if (result := self.read(row))}
         for result in found.values():
             result["angles"] = [[round(angle, 3) for angle in pair] for pair in result["angles"]]
-        trained = {}
-        for arm in sorted({row.arm for row in rows}):
+        trained = self._record["trained"]
+        for arm in {row.arm for row in rows}:
             told = self.models / "dla" / f"{arm}.json"
             if told.exists():
-                trained[arm] = {
-                    k: v for k, v in json.loads(told.read_text(encoding="utf-8")).items() if k in ("stages", "seconds")
-                }
+                whole = json.loads(told.read_text(encoding="utf-8"))
+                trained[arm] = {name: whole[name] for name in ("stages", "seconds")}
         lines = ",\n".join(
             f"{json.dumps(key)}: {json.dumps(result, separators=(',', ':'))}" for key, result in found.items()
         )
-        head = json.dumps({"base": self.base, "trained": trained})[:-1]
+        head = json.dumps({"base": self.base, "trained": dict(sorted(trained.items()))})[:-1]
         self.recorded.write_text(f'{head}, "rows": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
     def _weights(self, arm: str) -> tuple[Path, Path]:

@@ -28,7 +28,6 @@ GRID = {
 }
 AGAIN = ("both throughout", "MLLM only", PAPER, HEADLINE)  # drawn on fresh cases without a named view
 HALF = 0.5  # of the set's cases: what twenty minutes on two cores bear
-SHIPPED = ("demo",)  # whose weights lie in demo/models
 SEEDS = ("demo", "demo-seed1", "demo-seed2")
 LAYERS = {"0-2": range(0, 3), "3-5": range(3, 6), "6-8": range(6, 9)}  # the paper's 0-9, 10-19, 20-28 by thirds
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subject_dla.demo.oracle import COARSE, FINE, Reading
 from subject_dla.demo.world import VIEWS, Toy
-from subject_dla.evaluation.copy_paste import RECALL, azimuth_difference, copy_paste_report
+from subject_dla.evaluation.copy_paste import azimuth_difference, copy_paste_report, within
 from subject_dla.evaluation.intervals import mean_interval, share_interval
 
 Figure = tuple[float, float, float]  # mean, low, high
@@ -64,8 +64,7 @@ class Scored:
             return (self.off < FOLLOWS).double()
         if column == "recall":
             azimuth = azimuth_difference(self.angles[:, 0], self.reference[:, 0])
-            away = torch.maximum(azimuth, (self.angles[:, 1] - self.reference[:, 1]).abs())
-            return torch.stack([away < k for k in RECALL]).double().mean(0)
+            return within(azimuth, (self.angles[:, 1] - self.reference[:, 1]).abs()).mean(-1)
         return getattr(self, column)
 
 

@@ -94,13 +94,19 @@ def azimuth_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.minimum(turn, 360 - turn)
 
 
+def within(azimuth: Tensor, polar: Tensor) -> Tensor:
+    """(N, 4) float64, 1 where both differences (N,), degrees, lie strictly below the k of RECALL. Its mean over k is a
+    pair's part in the average recall."""
+    return torch.stack([(azimuth < k) & (polar < k) for k in RECALL], dim=-1).double()
+
+
 def _figures(azimuth: Tensor, polar: Tensor) -> CopyPasteFigures:
-    within = torch.stack([(azimuth < k) & (polar < k) for k in RECALL], dim=-1).double()  # strictly below, both
+    hits = within(azimuth, polar)
     found = {
         "azimuth": mean_interval(azimuth),
         "polar": mean_interval(polar),
-        "average_recall": share_interval(within.mean(-1)),
-        **{f"recall@{k}": share_interval(within[:, i]) for i, k in enumerate(RECALL)},
+        "average_recall": share_interval(hits.mean(-1)),
+        **{f"recall@{k}": share_interval(hits[:, i]) for i, k in enumerate(RECALL)},
     }
     # The mean of azimuth differences lies within 0 to 180 degrees, polar ones too, shares within 0 to 1. NaN stays.
     intervals = {name: (_clip(low), _clip(high)) for name, (_, low, high) in found.items()}

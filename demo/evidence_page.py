@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from subject_dla.demo import pictures
@@ -199,6 +200,13 @@ def write_page(page_file: Path, kept: Kept, data: Path, seconds: float) -> dict:
         f"text only, {name}": page.score("reasoning", name, "demo-text") for name in (HEADLINE, "both throughout")
     }
     page.table("conditioning", table)
+    turns = torch.tensor([entry["named"] == "turn" for entry in page.entries if entry["set"] == "reasoning"])
+    page.say(
+        f"{int(turns.sum())} of the {len(turns)} prompts name a turn, the others their view. The turns alone, of which one in eight would be met by chance:"
+    )
+    page.table(
+        "turns", {name: row and row.only(turns) for name, row in table.items()}, ("recall", "view error", "follows")
+    )
     for how in (HEADLINE, "both throughout"):
         for column in ("follows", "coarse"):
             page.verdict(

@@ -1,6 +1,7 @@
 """What the evidence draws: every row one pair of weights, one schedule, one set of cases. Declared before the family was
-trained, but for `again`, declared after the first look at `free` and before its own cases were drawn; the headline is
-`view` under the paper's thresholds on the resolution-adjusted clock.
+trained, but for `again`, declared after the first look at `free` and before its own cases were drawn, and for what was added
+before the present family was drawn: `again` of further seeds, and `training` under the paper's thresholds on raw flow time.
+The headline is `view` under the paper's thresholds on the resolution-adjusted clock.
 """
 
 from __future__ import annotations

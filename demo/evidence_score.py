@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -57,6 +57,10 @@ class Scored:
         out = {name: (value, *report.intervals[keys[name]]) for name, value in named.items()}
         out["view error"] = mean_interval(self.off)
         return out | {name: share_interval(self.shares(name)) for name in ("follows", "coarse", "fine")}
+
+    def only(self, keep: Tensor) -> Scored:
+        """Of the cases where `keep` (n,) is true."""
+        return Scored(*(getattr(self, field.name)[keep] for field in fields(self)))
 
     def shares(self, column: str) -> Tensor:
         """(n,) in 0..1: recall, follows, coarse or fine of each case."""

@@ -6,7 +6,7 @@
     nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
-Both use one environment per host and transformers, made by `demo/environment.py`:
+Both use one environment per host and transformers, made by `tools/environment.py`:
     COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
     TRANSFORMERS=4.57.*             a version or range of transformers instead of the one that pip picks
 """
@@ -21,13 +21,14 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from demo import environment  # noqa: E402
+from tools import environment  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
 # Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its
 # server.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+BOOTSTRAP = str(ROOT / "common" / "bootstrap.py")
 RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # standard output is the results' alone
 
 
@@ -35,9 +36,7 @@ RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # stand
 def demo(session: nox.Session) -> None:
     """A subject and a prompt in, pictures of that subject out, on a real ComfyUI server."""
     place = prepare(session)
-    session.run(
-        str(place.python), str(ROOT / "demo" / "run.py"), "--comfyui", str(place.comfyui), *session.posargs, **RUN
-    )
+    session.run(str(place.python), BOOTSTRAP, "demo.run", "--comfyui", str(place.comfyui), *session.posargs, **RUN)
 
 
 @nox.session(venv_backend="none")
@@ -57,7 +56,8 @@ def bench(session: nox.Session) -> None:
     place = prepare(session)
     session.run(
         str(place.python),
-        str(ROOT / "benchmarks"),
+        BOOTSTRAP,
+        "tools.perf",
         *session.posargs,
         env={**os.environ, "COMFYUI_PATH": str(place.comfyui)},
         **RUN,
@@ -68,8 +68,9 @@ def bench(session: nox.Session) -> None:
 def evidence(session: nox.Session) -> None:
     """The paper's claims checked on the demo's family: docs/evidence.md; the last line is one JSON object."""
     place = prepare(session)
-    script = str(ROOT / "demo" / "evidence.py")
-    session.run(str(place.python), script, "--comfyui", str(place.comfyui), *session.posargs, **RUN)
+    session.run(
+        str(place.python), BOOTSTRAP, "demo.evidence.run", "--comfyui", str(place.comfyui), *session.posargs, **RUN
+    )
 
 
 def prepare(session: nox.Session) -> environment.Environment:

@@ -17,15 +17,11 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    from family import import_pack  # beside this file
-
-    import_pack()
-
-from subject_dla.demo import family, workflow  # noqa: E402
-from subject_dla.demo.host import HostProblem, Server, WorkflowProblem  # noqa: E402
-from subject_dla.demo.showcase import showcase  # noqa: E402
+from ..common.bootstrap import ROOT
+from ..tools.comfy_client import workflow
+from ..tools.comfy_client.server import HostProblem, Server, WorkflowProblem
+from .family import layout as family
+from .showcase import showcase
 
 WORKFLOW = ROOT / "workflows" / "demo.json"
 IMAGES = ROOT / "demo" / "images"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from subject_dla.demo import workflow
-from subject_dla.evaluation.sheet import contact_sheet
+from ..common.drawing.sheet import contact_sheet
+from ..tools.comfy_client import workflow
 
 SHOWN = (  # reference in demo/images, prompt: of the test split the first case of each kind, not the best
     ("toy-1.png", "the duck on sand, seen from the right from slightly above"),

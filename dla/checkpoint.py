@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..common.files import save_tensors
 from .aggregator import DLAConfig, DualLayerAggregator
 from .features import describe_layers
-from .files import save_tensors
 
 METADATA_KEY = "subject_dla"
 FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

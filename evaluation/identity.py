@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..training.report import markdown
-from .intervals import mean_interval
+from ..common.intervals import mean_interval
+from ..training.reporting.losses import markdown
 
 COPYING = (
     "High DINO-I and CLIP-I also come from copying the reference as it is: read them beside the copy-paste figures"
@@ -86,7 +86,7 @@ class Figure:
     high: float
     per_output: tuple[float, ...]  # cosine of each output, mean over its pairs
     pairs: tuple[tuple[int, int, float], ...]  # (output, reference or prompt, cosine), counted from 0
-    backbone: dict = field(default_factory=dict)  # what embedded; see loaders/embeddings.py
+    backbone: dict = field(default_factory=dict)  # what embedded; see loaders/embedders.py
     preprocessing: str = ""
     by_subject: dict[str, float] = field(default_factory=dict)  # mean over the outputs of each subject
 

@@ -16,7 +16,7 @@ def load_pipeline(
     Raises ValueError before anything is loaded where the DLA was made for another MLLM or another DiT.
     """
     from .dit import load_dit
-    from .mllm import load_mllm
+    from .mllm.base import load_mllm
 
     check_headers(diffusion_model, mllm, dla)
     loaded_dla = None
@@ -33,7 +33,7 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     import folder_paths
 
     from .dit import read_header
-    from .mllm import read_info
+    from .mllm.base import read_info
 
     dit = read_header(folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model))
     info = read_info(mllm)

@@ -88,9 +88,9 @@ class SubjectCopyPasteReport(io.ComfyNode):
     def execute(
         cls, orientation_model, references, images, min_confidence, filename_prefix, reference_masks=None, masks=None
     ) -> io.NodeOutput:
-        from ..evaluation.copy_paste_measure import measure
-        from ..evaluation.copy_paste_plot import plot_tensor, report_plot
-        from ..evaluation.copy_paste_text import captions, report_csv, report_json, report_text
+        from ..evaluation.copy_paste.measure import measure
+        from ..evaluation.copy_paste.plot import plot_tensor, report_plot
+        from ..evaluation.copy_paste.report import captions, report_csv, report_json, report_text
 
         model = orientation_model[0]  # the host hands every input over as a list
         outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])

@@ -312,7 +312,7 @@ class SubjectAddIdentity(io.ComfyNode):
     def execute(
         cls, conditioning, model, vae, image, mask=None, strength=1.0, size=0, placement="auto"
     ) -> io.NodeOutput:
-        from ..loaders.identity import add_identity
+        from ..loaders.reference_latents import add_identity
 
         return io.NodeOutput(
             add_identity(conditioning, model, vae, image, mask, strength=strength, size=size, placement=placement)

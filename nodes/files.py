@@ -17,7 +17,7 @@ KINDS = {
 def options(kind: str) -> list[str]:
     """The names a combo of that kind offers now."""
     if kind == "mllm":
-        from ..loaders.mllm import list_mllms
+        from ..loaders.mllm.base import list_mllms
 
         return list_mllms()
     return folder_paths.get_filename_list(kind)
@@ -48,7 +48,7 @@ def fingerprint(kind: str, name: str | None) -> str:
 
 def save_reports(prefix: str, **contents: str) -> None:
     """Writes texts into the host's output folder under one number, as its Save Image does; `contents` by extension."""
-    from ..dla.files import save_text
+    from ..common.files import save_text
 
     folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     for extension, content in contents.items():

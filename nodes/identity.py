@@ -14,7 +14,7 @@ MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 class SubjectIdentityScores(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        from ..loaders.embeddings import folder_names
+        from ..loaders.embedders import folder_names
 
         return schema(
             node_id="SubjectIdentityScores",
@@ -151,7 +151,7 @@ class SubjectIdentityScores(io.ComfyNode):
             text_figure,
             text_report,
         )
-        from ..loaders.embeddings import Folder, HostCLIP, HostDINO, HostText
+        from ..loaders.embedders import Folder, HostCLIP, HostDINO, HostText
 
         dino, clip_vision, clip, dino_folder, clip_folder = (
             values[0] if values else None for values in (dino, clip_vision, clip, dino_folder, clip_folder)

@@ -171,7 +171,7 @@ class SubjectLayerWeights(io.ComfyNode):
     def execute(cls, features, dla, image=None, image_number=1, layer=-1) -> io.NodeOutput:
         from comfy_execution.graph import ExecutionBlocker
 
-        from ..evaluation.layers import look
+        from ..evaluation.layer_weights import look
         from ..loaders.images import collect_images
 
         picture = None if image is None else collect_images(image[:1])[0]

@@ -50,7 +50,7 @@ class SubjectLoadOrientation(io.ComfyNode):
 
     @classmethod
     def execute(cls, orientation, save_safetensors=False) -> io.NodeOutput:
-        from ..loaders.orientation import load_orientation
+        from ..loaders.orient_anything.model import load_orientation
 
         return io.NodeOutput(load_orientation(orientation, save_safetensors))
 

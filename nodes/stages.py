@@ -2,8 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..sampling.stages import BLENDS, CLOCKS, PRESETS, Keyframe, Stages, preset as preset_stages
-from .schema import Stages as StagesType, schema
+from ..sampling.stages import BLENDS, CLOCKS, PRESETS, Keyframe, Stages
+from ..sampling.stages import preset as preset_stages
+from .schema import Stages as StagesType
+from .schema import schema
 
 PRESET_TIP = (
     " ".join(f"{name}: {text}" for name, text in PRESETS.items())
@@ -183,7 +185,7 @@ class SubjectStagePreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, stages, model, sigmas, latent=None) -> io.NodeOutput:
-        from ..sampling.preview import preview
+        from ..sampling.stage_plot import preview
 
         plot, text = preview(stages, model, sigmas, latent)
         return io.NodeOutput(plot, text, ui=ui.PreviewImage(plot, cls=cls))

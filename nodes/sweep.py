@@ -142,7 +142,7 @@ class SubjectContactSheet(io.ComfyNode):
     def execute(
         cls, images, labels=None, figures=None, references=None, title=("",), columns=(0,), side=(256,)
     ) -> io.NodeOutput:
-        from ..evaluation.sheet import sheet_of_batches
+        from ..common.drawing.sheet import sheet_of_batches
 
         sheet = sheet_of_batches(
             images, labels, figures, references or (), title=title[0], columns=columns[0], side=side[0]

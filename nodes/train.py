@@ -172,7 +172,7 @@ class SubjectTrainDLA(io.ComfyNode):
     def validate_inputs(cls, data=None, name=None, stage=None, start_lora=NONE, options="", **widgets):
         """Before any model is loaded. Raises what is wrong: hosts show that once, but a returned text for every input.
         `widgets` takes over the host's check of bounds, which the recipe has too. A linked input is None."""
-        from ..training.node import check
+        from ..training.graph_run import check
 
         if start_lora not in (None, NONE, BESIDE) and (problem := files.missing("loras", start_lora)):
             raise ValueError(problem)
@@ -194,7 +194,7 @@ class SubjectTrainDLA(io.ComfyNode):
         cls, model, vae, mllm, data, name, stage, steps, learning_rate, resolution, batch_size, accumulate, lora_rank,
         seed, dla=None, clip=None, start_lora=NONE, options="",
     ) -> io.NodeOutput:  # fmt: skip
-        from ..training.node import train_in_graph
+        from ..training.graph_run import train_in_graph
 
         if start_lora == BESIDE and dla is None:
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..loaders.dit import context_width, dit_family
-from ..loaders.identity import strengths_and_masks
+from ..loaders.reference_latents import strengths_and_masks
 from .attention import KeyStrengthAttention
 from .stages import Stages
 from .tokens import KeyStrengths, grid, key_strengths, reference_log_strength

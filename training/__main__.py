@@ -17,10 +17,13 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "demo")  # not this folder, whose names would cover others'
+if not __package__:  # started by its path, as `python training`
+    import runpy
 
-from family import import_pack  # noqa: E402
+    runpy.run_path(str(Path(__file__).parents[1] / "common" / "bootstrap.py"))["run"]("training")
+
+
+from ..common import bootstrap
 
 
 def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -54,9 +57,8 @@ def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     options, host_options = arguments(sys.argv[1:])
-    import_pack()
     if options.template:
-        from subject_dla.training.recipe import template
+        from .recipe import template
 
         print(template(), end="")
         return 0
@@ -65,9 +67,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
         signal.signal(number, signal.default_int_handler)  # a plain kill saves too
-    from subject_dla.training.loop import train
-    from subject_dla.training.parts import homes, load_parts
-    from subject_dla.training.recipe import Recipe, RecipeError, read_toml
+    from .parts import homes, load_parts
+    from .recipe import Recipe, RecipeError, read_toml
+    from .run import train
 
     try:
         values = read_toml(options.recipe.read_text(encoding="utf-8"), str(options.recipe))
@@ -109,20 +111,17 @@ def start_host(options: argparse.Namespace, host_options: list[str]) -> None:
     """The host's model management and loaders in this process, with its own options and folders."""
     import torch
 
-    sys.argv = [sys.argv[0], *host_options]
-    sys.path.insert(0, str(options.comfyui.resolve()))
-    from comfy.cli_args import args
-
-    if not torch.cuda.is_available() and not getattr(torch, "xpu", torch.cuda).is_available():
-        args.cpu = not torch.backends.mps.is_available()
+    accelerators = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", torch.cuda))
+    bootstrap.start_host(options.comfyui, host_options, cpu=not any(a.is_available() for a in accelerators))
     import folder_paths
+    from comfy.cli_args import args
     from utils.extra_config import load_extra_path_config
 
     own = options.comfyui / "extra_model_paths.yaml"
     given = [path for paths in args.extra_model_paths_config or [] for path in paths]
     for path in [*([str(own)] if own.is_file() else []), *given]:
         load_extra_path_config(path)
-    from subject_dla.loaders import folders
+    from ..loaders import folders
 
     folders.register()
     for models in options.models:

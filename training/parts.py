@@ -8,7 +8,7 @@ from typing import Any
 
 from ..loaders import folders
 from ..loaders.dit import load_dit
-from ..loaders.mllm import load_mllm, mllm_from_clip
+from ..loaders.mllm.base import load_mllm, mllm_from_clip
 from ..loaders.pipeline import load_vae
 from .recipe import Models, Recipe, RecipeError
 

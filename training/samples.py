@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.drawing.sheet import contact_sheet, to_picture
+from ..common.picture_files import load_picture
 from ..dla.aggregator import aggregate
-from ..evaluation.sheet import contact_sheet, to_picture
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
-from .batches import EMPTY, Batch
-from .latents import cut
-from .pictures import load_picture
+from .data.batches import EMPTY, Batch
+from .data.latent_cache import cut
 
 PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
 

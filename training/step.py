@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..dla.aggregator import DualLayerAggregator, aggregate
-from .backbone import Backbone
-from .batches import Batch
+from .data.batches import Batch
+from .dit.frozen import Backbone
+from .dit.lora import LoRA
 from .flow import losses, noisy, weight
-from .lora import LoRA
 
 
 class TrainingStep(nn.Module):

@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 import comfy.model_management
 import torch
 
-from .batches import STRATA, Batches
-from .report import Loss
+from .data.batches import STRATA, Batches
+from .reporting.losses import Loss
 from .step import TrainingStep
 
 CONDITIONS = ("mllm", "vae", "both")

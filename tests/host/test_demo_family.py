@@ -3,13 +3,13 @@
 import pytest
 import torch
 from PIL import Image
-from subject_dla.demo import latents, world
-from subject_dla.demo.draw import Case, Family
-from subject_dla.demo.family import MODELS, NAMES, ROOT
-from subject_dla.demo.oracle import load_oracle
+from subject_dla.common.drawing.sheet import to_tensor
+from subject_dla.demo.evidence.draw import Case, Family
+from subject_dla.demo.family import latents, world
+from subject_dla.demo.family.layout import MODELS, NAMES, ROOT
+from subject_dla.demo.family.oracle import load_oracle
 from subject_dla.demo.showcase import SHOWN
-from subject_dla.evaluation.copy_paste import azimuth_difference
-from subject_dla.evaluation.sheet import to_tensor
+from subject_dla.evaluation.copy_paste.metrics import azimuth_difference
 from subject_dla.sampling.stages import preset
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from einops import rearrange
-
 from subject_dla.sampling.stages import Keyframe, Stages, preset
+
 from tests.small.dit import tiny_flux
 
 WIDTH = 24

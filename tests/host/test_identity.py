@@ -48,13 +48,13 @@ def picture(height, width, count=1, seed=0):
     ],
 )
 def test_size_keeps_the_aspect_ratio(width, height, size, uno, expected):
-    from subject_dla.loaders.identity import reference_size
+    from subject_dla.loaders.reference_latents import reference_size
 
     assert reference_size(width, height, size, uno) == expected
 
 
 def test_a_picture_that_fits_is_encoded_as_the_host_encodes_it(model, vae):
-    from subject_dla.loaders.identity import add_identity
+    from subject_dla.loaders.reference_latents import add_identity
 
     image = picture(64, 48)
     out = add_identity(condition(), model, vae, image, size=64)[0][1]
@@ -65,7 +65,7 @@ def test_a_picture_that_fits_is_encoded_as_the_host_encodes_it(model, vae):
 
 def test_nothing_is_stretched(model, vae):
     """A disc stays a disc: resized evenly and cut, width and height of its box stay equal."""
-    from subject_dla.loaders.identity import resize
+    from subject_dla.loaders.reference_latents import resize
 
     y, x = torch.meshgrid(torch.arange(300.0), torch.arange(500.0), indexing="ij")
     disc = (((x - 250) ** 2 + (y - 150) ** 2) < 100**2).float()[None].repeat(3, 1, 1)
@@ -75,7 +75,7 @@ def test_nothing_is_stretched(model, vae):
 
 
 def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae):
-    from subject_dla.loaders.identity import add_identity
+    from subject_dla.loaders.reference_latents import add_identity
 
     foreign = torch.zeros(1, 16, 4, 4)
     first = add_identity(condition(reference_latents=[foreign]), model, vae, picture(64, 64, 2), strength=0.5, size=64)
@@ -102,7 +102,7 @@ def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae
     ],
 )
 def test_bad_references_are_refused_in_words(model, vae, change, words):
-    from subject_dla.loaders.identity import add_identity
+    from subject_dla.loaders.reference_latents import add_identity
 
     given = dict(image=picture(64, 64), size=64) | change
     with pytest.raises(ValueError) as error:
@@ -111,7 +111,7 @@ def test_bad_references_are_refused_in_words(model, vae, change, words):
 
 
 def test_omnigen2_takes_five(model, vae, monkeypatch):
-    import subject_dla.loaders.identity as identity
+    import subject_dla.loaders.reference_latents as identity
 
     monkeypatch.setattr(identity, "dit_family", lambda m: "omnigen2")
     with pytest.raises(ValueError, match="at most 5.*makes 6"):

@@ -15,7 +15,7 @@ import transformers
 from comfy_api.latest._io import HiddenHolder
 from safetensors.torch import load_file, save_file
 from subject_dla.evaluation.identity import DINO, IdentityError, clip_pixels, prepare
-from subject_dla.loaders.embeddings import Folder, HostCLIP, HostDINO, HostText
+from subject_dla.loaders.embedders import Folder, HostCLIP, HostDINO, HostText
 from subject_dla.nodes.identity import SubjectIdentityScores
 
 from .conftest import COMFYUI

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from subject_dla.loaders.images import collect_images
 
 

@@ -6,11 +6,20 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from subject_dla.common.drawing.sheet import labelled_sheet, sheet_of_batches
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
-from subject_dla.evaluation.layers import (
-    LEFT, RIGHT, WIDTH, LayerWeights, colour, columns, describe, heat_map, overlay, place,
-)  # fmt: skip
-from subject_dla.evaluation.sheet import labelled_sheet, sheet_of_batches
+from subject_dla.evaluation.layer_weights import (
+    LEFT,
+    RIGHT,
+    WIDTH,
+    LayerWeights,
+    colour,
+    columns,
+    describe,
+    heat_map,
+    overlay,
+    place,
+)
 from subject_dla.nodes import SubjectExtension
 from subject_dla.sampling.stages import preset
 from subject_dla.sampling.sweep import threshold_sweep
@@ -97,8 +106,8 @@ def test_mean_layer_and_words():
 
 
 def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
-    from subject_dla.loaders.mllm import to_area
-    from subject_dla.loaders.mllm_vision import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
+    from subject_dla.loaders.mllm.base import to_area
+    from subject_dla.loaders.mllm.vision import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
 
     vision = Vision(14, 2, CLIP_MEAN, CLIP_STD)
     generator = torch.Generator().manual_seed(3)
@@ -119,7 +128,7 @@ def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
 )
 def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     """Every token's mean brightness in the tiles is that of the px of the picture that are said to be its own."""
-    from subject_dla.loaders.mllm_vision import HALF, Vision, internvl_tiles
+    from subject_dla.loaders.mllm.vision import HALF, Vision, internvl_tiles
 
     vision = Vision(14, 2, HALF, HALF)
     ramp = torch.linspace(0.2, 0.8, width)[None] * torch.linspace(0.5, 1.0, height)[:, None]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_dla.dla.features import Modality
-from subject_dla.loaders.mllm import MLLMError, mllm_from_clip
-from subject_dla.loaders.mllm_clip import to_raster, window_ordered
-from subject_dla.loaders.mllm_transformers import load_folder
+from subject_dla.loaders.mllm.base import MLLMError, mllm_from_clip
+from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.loaders.mllm.native import to_raster, window_ordered
 from subject_dla.tests.small.mllm import build_qwen25vl
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -8,9 +8,9 @@ import torch
 import transformers
 from einops import rearrange
 from subject_dla.dla.features import Modality
-from subject_dla.loaders import mllm_transformers as backend
-from subject_dla.loaders.mllm import MLLMError
-from subject_dla.loaders.mllm_transformers import load_folder
+from subject_dla.loaders.mllm import huggingface as backend
+from subject_dla.loaders.mllm.base import MLLMError
+from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
 
 BUILD = {"qwen2_5_vl": build_qwen25vl, "qwen3_vl": build_qwen3vl, "internvl": build_internvl}

@@ -78,7 +78,7 @@ def published_logits(state: dict[str, torch.Tensor], layers: int, pixels: torch.
 
 
 def shorten(monkeypatch, width: int, layers: int) -> str:
-    from subject_dla.loaders import orientation
+    from subject_dla.loaders.orient_anything import model as orientation
 
     name = orientation.SIZES[width][0]
     monkeypatch.setitem(orientation.SIZES, width, (name, layers))
@@ -97,7 +97,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_network_is_the_published_one(root, monkeypatch, layout):
-    from subject_dla.loaders.orientation import load_orientation
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     width, layers, bins = LAYOUTS[layout]
     name = shorten(monkeypatch, width, layers)
@@ -118,7 +118,7 @@ def test_the_network_is_the_published_one(root, monkeypatch, layout):
 
 
 def test_estimate_is_prepare_network_decode_for_any_number_of_pictures_of_any_size(root, tiny):
-    from subject_dla.loaders.orientation import CHUNK, load_orientation
+    from subject_dla.loaders.orient_anything.model import CHUNK, load_orientation
 
     save_file(tiny, root / "a.safetensors")
     model = load_orientation("a.safetensors")
@@ -134,7 +134,7 @@ def test_estimate_is_prepare_network_decode_for_any_number_of_pictures_of_any_si
 
 
 def test_pictures_whose_subject_was_not_found_get_confidence_0_and_the_others_keep_theirs(root, tiny):
-    from subject_dla.loaders.orientation import load_orientation
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     torch.save(tiny, root / "a.pt")
     model = load_orientation("a.pt")
@@ -314,7 +314,7 @@ class Runs:
 
 
 def test_code_in_a_pt_is_refused_and_not_run(root, tiny):
-    from subject_dla.loaders.orientation import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
 
     mark = root / "ran"
     torch.save(tiny | {"extra": Runs(mark)}, root / "zip.pt")
@@ -356,7 +356,7 @@ def damaged(tiny):
 
 @pytest.mark.parametrize("what", damaged({"dinov2.encoder.layer.0.attention.attention.query.weight": torch.ones(1)}))
 def test_damaged_and_foreign_files_are_named(root, tiny, what):
-    from subject_dla.loaders.orientation import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
 
     name, content, message = damaged(tiny)[what]
     if isinstance(content, bytes):
@@ -373,7 +373,7 @@ def test_damaged_and_foreign_files_are_named(root, tiny, what):
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
-    from subject_dla.loaders.orientation import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
 
     (torch.save if name.endswith("pt") else save_file)(tiny, root / name)
     whole = (root / name).read_bytes()
@@ -388,7 +388,7 @@ def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
 
 def test_any_length_of_the_header_is_read(root, tiny):
     """The first two bytes of a .safetensors are the header's length, which may look like the start of other files."""
-    from subject_dla.loaders.orientation import read_state
+    from subject_dla.loaders.orient_anything.model import read_state
 
     for magic in (b"\x80\x02", b" <"):
         size, padding = 0, ""
@@ -402,7 +402,7 @@ def test_any_length_of_the_header_is_read(root, tiny):
 
 
 def test_what_training_alone_needs_may_be_missing_and_fp16_is_read(root, tiny):
-    from subject_dla.loaders.orientation import load_orientation
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     half = {key: value.half() if value.is_floating_point() else value for key, value in tiny.items()}
     less = {key: value for key, value in half.items() if not key.endswith(("mask_token", "num_batches_tracked"))}
@@ -414,7 +414,7 @@ def test_what_training_alone_needs_may_be_missing_and_fp16_is_read(root, tiny):
 
 
 def test_a_copy_is_not_written_over_another_file_and_a_full_disk_costs_nothing(root, tiny, monkeypatch):
-    from subject_dla.loaders import orientation
+    from subject_dla.loaders.orient_anything import model as orientation
 
     torch.save(tiny, root / "a.pt")
     (root / "a.safetensors").write_bytes(b"mine")
@@ -432,7 +432,7 @@ def test_a_copy_is_not_written_over_another_file_and_a_full_disk_costs_nothing(r
 
 
 def test_files_are_listed_and_names_stay_inside(root):
-    from subject_dla.loaders.orientation import list_orientations, load_orientation
+    from subject_dla.loaders.orient_anything.model import list_orientations, load_orientation
 
     (root / "croplargeEX2").mkdir()
     for name in ("croplargeEX2/dino_weight.pt", "b.safetensors", "c.ckpt"):

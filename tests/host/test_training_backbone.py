@@ -7,8 +7,9 @@ import comfy.sd
 import pytest
 import torch
 from subject_dla.dla.aggregator import Context
-from subject_dla.training.backbone import Backbone, GradientError
-from subject_dla.training.lora import LoRA
+from subject_dla.training.dit.frozen import Backbone, GradientError
+from subject_dla.training.dit.lora import LoRA
+
 from tests.small.dit import load, tiny_flux
 
 
@@ -93,7 +94,9 @@ def test_gradients_of_a_lora_and_the_host_reads_it(problem, tmp_path):
         plain, again = problem.gradients(False, parameters), problem.gradients(True, parameters)
         for a, b in zip(plain, again):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) + 1e-9)
-        assert sum(float(g.abs().sum()) > 0 for g in plain) >= len(plain) - 4  # the last block of Qwen-Image makes text that nothing reads
+        assert (
+            sum(float(g.abs().sum()) > 0 for g in plain) >= len(plain) - 4
+        )  # the last block of Qwen-Image makes text that nothing reads
 
         start = [p.detach().clone() for p in parameters]
         gradients = plain[1:]

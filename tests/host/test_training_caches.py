@@ -9,13 +9,13 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
-
+from subject_dla.common.picture_files import load_picture
 from subject_dla.dla.features import Modality
-from subject_dla.loaders.mllm_transformers import load_folder
+from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
-from subject_dla.training.features import FIELDS, FeatureSource, stack
-from subject_dla.training.latents import LatentCache, cut
-from subject_dla.training.pictures import load_picture
+from subject_dla.training.data.feature_cache import FIELDS, FeatureSource, stack
+from subject_dla.training.data.latent_cache import LatentCache, cut
+
 from tests.small.models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
 
 TIMES = count(1)
@@ -333,7 +333,7 @@ def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeyp
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("subject_dla.dla.files.save_file", interrupted)
+    monkeypatch.setattr("subject_dla.common.files.save_file", interrupted)
     for get in (
         lambda: LatentCache(build_vae("flux"), tmp_path / "latents").get(pictures[0], 64, 64),
         lambda: FeatureSource(mllm, folder=tmp_path / "features").get("a", ()),

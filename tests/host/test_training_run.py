@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, load_dla, save_dla
 from subject_dla.loaders.dla import load_dla as load_node_dla
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
-from subject_dla.training import state
-from subject_dla.training.backbone import Backbone
-from subject_dla.training.batches import EMPTY
+from subject_dla.training import checkpoints as state
+from subject_dla.training.data.batches import EMPTY
+from subject_dla.training.dit.frozen import Backbone
 from subject_dla.training.export import RUN_KEY
-from subject_dla.training.loop import train
 from subject_dla.training.parts import load_parts, starts
 from subject_dla.training.recipe import Recipe, RecipeError
+from subject_dla.training.run import train
 
 STEPS = 6
 STAGE_2 = {
@@ -171,7 +171,7 @@ def test_looking_on_does_not_change_a_run(place, whole):
 
 def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, monkeypatch):
     """Both come again; what was validated before is not validated twice."""
-    from subject_dla.training import loop
+    from subject_dla.training import run as loop
 
     looked = []
 
@@ -232,7 +232,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("setting", CHANGES)
 def test_another_run_under_the_same_name_is_refused_by_setting(place, whole, monkeypatch, setting):
-    from subject_dla.training import loop
+    from subject_dla.training import run as loop
 
     if setting == "training.optimizer":  # whether its package is there or not
         real = loop.make_optimizer

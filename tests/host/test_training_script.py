@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from subject_dla.demo.family import MODELS
+from subject_dla.demo.family.layout import MODELS
 from subject_dla.tests.small.training import paint_subjects, small_family
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,10 @@ import random
 
 import pytest
 from PIL import Image
-from subject_dla.evaluation.benchmark_folder import Ledger, read_mark, with_texts
-from subject_dla.evaluation.benchmark_sets import Case, Item, SetError, cases, read_prompts, read_set
-from subject_dla.evaluation.benchmark_template import Template
-from subject_dla.evaluation.scores import ScoreError, as_json, read_systems, score_table
+from subject_dla.tools.benchmark.ledger import Ledger, read_mark, with_texts
+from subject_dla.tools.benchmark.score_table import ScoreError, as_json, read_systems, score_table
+from subject_dla.tools.benchmark.sets import Case, Item, SetError, cases, read_prompts, read_set
+from subject_dla.tools.benchmark.template import Template
 
 OBJECTS = ["'a {0} {1} in the jungle'", "'a {0} {1} on top of a mirror'", "'a red {0} {1}'"]
 ALIVE = ["'a {0} {1} wearing a red hat'", "'a wet {0} {1}'"]

@@ -73,7 +73,7 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("subject_dla.dla.files.save_file", full)
+    monkeypatch.setattr("subject_dla.common.files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save_dla(path, DualLayerAggregator(CONFIG))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]

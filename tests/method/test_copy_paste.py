@@ -5,8 +5,8 @@ from math import isnan, nan, sqrt
 import numpy
 import pytest
 import torch
-from subject_dla.evaluation.copy_paste import RECALL, copy_paste_report
-from subject_dla.evaluation.intervals import mean_interval, share_interval, t_quantile
+from subject_dla.common.intervals import mean_interval, share_interval, t_quantile
+from subject_dla.evaluation.copy_paste.metrics import RECALL, copy_paste_report
 
 
 def uniform(count, low, high, seed):

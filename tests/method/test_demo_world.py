@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from subject_dla.demo import world
-from subject_dla.demo.family import MODELS, ROOT
+from subject_dla.demo.family import world
+from subject_dla.demo.family.layout import MODELS, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def test_the_bias_of_the_data(training):
 
 def test_words_name_no_fine_trait(training):
     """Else a prompt or caption could bring back what only the references' pictures should."""
-    words = {word for e in training for text in (e.prompt, e.target.caption()) for word in text.replace(",", "").split()}
+    words = {
+        word for e in training for text in (e.prompt, e.target.caption()) for word in text.replace(",", "").split()
+    }
     assert words.isdisjoint((*world.DECALS, *world.PATTERNS)) and words >= {*world.KINDS, *world.COLOURS, *world.PARTS}
 
 

@@ -6,12 +6,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from subject_dla.demo import evidence_rows, world
-from subject_dla.demo.evidence_kept import BASE, Kept
-from subject_dla.demo.evidence_score import Scored, better, difference
-from subject_dla.demo.family import NAMES
-from subject_dla.demo.oracle import COARSE, FINE, TRAITS
-from subject_dla.evaluation.copy_paste import copy_paste_report
+from subject_dla.demo.evidence import rows as evidence_rows
+from subject_dla.demo.evidence.kept import BASE, Kept
+from subject_dla.demo.evidence.score import Scored, better, difference
+from subject_dla.demo.family import world
+from subject_dla.demo.family.layout import NAMES
+from subject_dla.demo.family.oracle import COARSE, FINE, TRAITS
+from subject_dla.evaluation.copy_paste.metrics import copy_paste_report
 
 ROW = next(row for row in evidence_rows.ROWS if row.arm == "demo-last")
 RESULT = {"angles": [[1.2346, 2.0]], "traits": {"kind": [0]}, "seconds": 1.0}

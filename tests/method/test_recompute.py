@@ -1,7 +1,7 @@
 """What autograd is told of writes in place."""
 
 import torch
-from subject_dla.training.recompute import in_place
+from subject_dla.training.dit.checkpointing import in_place
 
 
 def test_a_new_tensor_at_an_old_one_s_place_is_not_taken_for_it():

@@ -1,14 +1,5 @@
 import pytest
-
-from subject_dla.sampling.stages import (
-    PRESETS,
-    Keyframe,
-    Stages,
-    adjust_to_resolution,
-    plan,
-    preset,
-    share_of_steps,
-)
+from subject_dla.sampling.stages import PRESETS, Keyframe, Stages, adjust_to_resolution, plan, preset, share_of_steps
 
 
 def test_papers_thresholds_are_closed_above():

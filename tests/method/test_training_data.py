@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image, ImageFile
-from subject_dla.training.buckets import RATIOS, Order, bucket
-from subject_dla.training.data import DataError, ImageProblem, load_picture, read_data
+from subject_dla.training.data.buckets import RATIOS, Order, bucket
+from subject_dla.training.data.dataset import DataError, ImageProblem, load_picture, read_data
 
 SIZE = (64, 48)
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from subject_dla.training import memory, recipe
+from subject_dla.training import recipe
+from subject_dla.training.dit import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 

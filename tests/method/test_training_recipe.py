@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
-from subject_dla.training.features import stack
+from subject_dla.training.data.feature_cache import stack
 from subject_dla.training.flow import FlowTimes, generator, losses, noisy, weight
 from subject_dla.training.recipe import Recipe, RecipeError, read_toml, template
 

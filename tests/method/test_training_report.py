@@ -3,9 +3,9 @@
 import numpy
 import pytest
 from PIL import Image
-from subject_dla.evaluation.sheet import contact_sheet
-from subject_dla.training.plots import COLOURS, Panel, loss_curve, round_ticks, validation_plot
-from subject_dla.training.report import Loss, read_table, table, with_all, write_table
+from subject_dla.common.drawing.sheet import contact_sheet
+from subject_dla.training.reporting.losses import Loss, read_table, table, with_all, write_table
+from subject_dla.training.reporting.plots import COLOURS, Panel, loss_curve, round_ticks, validation_plot
 
 ROWS = [
     Loss("vae", "t >= 0.95", 0.2, 0.17, 0.24, 30),

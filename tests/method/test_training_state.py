@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
-from subject_dla.training.lora import LoRA
-from subject_dla.training.state import CheckpointError, checkpoints, read_facts, restore, save
+from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_facts, restore, save
+from subject_dla.training.dit.lora import LoRA
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = MLLMInfo("small", "qwen2_5_vl", 3, 32)
@@ -147,7 +147,7 @@ KILLED = """
     import torch
     torch.set_num_threads(1)
     from tests.method.test_training_state import Trained
-    from subject_dla.training.state import checkpoints
+    from subject_dla.training.checkpoints import checkpoints
     folder, draw = Path({folder!r}), random.Random(0)
     last = parts = 0
     for number in range(25):

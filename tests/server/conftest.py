@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from subject_dla.demo import run as demo
-from subject_dla.demo import workflow
-from subject_dla.demo.family import CONTEXT_WIDTH, MODELS, NAMES
-from subject_dla.demo.host import Server
+from subject_dla.demo.family.layout import CONTEXT_WIDTH, MODELS, NAMES
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
+from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = Path(__file__).with_name("two_references.json")

@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from subject_dla.demo import workflow
-from subject_dla.demo.host import PACK, ROOT, Server, end_group
-from subject_dla.evaluation.benchmark_sets import Case, Item
-from subject_dla.evaluation.benchmark_template import Template
 from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects
+from subject_dla.tools.benchmark.sets import Case, Item
+from subject_dla.tools.benchmark.template import Template
+from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.server import PACK, ROOT, Server, end_group
 
 from .conftest import WORKFLOW, of_type, shrink
 
@@ -45,7 +45,9 @@ def measures(comfyui, tmp_path_factory) -> Path:
 @pytest.fixture
 def own_server(comfyui, family, new_dlas, measures, tmp_path):
     packs = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}
-    with Server(comfyui, tmp_path / "host", packs=packs, models=[family, new_dlas, measures], arguments=["--cpu"]) as running:
+    with Server(
+        comfyui, tmp_path / "host", packs=packs, models=[family, new_dlas, measures], arguments=["--cpu"]
+    ) as running:
         yield running
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 from subject_dla.demo import run as demo
-from subject_dla.demo import workflow
+from subject_dla.tools.comfy_client import workflow
 
 SCRIPT = [sys.executable, demo.__file__]
 PROMPT = "the cat of image 1 on a mossy rock"

@@ -4,7 +4,7 @@ import io
 
 import pytest
 from PIL import Image
-from subject_dla.demo.host import WorkflowProblem
+from subject_dla.tools.comfy_client.server import WorkflowProblem
 
 from .conftest import of_type, run
 

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from safetensors import safe_open
-from subject_dla.demo import environment, workflow
 from subject_dla.demo import run as demo
-from subject_dla.demo.host import PACK, ROOT, Server
 from subject_dla.dla import load_dla
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.training import paint_subjects
+from subject_dla.tools import environment
+from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 
 from .conftest import of_type, run, shrink
 
@@ -56,7 +57,7 @@ LOAD = """async (workflow) => {
 @pytest.fixture(scope="module")
 def small_server(comfyui, family, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
-    subprocess.run([sys.executable, ROOT / "tests/small/models.py", comfyui, models], check=True)
+    subprocess.run([sys.executable, ROOT / "common/bootstrap.py", "tests.small.models", comfyui, models], check=True)
     build_measures(models, comfyui)
     for name in DREAMO_LORAS:
         shutil.copyfile(models / "loras" / "dit_lora.safetensors", models / "loras" / f"{name}.safetensors")
@@ -152,7 +153,9 @@ def test_threshold_sweep_with_its_figures(small_server, page):
     }
     outputs = run(small_server, prompt)
     shown = outputs["100"]["text"]
-    assert len(shown) == 6 and all(text.startswith("azimuth ") for text in shown), shown  # two controls, four thresholds
+    assert len(shown) == 6 and all(text.startswith("azimuth ") for text in shown), (
+        shown
+    )  # two controls, four thresholds
     assert "azimuth" in outputs[key["SubjectCopyPasteReport"]]["text"][0]
     assert outputs[key["SaveImage"]]["images"]
 

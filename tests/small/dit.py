@@ -138,7 +138,6 @@ def load(family: str, monkeypatch):
 def tiny_flux(context_width: int = 24, seed: int = 0, sizes: dict | None = None, **depths: int):
     """A FLUX of 32 channels and a few thousand parameters, for what needs many runs; built by the pack's own loader."""
     import comfy.ops
-
     from subject_dla.loaders.dit import build_dit
 
     # what the host's detection takes for granted; the oldest takes the widths for granted too

@@ -1,6 +1,6 @@
 """Small random models under the file names that the shared workflows ask for, in the key layouts of the published ones.
 
-    python tests/small/models.py COMFYUI OUT
+    python common/bootstrap.py tests.small.models COMFYUI OUT
 
 They need `tests/server/small_host` in the server: the host does not read these sizes from files by itself.
 """
@@ -122,10 +122,8 @@ def text_encoder_shapes(name: str) -> dict[str, torch.Size]:
 
 
 def main(comfyui: str, out: str) -> None:
-    sys.path.insert(0, str(ROOT / "demo"))
-    from family import import_pack, start_host  # without the host's or the pack's packages: see there
+    from subject_dla.common.bootstrap import start_host
 
-    import_pack()
     start_host(comfyui)
     place = importlib.util.spec_from_file_location(
         "small_host", ROOT / "tests" / "server" / "small_host" / "__init__.py"

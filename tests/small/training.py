@@ -38,8 +38,7 @@ def paint_subjects(folder: Path, subjects: int = 6, size: int = 64) -> Path:
 def small_family(folder: Path) -> dict[str, str]:
     """Makes the host know the demo's family, and `folder` before it for what is trained; the recipe's [models]."""
     import folder_paths
-
-    from subject_dla.demo import family
+    from subject_dla.demo.family import layout as family
     from subject_dla.loaders import folders
 
     folders.register()

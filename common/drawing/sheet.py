@@ -1,0 +1,158 @@
+"""Contact sheets: labelled pictures side by side, whole, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from ...sampling.stage_plot import INK, PAPER
+
+WIDTH = 768
+GAP, LINE = 12, 20  # px between pictures, px a line of text
+GREY = (110, 110, 118)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]],
+    side: int = 256,
+) -> Image.Image:
+    """Rows of pictures, each row under its label (a prompt, say), and each picture over its caption if there are any.
+
+    A row is (label, pictures) or (label, pictures, captions). Pictures are fitted into `side` x `side` px, whole. Line
+    breaks in captions and labels stay; what is too long is wrapped, and cut after three lines of a part.
+    """
+    if side < 16:
+        raise ValueError(f"contact_sheet: side is {side}, expected at least 16 px.")
+    rows = [(*row, ()) if len(row) == 2 else row for row in rows]
+    small, large = typeface(13), typeface(14)
+    columns = max((len(pictures) for _, pictures, _ in rows), default=1)
+    width = max(WIDTH, GAP + columns * (side + GAP))
+    shown = [
+        [ImageOps.contain(p.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for p in pictures]
+        for _, pictures, _ in rows
+    ]
+    tall = [max((picture.height for picture in pictures), default=0) for pictures in shown]
+    labels = [_lines(label, width - 2 * GAP, large) for label, _, _ in rows]
+    captions = [[_lines(caption, side, small) for caption in texts] for _, _, texts in rows]
+    below = [LINE * max((len(lines) for lines in texts), default=0) for texts in captions]
+    heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(labels, tall, below)]
+    image = Image.new("RGB", (width, max(sum(heights) + GAP, 64)), PAPER)
+    pen, top = ImageDraw.Draw(image), GAP
+    for lines, pictures, (*_, given), texts, high, height in zip(labels, shown, rows, captions, tall, heights):
+        for number, line in enumerate(lines):
+            pen.text((GAP, top + LINE * number), line, INK, large)
+        heads = [len(_lines(text.split("\n")[0], side, small)) for text in given]  # what follows a break is grey
+        for column, picture in enumerate(pictures):
+            x, y = GAP + column * (side + GAP), top + LINE * len(lines) + 4
+            image.paste(picture, (x, y + (high - picture.height) // 2))
+            for number, line in enumerate(texts[column] if texts else ()):
+                pen.text((x, y + high + 3 + LINE * number), line, INK if number < heads[column] else GREY, small)
+        top += height
+    return image
+
+
+def labelled_sheet(
+    pictures: Sequence[Image.Image],
+    labels: Sequence[str],
+    *,
+    references: Sequence[Image.Image] = (),
+    title: str = "",
+    columns: int = 0,
+    side: int = 256,
+) -> Image.Image:
+    """Pictures over their labels, row by row, under a title and, if there are any, a row of references.
+
+    columns: pictures a row; 0 = as many as make the sheet about square, six at most. Raises ValueError for another
+    number of labels than pictures.
+    """
+    if len(labels) != len(pictures):
+        raise ValueError(f"A sheet got {len(pictures)} pictures and {len(labels)} labels, expected as many of each.")
+    columns = columns or min(6, max(1, round(len(pictures) ** 0.5 + 0.25)))
+    rows = [(title, [], [])] if title else []
+    if references:
+        rows += [
+            ("references" if i == 0 else "", references[i : i + columns]) for i in range(0, len(references), columns)
+        ]
+    for i in range(0, len(pictures), columns):
+        rows.append(("", pictures[i : i + columns], labels[i : i + columns]))
+    return contact_sheet(rows, side)
+
+
+def sheet_of_batches(
+    images: Sequence[Tensor],
+    labels: Sequence[str] | None = None,
+    figures: Sequence[str] | None = None,
+    references: Sequence[Tensor] = (),
+    **settings,
+) -> Tensor:
+    """(1, h, w, 3): the sheet of a list of IMAGE batches (n, h, w, 3). settings: see labelled_sheet.
+
+    labels, figures: one for each picture, or one for each batch; None numbers the pictures. A single text of figures
+    for several pictures stands below the title. Raises ValueError for another number.
+    """
+    pictures = [to_picture(picture) for batch in images for picture in batch]
+    if not pictures:
+        raise ValueError("Contact Sheet: no picture came in at images, expected at least one.")
+
+    def for_each(texts: Sequence[str], name: str) -> list[str]:
+        if len(texts) == len(pictures):
+            return list(texts)
+        if len(texts) != len(images):
+            raise ValueError(
+                f"Contact Sheet: {len(texts)} {name} came in for {len(pictures)} pictures in {len(images)} batches,"
+                " expected one for each picture or one for each batch. Connect the labels of the node that made the"
+                " list which the pictures come from."
+            )
+        return [text for text, batch in zip(texts, images) for _ in batch]
+
+    captions = for_each(labels, "labels") if labels else [str(number + 1) for number in range(len(pictures))]
+    if figures and len(figures) == 1 < len(pictures):
+        settings["title"] = "\n".join(text for text in (settings.get("title"), figures[0]) if text)
+    elif figures:
+        captions = [f"{label}\n{text}" for label, text in zip(captions, for_each(figures, "figures"))]
+    shown = [to_picture(picture) for batch in references for picture in batch]
+    return to_tensor(labelled_sheet(pictures, captions, references=shown, **settings))
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """From (h, w, 3) in 0..1; what lies outside is cut."""
+    return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(1, h, w, 3) float32 in 0..1, the host's IMAGE."""
+    return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)[None]
+
+
+def typeface(size: int):
+    return ImageFont.load_default(size)
+
+
+def _lines(text: str, width: float, font, most: int = 3) -> list[str]:
+    """Every part between line breaks in lines of at most `width` px; what goes beyond `most` lines ends in dots."""
+    return [line for part in text.split("\n") for line in _wrapped(part, width, font, most)]
+
+
+def _wrapped(text: str, width: float, font, most: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_cut(line, width, font) for line in lines if line]
+
+
+def _cut(line: str, width: float, font) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,166 @@
+"""The copy-paste figures: how far the outputs turned away from the pose of their references.
+
+Mean azimuth and polar difference (higher: more varied) and average recall (lower: less copied), as in the paper's
+abstract. Gating by confidence is Orient Anything's own advice; intervals and ungated figures are our addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...common.intervals import mean_interval, share_interval
+
+RECALL = (5, 10, 15, 20)  # degrees
+
+
+@dataclass(frozen=True)
+class CopyPasteFigures:
+    """The paper's three figures over `count` pairs. All NaN where no pair is left."""
+
+    azimuth: float  # mean azimuth difference, degrees, 0 to 180
+    polar: float  # mean polar difference, degrees
+    average_recall: float  # mean of `recall`, 0 to 1
+    recall: dict[int, float]  # by k: share of pairs whose azimuth and polar differences both lie below k degrees
+    count: int
+    intervals: dict[str, tuple[float, float]]  # 95 %, by name: azimuth, polar, average_recall, recall@5, ...
+
+
+@dataclass(frozen=True)
+class CopyPasteReport(CopyPasteFigures):
+    """The figures over the pairs whose confidence suffices; `ungated` are those over all pairs."""
+
+    coverage: float  # share of pairs whose confidence suffices
+    ungated: CopyPasteFigures
+    threshold: float
+    azimuth_difference: Tensor  # (N,) float64, degrees, of all pairs
+    polar_difference: Tensor  # (N,)
+    kept: Tensor  # (N,) bool: confidence suffices
+
+
+def copy_paste_report(reference, generated, confidence=None, threshold: float = 0.5) -> CopyPasteReport:
+    """How much of the references' pose is in the outputs.
+
+    reference, generated: (N, 2) azimuth and polar in degrees, pair by pair (tensor, array or nested list); azimuth is
+    circular, so 359 and 1 differ by 2. confidence: 0 to 1, (N,) or, for reference and output, (N, 2); a pair counts
+    where all of its confidences are at least `threshold`. None: every pair counts. Where none does, the figures are
+    NaN, coverage is 0, and `ungated` still holds what there is. Raises ValueError for other shapes and for values that
+    are no angles or no confidences.
+    """
+    reference, generated = _angles("reference", reference), _angles("generated", generated)
+    if len(reference) != len(generated):
+        raise ValueError(
+            f"copy_paste_report: {len(reference)} references and {len(generated)} generated, expected as many of each. "
+            "Repeat a reference for each of its outputs."
+        )
+    kept = _kept(confidence, threshold, len(reference))
+    azimuth = azimuth_difference(reference[:, 0], generated[:, 0])
+    polar = (reference[:, 1] - generated[:, 1]).abs()
+    gated = _figures(azimuth[kept], polar[kept])
+    return CopyPasteReport(
+        **vars(gated),
+        coverage=float(kept.double().mean()),
+        ungated=_figures(azimuth, polar),
+        threshold=threshold,
+        azimuth_difference=azimuth,
+        polar_difference=polar,
+        kept=kept,
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Reference and output of each pair as an orientation model saw them, and the figures they give."""
+
+    reference: Tensor  # (N, 3) float64: azimuth and polar in degrees, confidence
+    generated: Tensor  # (N, 3)
+    report: CopyPasteReport
+
+
+def compare(reference: Tensor, generated: Tensor, threshold: float = 0.5) -> Pairs:
+    """reference, generated: (N, 3) azimuth and polar in degrees, confidence. Raises what `copy_paste_report` raises."""
+    reference, generated = reference.double().cpu(), generated.double().cpu()
+    confidence = torch.stack([reference[:, 2], generated[:, 2]], dim=-1)
+    report = copy_paste_report(reference[:, :2], generated[:, :2], confidence, threshold)
+    return Pairs(reference, generated, report)
+
+
+def azimuth_difference(a: Tensor, b: Tensor) -> Tensor:
+    """The smaller angle between two directions, degrees, 0 to 180."""
+    turn = (a - b) % 360
+    return torch.minimum(turn, 360 - turn)
+
+
+def within(azimuth: Tensor, polar: Tensor) -> Tensor:
+    """(N, 4) float64, 1 where both differences (N,), degrees, lie strictly below the k of RECALL. Its mean over k is a
+    pair's part in the average recall."""
+    return torch.stack([(azimuth < k) & (polar < k) for k in RECALL], dim=-1).double()
+
+
+def _figures(azimuth: Tensor, polar: Tensor) -> CopyPasteFigures:
+    hits = within(azimuth, polar)
+    found = {
+        "azimuth": mean_interval(azimuth),
+        "polar": mean_interval(polar),
+        "average_recall": share_interval(hits.mean(-1)),
+        **{f"recall@{k}": share_interval(hits[:, i]) for i, k in enumerate(RECALL)},
+    }
+    # The mean of azimuth differences lies within 0 to 180 degrees, polar ones too, shares within 0 to 1. NaN stays.
+    intervals = {name: (_clip(low), _clip(high)) for name, (_, low, high) in found.items()}
+    return CopyPasteFigures(
+        azimuth=found["azimuth"][0],
+        polar=found["polar"][0],
+        average_recall=found["average_recall"][0],
+        recall={k: found[f"recall@{k}"][0] for k in RECALL},
+        count=len(azimuth),
+        intervals=intervals,
+    )
+
+
+def _clip(value: float) -> float:
+    return value if value != value else min(max(value, 0.0), 180.0)
+
+
+def _angles(name: str, values: Tensor | Sequence) -> Tensor:
+    values = _tensor(name, values, "(N, 2): azimuth and polar in degrees")
+    if values.ndim != 2 or values.shape[1] != 2 or not len(values):
+        raise ValueError(
+            f"copy_paste_report: {name} has shape {tuple(values.shape)}, expected (N, 2): azimuth and polar in degrees,"
+            " one line per picture, at least one."
+        )
+    bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"copy_paste_report: {name} line {bad[0]} is {values[bad[0]].tolist()}, expected two angles in degrees "
+            f"({len(bad)} such lines). Leave pictures without an estimate out, on both sides."
+        )
+    return values
+
+
+def _kept(confidence, threshold: float, count: int) -> Tensor:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"copy_paste_report: threshold is {threshold}, expected a confidence from 0 to 1.")
+    if confidence is None:
+        return torch.ones(count, dtype=torch.bool)
+    confidence = _tensor("confidence", confidence, "(N,), or (N, 2) of reference and generated")
+    if tuple(confidence.shape) not in ((count,), (count, 2)):
+        raise ValueError(
+            f"copy_paste_report: confidence has shape {tuple(confidence.shape)}, expected ({count},), or ({count}, 2) "
+            "of reference and generated."
+        )
+    if not bool(((confidence >= 0) & (confidence <= 1)).all()):  # NaN too
+        raise ValueError(
+            f"copy_paste_report: confidence goes from {float(confidence.min()):.3g} to {float(confidence.max()):.3g}, "
+            "expected 0 to 1. Logits must go through the decoder's softmax first."
+        )
+    return (confidence.reshape(count, -1) >= threshold).all(-1)
+
+
+def _tensor(name: str, values, expected: str) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"copy_paste_report: {name} is no table of numbers ({error}), expected {expected}.") from error

@@ -1,0 +1,160 @@
+"""The copy-paste figures as text, CSV and JSON: outputs and floor, with and without gating."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from math import isnan
+
+from ...common.intervals import share_interval
+from ...training.reporting.losses import markdown
+from .metrics import RECALL, CopyPasteFigures, Pairs
+
+COLUMNS = (
+    "set",  # outputs: references and outputs; floor: references and their own mirrored, re-cropped selves
+    "pair",
+    "reference_azimuth",
+    "reference_polar",
+    "reference_confidence",
+    "azimuth",
+    "polar",
+    "confidence",
+    "azimuth_difference",
+    "polar_difference",
+    "counted",  # 1: every confidence reaches the threshold
+)
+
+
+def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteFigures]]:
+    """The four lines of the table, by name."""
+    return [
+        ("outputs", outputs.report),
+        ("outputs, ungated", outputs.report.ungated),
+        ("floor", floor.report),
+        ("floor, ungated", floor.report.ungated),
+    ]
+
+
+def report_text(outputs: Pairs, floor: Pairs, model: str) -> str:
+    """Coverage, the table in markdown, and what a reader must know to read it."""
+    report = outputs.report
+    lines = [["", "azimuth", "polar", "average recall", *(f"recall@{k}" for k in RECALL), "pairs"]]
+    for name, figures in rows(outputs, floor):
+        lines.append([name, *(cell(figures, key) for key in figures.intervals), str(figures.count)])
+    return "\n".join(
+        [
+            f"Orientation by {model}. {coverage(outputs)}.",
+            "",
+            markdown(lines),
+            "",
+            *notes(outputs, floor, report.threshold),
+        ]
+    )
+
+
+def coverage(outputs: Pairs) -> str:
+    report = outputs.report
+    _, low, high = share_interval(report.kept.double())
+    return (
+        f"Coverage {report.coverage:.3f} ({low:.3f} to {high:.3f}), {report.count} of "
+        f"{report.ungated.count} pairs with confidence at least {report.threshold:g} in both pictures"
+    )
+
+
+def value(figures: CopyPasteFigures, key: str) -> float:
+    """A figure by its name in `intervals`."""
+    return figures.recall[int(key.split("@")[1])] if "@" in key else getattr(figures, key)
+
+
+def cell(figures: CopyPasteFigures, key: str) -> str:
+    mean, (low, high) = value(figures, key), figures.intervals[key]
+    if isnan(mean):
+        return "NaN"
+    digits = 3 if "recall" in key else 1
+    return f"{mean:.{digits}f}" + ("" if isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})")
+
+
+def notes(outputs: Pairs, floor: Pairs, threshold: float) -> list[str]:
+    """Sentences under the table, those that apply first."""
+    report, base, found = outputs.report, floor.report, []
+    empty = int(((outputs.reference[:, 2] == 0) | (outputs.generated[:, 2] == 0)).sum())
+    if empty:
+        found.append(f"{empty} pairs have a picture of confidence 0: its mask shows no subject. They do not count.")
+    if not report.count:
+        found.append(
+            f"No pair has confidence {threshold:g} or more in both pictures, so that azimuth, polar and recall are "
+            "undefined (NaN): the orientation model sees no front in these subjects. Lower the threshold, give masks "
+            "of the subject, or use subjects that have a front. Ungated angles are noise that looks like variety."
+        )
+    elif report.coverage < 0.5:
+        found.append(
+            f"Only {report.count} of {report.ungated.count} pairs count: the figures hold for these alone, and the "
+            "ungated ones contain angles of subjects without a visible front, noise that looks like variety."
+        )
+    if report.count and not base.count:
+        found.append("The floor has no pair of sufficient confidence: the error of the orientation model is unknown.")
+    (low, _), (_, high) = report.intervals["azimuth"], base.intervals["azimuth"]
+    if 1 in (report.count, base.count):
+        found.append("A single pair has no interval: whether the outputs differ from the floor cannot be said.")
+    elif report.count and base.count and low <= high:
+        found.append(
+            "The outputs' azimuth difference cannot be told from the floor, which is the orientation model's own error."
+        )
+    return [
+        *found,
+        "Differences in degrees, higher: more varied. Recall, lower: less copied. 95 % intervals in brackets; they take"
+        " the pairs to be independent. Floor: the references against their own mirrored and re-cropped selves.",
+    ]
+
+
+def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
+    """A dict by COLUMNS for each pair of outputs and floor."""
+    for name, pairs in (("outputs", outputs), ("floor", floor)):
+        report = pairs.report
+        columns = zip(
+            pairs.reference.tolist(),
+            pairs.generated.tolist(),
+            report.azimuth_difference.tolist(),
+            report.polar_difference.tolist(),
+            report.kept.tolist(),
+        )
+        for number, (reference, generated, azimuth, polar, kept) in enumerate(columns, 1):
+            yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(kept))))
+
+
+def captions(outputs: Pairs) -> list[str]:
+    """What to write below each output: its differences, and whether its angles can be trusted."""
+    report = outputs.report
+    columns = zip(report.azimuth_difference.tolist(), report.polar_difference.tolist(), report.kept.tolist())
+    return [f"azimuth {a:.0f}, polar {p:.0f}" + ("" if kept else " (no clear front)") for a, p, kept in columns]
+
+
+def report_csv(outputs: Pairs, floor: Pairs) -> str:
+    """A line per pair, see COLUMNS."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records(outputs, floor))
+    return text.getvalue()
+
+
+def report_json(outputs: Pairs, floor: Pairs, model: str) -> str:
+    """Figures with intervals, settings, and every pair. What is undefined is null."""
+    report = outputs.report
+    content = {
+        "orientation_model": model,
+        "threshold": report.threshold,
+        "coverage": _figure(*share_interval(report.kept.double())),
+        "figures": {
+            name: {"pairs": f.count, **{key: _figure(value(f, key), *f.intervals[key]) for key in f.intervals}}
+            for name, f in rows(outputs, floor)
+        },
+        "pairs": list(records(outputs, floor)),
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _figure(*values: float) -> dict[str, float | None]:
+    return {key: None if isnan(v) else v for key, v in zip(("mean", "low", "high"), values)}

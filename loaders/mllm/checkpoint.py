@@ -1,0 +1,188 @@
+"""What a Hugging Face folder holds: config, weight headers, keys, tokenizer; all checked before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .base import MLLMError
+
+MODEL_TYPES = ("internvl", "qwen2_5_vl", "qwen3_vl")  # of config.json, each with a family in mllm_transformers
+FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a folder whose model type is supported."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise MLLMError(
+            f"{folder} is not a folder, expected a Hugging Face folder with config.json, tokenizer and *.safetensors. A"
+            " single-file text encoder goes through the host's CLIP loader and MLLM from CLIP."
+        )
+    if not path.is_file():
+        raise MLLMError(
+            f"{folder} has no config.json, expected a whole Hugging Face folder. Download the repository again."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MLLMError(f"{path} is not JSON ({error}). Download it again.") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found not in MODEL_TYPES:
+        hint = " Take the repository whose name ends in -hf." if found == "internvl_chat" else ""
+        raise MLLMError(f"{path}: model_type is {found!r}, expected one of {', '.join(MODEL_TYPES)}.{hint}")
+    return config
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Key -> header, from model.safetensors or the shards of its index; every file is there and whole."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise MLLMError(f"{index} is damaged ({error!r}). Download it again.") from error
+        files = [folder / name for name in names]
+        for path in files:
+            if not path.is_file():
+                raise MLLMError(f"{path} is missing: {index.name} names it, one of {len(files)} files. Download it.")
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+                raise MLLMError(
+                    f"{folder} has weights only as pickles (.bin), which can run code and are not loaded. Take the"
+                    " repository's safetensors revision, or convert with transformers' save_pretrained."
+                )
+            raise MLLMError(f"{folder} has no *.safetensors. Download the weights (all shards) into it.")
+        if len(files) > 1 and (folder / "model.safetensors") in files:
+            files = [folder / "model.safetensors"]
+        elif len(files) > 1:
+            raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
+    headers = {}
+    for path in files:
+        headers.update(read_header(path))
+    return headers
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """Header of one safetensors file, checked against the file's size."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError(f"header of {length} bytes")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        headers = {key: Header(path, entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise MLLMError(
+            f"{path} is no safetensors file, or cut off in its header ({error}). Download it again."
+        ) from error
+    if size < end:
+        raise MLLMError(f"{path} is {size} bytes, expected {end}: the download was cut off. Download it again.")
+    return headers
+
+
+def rename(key: str) -> str | None:
+    """A checkpoint's key -> the backbone's, None for what the backbone has not (the LM head, old RoPE buffers).
+
+    Three layouts exist: "model.layers", "visual" (Qwen2.5-VL as published); "language_model.model", "vision_tower"
+    (InternVL as published); "model.language_model", "model.visual" (Qwen3-VL, and what transformers saves since 4.52).
+    """
+    if re.match(r"(model\.)?(language_model\.)?lm_head\.", key) or key.endswith("rotary_emb.inv_freq"):
+        return None
+    key = re.sub(r"^model\.(?=(language_model|visual|vision_tower|multi_modal_projector)\.)", "", key)
+    key = re.sub(r"^language_model\.model\.", "language_model.", key)
+    return re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.", key)
+
+
+def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[str]:
+    """The checkpoint's keys that are used; every expected one is there once, in its shape, and nothing is left over."""
+    found, used = {}, []
+    for key, header in headers.items():
+        name = rename(key)
+        if name is None:
+            continue
+        if name not in expected:
+            hint = "Weights and config.json do not belong together: download both from one repository."
+            if re.search(r"scale|qweight|qzeros|absmax", key):
+                hint = "Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one."
+            raise MLLMError(f"{header.path}: unknown key {key!r} {header.shape}. {hint}")
+        if header.shape != expected[name]:
+            raise MLLMError(
+                f"{header.path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
+                " and config.json do not belong together: download both from one repository."
+            )
+        if header.dtype not in FILE_DTYPES:
+            raise MLLMError(
+                f"{header.path}: {key!r} is {header.dtype}, expected one of {', '.join(FILE_DTYPES)}. Take the"
+                " unquantised repository; weight_dtype makes it fp8 while loading."
+            )
+        found[name] = key
+        used.append(key)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        files = ", ".join(sorted({header.path.name for header in headers.values()}))
+        where = next(iter(headers.values())).path.parent if headers else ""
+        raise MLLMError(
+            f"{where}: {files} lack {len(missing)} of {len(expected)} keys, first {missing[0]!r}, expected shape"
+            f" {expected[missing[0]]}. Download all shards."
+        )
+    return used
+
+
+def read_tokenizer(folder: Path, config: dict, placeholder: str):
+    """-> (text -> ids, id of the image placeholder). tokenizer.json is read by the `tokenizers` library itself: what
+    transformers makes of it differs between its releases."""
+    fast = folder / "tokenizer.json"
+    if fast.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(fast))
+        except Exception as error:
+            raise MLLMError(f"{fast} is damaged ({error}). Download it again.") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+        def tokenize(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+        def tokenize(text: str) -> list[int]:
+            return slow(text, add_special_tokens=False)["input_ids"]
+
+    else:
+        raise MLLMError(
+            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
+        )
+    expected = config.get("image_token_id", config.get("image_token_index"))
+    for token in (placeholder, "<|im_start|>", "<|im_end|>"):
+        ids = tokenize(token)
+        if len(ids) != 1 or (token == placeholder and expected is not None and ids[0] != expected):
+            want = expected if token == placeholder else "one id"
+            raise MLLMError(
+                f"{folder}: the tokenizer reads {token} as {ids}, expected {want} by config.json. Tokenizer and model"
+                " do not belong together: download both from one repository."
+            )
+    return tokenize, tokenize(placeholder)[0]

@@ -1,0 +1,143 @@
+"""The folder of a run: pictures that say which case they show, `ledger.jsonl` with a line for each case, and `run.json`
+with the workflow that they come from. Whatever kills the run, what lies here is whole, or known not to be.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from .sets import Case
+
+MARK = "subject_benchmark"  # the case, among a PNG's texts
+LEDGER, RUN = "ledger.jsonl", "run.json"
+
+
+class RunError(ValueError):
+    """A run that cannot begin; the text says what to do."""
+
+
+class Ledger:
+    """A line for each case, appended at once and whole; the last line of a name counts."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LEDGER
+        self.lines: dict[str, dict] = {}
+        self.damaged = 0
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                entry = json.loads(line) if line.strip() else None
+                if entry is not None:
+                    self.lines[entry["name"]] = entry
+            except (ValueError, TypeError, KeyError):  # cut off by a full disk or a kill
+                self.damaged += 1
+
+    def add(self, entry: dict) -> None:
+        self.lines[entry["name"]] = entry
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(file, line) != len(line):
+                raise OSError(f"{self.path}: the line was not written whole, is the disk full?")
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def keep_done(self, wanted: Sequence[Case]) -> None:
+        """Leaves one line for each picture that is there: failures are to be tried again, lost pictures made again, and
+        a picture of a wanted case that no line speaks of, since its run was killed in between, gets its line."""
+        kept = {name: entry for name, entry in self.lines.items() if self.picture(entry)}
+        for case in wanted:
+            path = self.folder / f"{case.name}.png"
+            if case.name not in kept and (found := read_mark(path)):
+                kept[case.name] = found | {"status": "done", "picture": path.name}
+        self.lines = kept
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept.values())
+        write(self.path, text.encode("utf-8", "backslashreplace"))
+
+    def picture(self, entry: dict) -> bool:
+        name = entry.get("picture")
+        return entry.get("status") == "done" and isinstance(name, str) and (self.folder / Path(name).name).is_file()
+
+    @contextmanager
+    def alone(self):
+        """Refuses a second run in the same folder."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.folder}: another run writes here; wait for it, or use another --out.") from None
+            yield
+
+
+def check_run(out: Path, facts: dict) -> None:
+    """One folder holds the pictures of one workflow. Raises RunError for another one's."""
+    path = out / RUN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["workflow_digest"] != facts["workflow_digest"]:
+            raise RunError(
+                f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')}). Use "
+                f"another --out, or remove {path.name} if they may lie together."
+            )
+    except FileNotFoundError:
+        pass
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{path}: is damaged ({error}). Remove it if the folder's pictures are this workflow's."
+        ) from None
+    write(path, json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    work = path.with_name(f".{path.name}.part")
+    with open(work, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)
+
+
+def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
+    """A PNG with these texts where it has none of that name (a server may be told to save none). Raises ValueError for
+    what is no whole PNG."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            kind, found = picture.format, getattr(picture, "text", {})
+    except Exception as error:  # Pillow's readers raise nearly everything on damaged files
+        raise ValueError(f"is no picture: {error}") from error
+    if kind != "PNG":
+        raise ValueError(f"is {kind}, expected PNG")
+    chunks = b""
+    for name, text in texts.items():
+        if name not in found:
+            chunk = b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "backslashreplace")
+            chunks += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    end = data.rindex(b"IEND") - 4
+    return data[:end] + chunks + data[end:]
+
+
+def read_mark(path: Path) -> dict | None:
+    """The case that a picture says it shows; None for no such picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            found = json.loads(picture.text[MARK])
+    except Exception:  # not there, cut off, or somebody else's: it is made again
+        return None
+    return found if isinstance(found, dict) and found.get("name") == path.stem else None

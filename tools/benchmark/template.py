@@ -1,0 +1,130 @@
+"""What a case asks of the server: a workflow with its references, prompt and seed put in their places."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from ..comfy_client import workflow
+from ..comfy_client.server import title
+from ..comfy_client.workflow import WorkflowFileError
+from .sets import Case
+
+
+class Template:
+    """A workflow in API format with places for a case's references, prompt and seed.
+
+    prompt: see tools/comfy_client/workflow.py's to_api. object_info: the server's. prompt_node: id of the node that holds the prompt,
+    where the choice of tools/comfy_client/workflow.py's text_inputs is not wanted.
+    """
+
+    def __init__(self, prompt: dict, object_info: dict, prompt_node: str | None = None):
+        self.prompt, self.object_info, self.titles = prompt, object_info, workflow.titles(prompt)
+        if prompt_node is None:
+            self.places = workflow.text_inputs(prompt)
+        elif prompt_node not in prompt:
+            raise WorkflowFileError(f"--prompt-node is {prompt_node}, expected one of {', '.join(prompt)}.")
+        else:
+            names = [name for name in workflow.TEXTS if name in prompt[prompt_node]["inputs"]]
+            if not names:
+                raise WorkflowFileError(f"--prompt-node: {title(prompt_node, prompt, self.titles)} has no text.")
+            self.places = [workflow.text_source(prompt, prompt_node, name) for name in names]
+        self.seeds = seed_inputs(prompt)
+        if not self.seeds:
+            raise WorkflowFileError("This workflow has no seed, so its pictures could not be told apart.")
+        self.loaders = sorted(
+            (key for key, n in prompt.items() if n["class_type"] == "LoadImage"), key=workflow.by_number
+        )
+        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
+            raise WorkflowFileError("This workflow has no Save Image node, so there is no picture to collect.")
+        self.used = upstream(prompt)
+
+    @property
+    def digest(self) -> str:
+        """Of nodes, links and settings, whatever stands in the places."""
+        prompt = self._fill("", [""] * len(self.loaders), 0, "")
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+
+    def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
+        """The case's own workflow. images: names of its references on the server. Load Image nodes without a reference
+        are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few of them: nothing would
+        be drawn, or something that a reference has no part in."""
+        prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
+        for loader in self.loaders[len(images) :]:
+            bypass(prompt, loader, self.object_info)
+        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
+            raise WorkflowFileError(
+                f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
+                "nodes and needs them all. Give more (--references), or take nodes out."
+            )
+        left = upstream(prompt)
+        lost = [key for key in self.loaders[: len(images)] if key in self.used and key not in left]
+        if lost:
+            raise WorkflowFileError(
+                f"{title(lost[0], prompt, self.titles)}: with {len(images)} reference(s) for {len(self.loaders)} Load "
+                "Image nodes nothing leads from here to the picture, which would be drawn without it. Give more "
+                "(--references), or take nodes out."
+            )
+        return prompt
+
+    def _fill(self, text: str, images: Sequence[str], seed: int, file: str) -> dict:
+        prompt = workflow.put_in(self.prompt, list(images))
+        for key, name in self.places:
+            prompt[key]["inputs"][name] = text
+        for key, name in self.seeds:
+            prompt[key]["inputs"][name] = seed
+        for node in prompt.values():
+            if node["class_type"] == "SaveImage":
+                node["inputs"]["filename_prefix"] = file
+        return prompt
+
+
+def seed_inputs(prompt: dict) -> list[tuple[str, str]]:
+    """(node, input) pairs where the workflow's seeds are written, through the links to them."""
+    found = []
+    for key, node in prompt.items():
+        for name in ("seed", "noise_seed"):
+            place, value = (key, name), node["inputs"].get(name)
+            if isinstance(value, list) and value[0] in prompt:
+                place = (value[0], "value")
+                value = prompt[value[0]]["inputs"].get("value")
+            if isinstance(value, int) and not isinstance(value, bool):
+                found.append(place)
+    return list(dict.fromkeys(found))
+
+
+def upstream(prompt: dict) -> set[str]:
+    """Ids of the nodes that saved pictures are made from."""
+    wanted, found = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"], set()
+    while wanted:
+        key = wanted.pop()
+        if key in prompt and key not in found:
+            found.add(key)
+            links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list) and value]
+            wanted += [link[0] for link in links if isinstance(link[0], str)]
+    return found
+
+
+def bypass(prompt: dict, key: str, object_info: dict) -> None:
+    """Takes a node out, as the editor's bypass does: what it handed on comes from its own input of that type, if there
+    is one. A node that needs what is then missing is bypassed too."""
+    node = prompt.pop(key)
+    info = object_info[node["class_type"]]
+    types = {
+        name: spec[0] for group in info["input"].values() if isinstance(group, dict) for name, spec in group.items()
+    }
+    links = [(types.get(name), value) for name, value in node["inputs"].items() if isinstance(value, list)]
+    for other in list(prompt):
+        for name, value in list(prompt.get(other, {"inputs": {}})["inputs"].items()):
+            if not isinstance(value, list) or value[0] != key:
+                continue
+            kind = info["output"][value[1]]
+            through = next((link for type_, link in links if type_ == kind and link[0] in prompt), None)
+            if through:
+                prompt[other]["inputs"][name] = through
+                continue
+            del prompt[other]["inputs"][name]
+            if name in object_info[prompt[other]["class_type"]]["input"].get("required", {}):
+                bypass(prompt, other, object_info)
+                break

@@ -1,0 +1,78 @@
+"""What a strength between 0 and 1 costs: our channels form and an attention mask, beside plain attention.
+
+    nox -s bench -- strength [--tokens 2304] [--repeats 5]
+
+FLUX's attention (24 heads of 128) on this machine's device, all forms in one run, medians. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+from ...common.bootstrap import start_host
+
+
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="nox -s bench -- strength", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--tokens", type=int, default=2304, help="keys and queries (4608 = 1024 px with 512 context tokens)"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(given)
+
+    import torch
+
+    start_host(os.environ["COMFYUI_PATH"], cpu=not torch.cuda.is_available())
+    from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
+
+    from ...sampling.attention import attention_with_key_bias
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    heads, width = 24, 128
+    q, k, v = (torch.randn(1, heads, options.tokens, width, device=device, dtype=dtype) for _ in range(3))
+    bias = torch.zeros(1, options.tokens, device=device)
+    bias[:, : options.tokens // 8] = -0.7
+    forms = {
+        "plain": lambda: optimized_attention(q, k, v, heads, skip_reshape=True),
+        "channels": lambda: attention_with_key_bias(optimized_attention, q, k, v, heads, bias),
+        "mask": lambda: optimized_attention_masked(
+            q,
+            k,
+            v,
+            heads,
+            mask=bias.to(dtype)[:, None, None].expand(1, 1, options.tokens, options.tokens),
+            skip_reshape=True,
+        ),
+    }
+    seconds = {name: [] for name in forms}
+    peak = {}
+    for repeat in range(options.repeats + 1):  # the first round warms up
+        for name, form in forms.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            form()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peak[name] = torch.cuda.max_memory_allocated()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    plain = statistics.median(seconds["plain"])
+    result = {
+        "benchmark": "strength",
+        "device": device,
+        "dtype": str(dtype),
+        "tokens": options.tokens,
+        "plain_seconds": round(plain, 4),
+        "channels_ratio": round(statistics.median(seconds["channels"]) / plain, 3),
+        "mask_ratio": round(statistics.median(seconds["mask"]) / plain, 3),
+        "max_difference": float((forms["channels"]() - forms["mask"]()).abs().max()),
+    }
+    result |= {f"{name}_peak_ratio": round(peak[name] / peak["plain"], 3) for name in peak if name != "plain"}
+    print(json.dumps(result))

@@ -1,0 +1,173 @@
+"""Checkpoints of a run: folders that are whole or not there, from which it goes on bit for bit.
+
+    FOLDER/checkpoint-00000500/{dla,lora,optimizer}.safetensors, state.json
+
+Random numbers need no state (see flow.generator), nor do the rates, which are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..common.files import sync
+from ..dla.checkpoint import check_finite, load_dla, save_dla
+from .dit.lora import LoRA
+from .recipe import Recipe, RecipeError
+
+PREFIX = "checkpoint-"
+# Settings that a run keeps; the others may change between its parts.
+BOUND = (
+    ("dla", None),
+    ("lora", "rank"),
+    ("lora", "alpha"),
+    ("training", "stage"),
+    ("training", "seed"),
+    ("training", "optimizer"),
+)
+FILES = ("dla.safetensors", "optimizer.safetensors", "state.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint from which no run can go on; the text names it and says what to do."""
+
+    def __init__(self, checkpoint: Path, problem: str):
+        super().__init__(f"{checkpoint.parent.name}/{checkpoint.name}: {problem}")
+
+
+def save(folder: Path, step: int, dla, lora: LoRA | None, optimizer, facts: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of `step`; a kill at any moment leaves it out or leaves it whole. The `keep` newest stay.
+    Raises ValueError for weights that are not finite; the earlier ones stay then."""
+    final = folder / f"{PREFIX}{step:08d}"
+    if final in checkpoints(folder):
+        return final  # this run has been here: it would be the same
+    work = folder / f".{final.name}.part"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    save_dla(work / "dla.safetensors", dla)
+    if lora is not None:
+        check_finite(work / "lora.safetensors", lora.weights())
+        lora.save(work / "lora.safetensors")
+    tensors, rest = _pack(optimizer.state_dict()["state"])
+    save_file(tensors, work / "optimizer.safetensors")
+    (work / "state.json").write_text(json.dumps({"step": step, "optimizer": rest, **facts}), encoding="utf-8")
+    for file in work.iterdir():
+        sync(file)
+    _sync_folder(work)
+    if final.exists():  # somebody has taken files out of it
+        _remove(final)
+    work.rename(final)
+    _sync_folder(folder)
+    for path in checkpoints(folder)[:-keep]:
+        _remove(path)
+    for path in folder.glob(f".{PREFIX}*"):  # parts that an earlier process left
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole ones, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if all((path / name).is_file() for name in FILES))
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was told, and the step. Raises CheckpointError."""
+    try:
+        facts = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {**facts, "step": int(facts["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"state.json cannot be read ({error!r})") from None
+
+
+def check_same_run(facts: dict[str, Any], recipe: Recipe) -> None:
+    """Raises RecipeError where the checkpoint with these facts is of a run with other settings."""
+    for section, name in BOUND:
+        before, now = (values[section] for values in (facts["recipe"], recipe.to_dict()))
+        if name is not None:
+            before, now = before[name], now[name]
+        if before != now:
+            raise RecipeError(
+                f"Run '{recipe.run.name}' was begun with {section}{'.' + name if name else ''} = {before}, now it is "
+                f"{now}. Put it back to go on with that run, or choose another name to begin a new one."
+            )
+
+
+@torch.no_grad()
+def restore(checkpoint: Path, dla, lora: LoRA | None, optimizer) -> int:
+    """Puts weights and moments back, but no rates; returns the step. Raises CheckpointError where a file is damaged, or
+    the DLA is of another shape than the one that is trained now."""
+    facts = read_facts(checkpoint)
+    try:
+        saved = load_dla(checkpoint / "dla.safetensors")
+        moments = _unpack(load_file(checkpoint / "optimizer.safetensors"), facts["optimizer"])
+        if lora is not None:
+            lora.load(checkpoint / "lora.safetensors")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, str(error)) from None
+    for field in fields(saved.config):
+        before, now = getattr(saved.config, field.name), getattr(dla.config, field.name)
+        if before != now and field.name != "provenance":
+            raise CheckpointError(
+                checkpoint,
+                f"its DLA has {field.name} {before}, the one to train has {now}. Put back the MLLM and the DLA that the "
+                "run began with, or choose another run name to begin a new one.",
+            )
+    dla.load_state_dict(saved.state_dict())
+    groups = optimizer.state_dict()["param_groups"]  # rates and decay are the recipe's, which may have changed
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return facts["step"]
+
+
+def _damaged(checkpoint: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        checkpoint, f"{problem}. Move this folder away to go on from the checkpoint before it, or to begin anew."
+    )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Gone at once for `checkpoints`, whatever ends the process meanwhile."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder have reached the disk."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _pack(state: dict, path: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimiser's state, which may be nested, as tensors by path, and as JSON for the rest."""
+    tensors, rest = {}, {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            inner, numbers = _pack(value, f"{path}{name}/")
+            tensors, rest = tensors | inner, rest | numbers
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{path}{name}"] = value.detach().cpu().contiguous().clone()
+        else:
+            rest[f"{path}{name}"] = value
+    return tensors, rest
+
+
+def _unpack(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    state: dict = {}
+    for path, value in {**tensors, **rest}.items():
+        index, *names, last = path.split("/")
+        place = state.setdefault(int(index), {})
+        for name in names:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return state

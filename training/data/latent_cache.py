@@ -1,0 +1,94 @@
+"""VAE latents of pictures, encoded once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...common.files import save_tensors
+from ...common.picture_files import load_picture
+from ...loaders.reference_latents import resize
+
+HEADER = 88  # bytes of a latent's file beside its values
+
+
+class LatentCache:
+    """vae: the host's. folder: of one .safetensors for each picture and size; None keeps them in memory alone."""
+
+    def __init__(self, vae, folder: Path | None):
+        self.vae, self.folder = vae, folder
+        self._model = ""
+        self._memory: dict[str, Tensor] = {}
+
+    # Not inference mode, where hosts run nodes: a backward pass may keep what comes out; and the host may offload the
+    # DiT meanwhile, whose weights would then be of no use to autograd.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def get(self, path: Path, width: int, height: int) -> Tensor:
+        """The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU, of the picture cut to
+        width x height px. Raises ImageProblem; ValueError where the VAE fails."""
+        key = self._key(path, width, height)
+        if self.folder is None:
+            if key not in self._memory:
+                self._memory[key] = self._encode(path, width, height)
+            return self._memory[key]
+        file = self.folder / f"{key}.safetensors"
+        try:
+            return load_file(file)["latent"]
+        except (SafetensorError, OSError, KeyError):  # not there yet, or damaged
+            latent = self._encode(path, width, height)
+            self._save(file, latent)
+            return latent
+
+    def put(self, path: Path, width: int, height: int, latent: Tensor) -> None:
+        """Keeps on disk what was encoded elsewhere, many at a time, as `get` gives it."""
+        self._save(self.folder / f"{self._key(path, width, height)}.safetensors", latent.float().cpu().contiguous())
+
+    def size(self, images: Iterable[tuple[Path, int, int]]) -> int:
+        """Bytes on disk that these pictures (path, width, height) will take, each once, from encoding the first."""
+        images = list(dict.fromkeys(images))
+        if not images:
+            return 0
+        path, width, height = images[0]
+        pixel = self.get(path, width, height).nbytes / (width * height)
+        return round(sum(pixel * w * h + HEADER for _, w, h in images))
+
+    def _encode(self, path: Path, width: int, height: int) -> Tensor:
+        latent = self.vae.encode(cut(load_picture(path), width, height)[None])[0]
+        if not bool(latent.isfinite().all()):
+            raise ValueError(
+                f"The VAE gave NaN or infinite values for {path.name}. Load it in bf16 or fp32 instead of fp16."
+            )
+        return latent.clone().float().cpu().contiguous()
+
+    @staticmethod
+    def _save(file: Path, latent: Tensor) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, {"latent": latent})
+
+    def _key(self, path: Path, width: int, height: int) -> str:
+        status = path.stat()
+        self._model = self._model or fingerprint(self.vae.first_stage_model)
+        facts = (path.resolve(), status.st_size, status.st_mtime_ns, width, height, self._model)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's weights: names, shapes, dtypes, and some values of each."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} {some}".encode())
+    return digest.hexdigest()
+
+
+def cut(picture: Tensor, width: int, height: int) -> Tensor:
+    """(H, W, 3) -> (height, width, 3): as Add Identity does it, scaled evenly and cut at the centre."""
+    return rearrange(resize(rearrange(picture, "h w c -> c h w"), width, height), "c h w -> h w c")

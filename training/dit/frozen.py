@@ -1,0 +1,221 @@
+"""The frozen DiT, run by the host with gradients to its context tokens."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+
+import comfy.ldm.flux.math
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ...dla.aggregator import Context
+from ...loaders.dit import context_width, dit_family
+from ...sampling.attention import KeyStrengthAttention
+from ...sampling.tokens import KeyStrengths, key_strengths
+from .checkpointing import in_place, recomputed
+from .lora import LoRA
+
+# Where the host's classes keep their blocks.
+BLOCKS = {
+    "flux": ("double_blocks", "single_blocks"),
+    "qwen_image": ("transformer_blocks",),
+    "omnigen2": ("context_refiner", "noise_refiner", "ref_image_refiner", "layers"),
+}
+
+
+class GradientError(RuntimeError):
+    """This host, or this way of loading the model, cannot give right gradients; the text says what to do."""
+
+
+class Backbone:
+    """A MODEL to train through: velocities of the host's own forward, with gradients to context tokens and a LoRA.
+
+    model: a ModelPatcher of FLUX.1, Qwen-Image or OmniGen2; its weights stay frozen. checkpointing: keep only the
+    blocks' inputs for the backward pass. Raises GradientError on hosts whose gradients are wrong, ValueError for other models.
+    """
+
+    def __init__(self, model, checkpointing: bool = True):
+        self.family = dit_family(model)
+        if self.family not in BLOCKS:
+            raise ValueError(
+                f"Training needs FLUX.1, Qwen-Image or OmniGen2 as ComfyUI runs them; this model is "
+                f"{type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
+            )
+        if getattr(model, "is_dynamic", lambda: False)():
+            model = model.clone(disable_dynamic=True)  # weights that come and go have no place in a backward pass
+        self.patcher, self.base = model, model.model
+        self.dit: nn.Module = model.model.diffusion_model
+        self.checkpointing = checkpointing
+        self.lora: LoRA | None = None
+        self.context_width = context_width(model)
+        self.device = model.load_device
+        self.latent_channels = model.get_model_object("latent_format").latent_channels
+        sigma = float(model.get_model_object("model_sampling").percent_to_sigma(0.5))
+        self.shift = sigma / (1 - sigma)  # the model's time shift, see flow.FlowTimes
+        check_rotation()
+
+    def load(self, memory_required: int = 0) -> None:
+        """Puts the DiT on the device, with so many bytes left free, in weights that autograd can use."""
+        make_trainable_through(self.base)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
+        self.base.requires_grad_(False)
+
+    @contextmanager
+    def gradients(self):
+        """Around forward and backward pass: what makes the host's forward differentiable and right."""
+        blocks = [block for name in BLOCKS[self.family] for block in getattr(self.dit, name)]
+        trained = self.lora.inside if self.lora is not None else lambda _: ()
+        management = comfy.model_management
+        before = getattr(management, "in_training", None)
+        try:
+            if before is not None:
+                management.in_training = True
+            with recomputed(blocks, trained) if self.checkpointing else in_place():
+                yield
+        finally:
+            if before is not None:
+                management.in_training = before
+
+    def latent(self, latent: Tensor) -> Tensor:
+        """The VAE's latents (b, c, h, w) or (b, c, 1, h, w), as the DiT wants them."""
+        return self.base.process_latent_in(latent.to(self.device))
+
+    def velocity(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        context: Context | None,
+        references: list[Tensor] = (),
+        *,
+        method: str | None = None,
+        pooled: Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Predicted velocity, as `noisy` (b, c, h, w) or (b, c, 1, h, w) in latent units, fp32.
+
+        t: flow times (b,). context: None = no MLLM tokens, exactly as the staged guider leaves them out. references:
+        VAE latents (b, c, h, w) each, as the VAE gives them; method: their placement. pooled: (b, p), FLUX.1's CLIP-L.
+        """
+        batch, tokens, mask = noisy.shape[0], None, None
+        if context is not None:
+            tokens, mask = context.tokens, context.attention_mask
+            if self.family == "omnigen2" and not bool(mask.all()):  # counts one number of tokens for the whole batch
+                rows = [context.row(i) for i in range(batch)]
+                return torch.cat(
+                    [
+                        self.velocity(
+                            noisy[i : i + 1],
+                            t[i : i + 1],
+                            row,
+                            [reference[i : i + 1] for reference in references],
+                            method=method,
+                            pooled=None if pooled is None else pooled[i : i + 1],
+                            guidance=guidance,
+                        )
+                        for i, row in enumerate(rows)
+                    ]
+                )
+        else:
+            tokens = noisy.new_zeros(batch, 1, self.context_width)  # hosts fail on none; its keys are taken out below
+        values = {"cross_attn": tokens, "pooled_output": pooled}
+        if self.family == "omnigen2":
+            values["attention_mask"] = torch.ones(1, tokens.shape[1], dtype=torch.long, device=self.device)
+        if len(references):
+            values["reference_latents"] = [reference.to(self.device) for reference in references]
+            if method is not None:
+                values["reference_latents_method"] = method
+        if guidance is not None:
+            values["guidance"] = guidance
+        conds = self.base.extra_conds(noise=noisy, device=self.device, prompt_type="positive", **values)
+        conds = {
+            key: value.process_cond(batch_size=batch, device=self.device, area=None) for key, value in conds.items()
+        }
+        conds = {key: value.cond for key, value in conds.items()}
+        options = dict(self.patcher.model_options.get("transformer_options", {}))
+        options |= {"cond_or_uncond": [0], "uuids": list(range(batch)), "sigmas": t}
+        strengths = self._strengths(conds, noisy, mask if context is not None else None)
+        if strengths:
+            previous = options.get("optimized_attention_override")
+            options["optimized_attention_override"] = KeyStrengthAttention(strengths, previous)
+        denoised = self.base.apply_model(noisy, t.to(noisy), transformer_options=options, **conds)
+        if torch.is_grad_enabled() and tokens.requires_grad and not denoised.requires_grad:
+            raise GradientError(
+                "The diffusion model's output does not depend on its context for autograd: its kernels have no "
+                "backward pass (fp8_e4m3fn_fast, nunchaku, GGUF kernels or a compiled model). Load it with weight "
+                "dtype default, fp8_e4m3fn or fp8_e5m2."
+            )
+        t = t.reshape(-1, *[1] * (noisy.ndim - 1))
+        return (noisy - denoised) / t
+
+    def _strengths(self, conds: dict, noisy: Tensor, mask: Tensor | None) -> dict[int, KeyStrengths]:
+        """By row: keys taken out of attention, for a context that is off or padding; {} where nothing is."""
+        if mask is not None and bool(mask.all()):
+            return {}
+        patch = getattr(self.dit, "patch_size", 2)
+        references = [
+            torch.zeros(-(-latent.shape[-2] // patch) * -(-latent.shape[-1] // patch))
+            for latent in conds.get("ref_latents", [])
+        ]
+        count = conds["c_crossattn"].shape[1]
+        out = {}
+        for row in range(noisy.shape[0]):
+            logs = key_strengths(
+                self.family, count, float(mask is not None), noisy.shape, patch, references
+            ).log_strength
+            if mask is not None:
+                logs[:count].masked_fill_(~mask[row].cpu(), -torch.inf)
+            out[row] = KeyStrengths(logs)
+        return out
+
+
+def make_trainable_through(module: nn.Module) -> None:
+    """Replaces weights that were made under inference mode, as the host's nodes do, which no backward pass may keep. A
+    parameter stays one of them when it is moved: what tells is that it has no version."""
+
+    def fresh(tensor: Tensor | None) -> bool:
+        try:
+            return tensor is None or tensor._version >= 0
+        except RuntimeError:
+            return False
+
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if not fresh(tensor):
+                part._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
+        for name, tensor in part._buffers.items():
+            if not fresh(tensor):
+                part._buffers[name] = tensor.clone()
+
+
+def check_rotation() -> None:
+    """Raises GradientError where the host's rotary embedding gives no or wrong gradients, as 0.8 to 0.13 with
+    comfy-kitchen do. A rotation is linear: <f(x), g> must be <x, gradient>."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    draw = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(1, 1, 3, 8, generator=draw) for _ in range(2))
+    angles = comfy.ldm.flux.math.rope(torch.arange(3.0)[None], 8, 10000).unsqueeze(1)
+    try:
+        if before is not None:
+            management.in_training = True
+        names = [name for name in ("apply_rope", "apply_rope1") if hasattr(comfy.ldm.flux.math, name)]
+        for name in names:
+            function = getattr(comfy.ldm.flux.math, name)
+            leaf = x.clone().requires_grad_()
+            out = function(leaf, angles) if name == "apply_rope1" else function(leaf, x.clone(), angles)[0]
+            gradient = torch.autograd.grad(out, leaf, g, allow_unused=True)[0] if out.requires_grad else None
+            if gradient is None or not torch.allclose((out * g).sum(), (x * gradient).sum(), rtol=1e-4, atol=1e-4):
+                raise GradientError(
+                    f"This ComfyUI ({_version()}) computes rotary embeddings ({name}) with kernels that have no right "
+                    "gradient, so nothing trained here would be right. Update ComfyUI to 0.14 or newer, or use one "
+                    "before 0.8, or uninstall comfy-kitchen."
+                )
+    finally:
+        if before is not None:
+            management.in_training = before
+
+
+def _version() -> str:
+    return getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")

@@ -1,0 +1,107 @@
+"""A LoRA on the DiT's attention, trained beside the DLA (rank 512 in the paper, as UNO's), in a file that the host's
+own LoRA loader reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...common.files import save_tensors
+
+# The linear maps of attention in the host's classes. FLUX's single blocks fuse them with the MLP's (linear1, linear2).
+TARGETS = {
+    "flux": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
+    "qwen_image": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+    "omnigen2": r"(layers|noise_refiner|ref_image_refiner|context_refiner)\.\d+\.attn\.(to_[qkv]|to_out\.0)",
+}
+
+
+class LoRA(nn.Module):
+    """y + (alpha / rank) B A x at every linear map of the DiT's attention; B starts at zero, so a new one does nothing.
+
+    It reaches the frozen DiT by forward hooks, between `attach` and `detach`.
+    """
+
+    def __init__(self, diffusion_model: nn.Module, family: str, rank: int, alpha: float | None = None, seed: int = 0):
+        super().__init__()
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        found = {name: part for name, part in diffusion_model.named_modules() if re.fullmatch(TARGETS[family], name)}
+        if not found:
+            raise ValueError(
+                f"No attention of {type(diffusion_model).__name__} was found to put a LoRA on (names like "
+                f"{TARGETS[family]!r}). Train without one (rank 0), or load the model with ComfyUI's own loader."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.A, self.B, self.parts = nn.ParameterDict(), nn.ParameterDict(), {}
+        for name, part in found.items():
+            key = name.replace(".", "/")  # parameter names have no dots
+            start = torch.empty(rank, part.in_features).normal_(0, part.in_features**-0.5, generator=generator)
+            self.A[key], self.B[key] = nn.Parameter(start), nn.Parameter(torch.zeros(part.out_features, rank))
+            self.parts[key] = (part,)  # in a tuple: the DiT is no part of this module
+        self._hooks = []
+
+    def attach(self) -> None:
+        for key, (part,) in self.parts.items():
+            self._hooks.append(part.register_forward_hook(self._hook(key)))
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hook(self, key: str):
+        def add(_, inputs, output: Tensor) -> Tensor:
+            x = inputs[0]
+            low = nn.functional.linear(x, self.A[key].to(x.dtype))
+            return output + nn.functional.linear(low, self.B[key].to(x.dtype)) * (self.alpha / self.rank)
+
+        return add
+
+    def inside(self, block: nn.Module) -> list[nn.Parameter]:
+        """The parameters whose linear maps lie in `block`."""
+        parts = set(block.modules())
+        keys = [key for key, (part,) in self.parts.items() if part in parts]
+        return [tensor for key in keys for tensor in (self.A[key], self.B[key])]
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Keys as the host's LoRA loader reads them for any model."""
+        out = {}
+        for key in self.parts:
+            name = "diffusion_model." + key.replace("/", ".")
+            out[f"{name}.lora_A.weight"] = self.A[key].detach().to("cpu", dtype).contiguous()
+            out[f"{name}.lora_B.weight"] = self.B[key].detach().to("cpu", dtype).contiguous()
+            out[f"{name}.alpha"] = torch.tensor(self.alpha)
+        return out
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None) -> None:
+        """Atomic."""
+        save_tensors(path, self.weights(dtype), metadata)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Takes over the weights of a file that `save` wrote for the same model and rank. Raises ValueError."""
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"LoRA file '{path.name}' cannot be read ({error}). Take another file.") from None
+        for key, value in self.weights().items():
+            found = tuple(state[key].shape) if key in state else "nothing"
+            if found != tuple(value.shape):
+                raise ValueError(
+                    f"LoRA file '{path.name}': {key} is {found}, expected {tuple(value.shape)} for rank {self.rank} on "
+                    "this diffusion model. Choose the same model and rank, or start a run under another name."
+                )
+            if key.endswith(".alpha") and float(state[key]) != self.alpha:
+                raise ValueError(
+                    f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. Set lora.alpha = "
+                    f"{float(state[key]):g}, as that LoRA was trained, or start from none."
+                )
+        for key in self.parts:
+            name = "diffusion_model." + key.replace("/", ".")
+            self.A[key].copy_(state[f"{name}.lora_A.weight"])
+            self.B[key].copy_(state[f"{name}.lora_B.weight"])

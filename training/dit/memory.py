@@ -1,0 +1,313 @@
+"""How much device memory training takes. Computed from the models' structure, not measured on a GPU.
+
+What autograd keeps is counted map by map from the host's blocks, for weights that are frozen and context tokens that
+want gradients; tests compare the count with what autograd really saves in one-layer models of full width, and the sum
+with the allocator's peak on a CPU. Assumed:
+
+- attention keeps queries, keys, values and output (flash, memory efficient);
+- RMS norms are fused, as newer PyTorch has them on CUDA; else their inputs are kept in fp32, up to a quarter more
+  activations without checkpointing;
+- trained weights, their gradients and AdamW's moments are fp32, and the optimiser's step has no temporaries of its own
+  (AdamW with fused=True; its foreach form takes 4 bytes more per trained parameter);
+- one device; data parallel training takes 4 bytes more per trained parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ...dla.aggregator import MAX_CHUNK_BYTES, DLAConfig, DualLayerAggregator
+from ...dla.features import MLLMInfo
+from ..reporting.losses import markdown
+
+GIB = 2**30
+# CUDA context, the kernels' own buffers and what the allocator cannot use: our guess.
+RESERVE = 3 * GIB // 2
+# Share of a card's nominal memory that can be had: cards with error correction have up to 6 % less.
+USABLE = 0.94
+CARDS = (24, 48, 80)
+# Bytes per trained parameter: two moments, in fp32 or in 8 bits with two fp32 scales for each 256 values.
+# Paged ones may move them to the host's memory when there is need; they are counted as if they stayed.
+OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
+OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
+STORAGES = {2: "bf16", 1: "fp8"}  # of the frozen DiT's weights, by bytes
+
+
+@dataclass(frozen=True)
+class DiT:
+    """Sizes of a diffusion transformer, in the terms of the host's classes."""
+
+    family: str  # "flux" | "qwen_image" | "omnigen2"
+    width: int
+    mlp: int  # hidden width of the blocks' MLP
+    keys: int  # width of the keys; less than `width` where heads share them
+    blocks: int  # FLUX: the double blocks
+    parameters: int
+    single: int = 0  # FLUX's single blocks
+    refiners: int = 0  # OmniGen2's, of each of three kinds
+    head: int = 128
+
+
+DITS = {
+    "flux": DiT("flux", 3072, 12288, 3072, 19, 11_901_408_320, single=38),
+    "qwen_image": DiT("qwen_image", 3072, 12288, 3072, 60, 20_430_401_088),
+    "omnigen2": DiT("omnigen2", 2520, 10240, 840, 32, 3_967_161_400, refiners=2, head=120),
+}
+
+
+@dataclass(frozen=True)
+class MLLM:
+    """Sizes of an MLLM: decoder layers, width, and parameters without the head that predicts tokens."""
+
+    name: str
+    layers: int
+    width: int
+    parameters: int
+
+
+# What each family is trained with, and the width of its context tokens.
+MLLMS = {
+    "flux": MLLM("InternVL3-8B", 28, 3584, 7_400_000_000),
+    "qwen_image": MLLM("Qwen2.5-VL-7B", 28, 3584, 7_750_000_000),
+    "omnigen2": MLLM("Qwen2.5-VL-3B", 36, 2048, 3_750_000_000),
+}
+CONTEXT_WIDTHS = {"flux": 4096, "qwen_image": 3584, "omnigen2": 2048}
+DIT_NAMES = {"flux": "FLUX.1-dev", "qwen_image": "Qwen-Image", "omnigen2": "OmniGen2"}
+
+
+def dit_of(family: str, module) -> DiT:
+    """The sizes of a loaded model: the host's own module of one of the three families."""
+    parameters = sum(p.numel() for p in module.parameters())
+    if family == "flux":
+        width, mlp = module.hidden_size, int(module.hidden_size * module.params.mlp_ratio)
+        counts = dict(blocks=len(module.double_blocks), single=len(module.single_blocks))
+        return DiT(family, width, mlp, width, parameters=parameters, head=width // module.num_heads, **counts)
+    if family == "qwen_image":
+        first, width = module.transformer_blocks[0], module.inner_dim
+        mlp = first.img_mlp.net[0].proj.out_features
+        blocks = len(module.transformer_blocks)
+        return DiT(family, width, mlp, width, blocks, parameters, head=first.attention_head_dim)
+    if family == "omnigen2":
+        first = module.layers[0]
+        mlp, keys = first.feed_forward.linear_1.out_features, first.attn.to_k.out_features
+        counts = dict(blocks=len(module.layers), refiners=len(module.noise_refiner))
+        return DiT(family, module.hidden_size, mlp, keys, parameters=parameters, head=first.attn.dim_head, **counts)
+    raise ValueError(f"DiT family is {family!r}, expected one of {', '.join(DITS)}.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What blocks of one kind keep for the backward pass. Channels are per token."""
+
+    count: int
+    tokens: int
+    reached: int  # tokens whose gradients are wanted before attention, too
+    before: int  # channels kept up to attention
+    after: int  # channels kept from attention on: queries, keys, values, output, and what follows
+    gradients: int  # channels of gradients that live at a time in its backward pass
+    attention: tuple[tuple[int, int], ...]  # (in, out) of attention's linear maps, where a LoRA sits
+    mlp: tuple[tuple[int, int], ...]
+    streams: int  # 2: image and context tokens each have maps of their own
+    lora_inputs: int  # channels that are kept for a LoRA alone: its maps' inputs
+
+    def saved(self, rank: int = 0) -> int:
+        """Numbers kept by each, of activations."""
+        lora = (self.lora_inputs + rank * len(self.attention)) * self.tokens if rank else 0
+        return self.before * (self.tokens if rank else self.reached) + self.after * self.tokens + lora
+
+    def weights(self) -> int:
+        """Numbers in the linear maps that gradients go through."""
+        return self.streams * sum(i * o for i, o in self.attention + self.mlp)
+
+    def lora(self, rank: int) -> int:
+        """Parameters of a LoRA in each."""
+        return self.streams * sum(rank * (i + o) for i, o in self.attention)
+
+
+def blocks(dit: DiT, context: int, image: int, reference: int, lora: bool) -> list[Block]:
+    """All blocks that gradients reach, for so many context, image and reference tokens."""
+    d, m, k, tokens = dit.width, dit.mlp, dit.keys, context + image + reference
+    if dit.family == "omnigen2":
+        # norm, query and key norms; q, k, v, output, three norms; SwiGLU keeps both maps' outputs and SiLU's
+        kind = dict(before=2 * d + k, after=4 * d + 3 * d + 3 * m, gradients=3 * m + 2 * d)
+        kind |= dict(attention=((d, d), (d, k), (d, k), (d, d)), mlp=((d, m), (d, m), (m, d)), streams=1, lora_inputs=d)
+        out = [Block(dit.refiners, context, context, **kind), Block(dit.blocks, tokens, tokens, **kind)]
+        if lora:  # else image and reference refiners have nothing to learn behind them
+            out += [Block(dit.refiners, n, n, **kind) for n in (image, reference) if n]
+        return out
+    # norm, q, k and (fused, FLUX) v; q, k, v, output, norm, GELU's input
+    kind = dict(after=4 * d + d + m, gradients=2 * m + 2 * d, mlp=((d, m), (m, d)), streams=2, lora_inputs=d)
+    if dit.family == "flux":
+        kind |= dict(before=d + 3 * d, attention=((d, 3 * d), (d, d)))
+    else:
+        kind |= dict(before=d + 2 * d, attention=((d, d),) * 4)
+    # in the first block, image tokens meet the context only in attention
+    out = [Block(1, tokens, context, **kind), Block(dit.blocks - 1, tokens, tokens, **kind)]
+    if dit.single:  # norm, then one map makes q, k, v and the MLP's; values are used where they lie
+        wide = dict(before=d + 3 * d + m, after=3 * d, gradients=3 * m + 4 * d, streams=1, lora_inputs=2 * d + m)
+        out.append(Block(dit.single, tokens, tokens, attention=((d, 3 * d + m), (d + m, d)), mlp=(), **wide))
+    return out
+
+
+def activations(dit: DiT, context: int, image: int, reference: int, rank: int = 0) -> int:
+    """Numbers (not bytes) that autograd keeps of one sample in the whole DiT without checkpointing."""
+    # the final norm's input; rotary embeddings: four numbers per pair of a head's channels, kept once
+    tokens = context + image + reference
+    ends = (dit.width + 2 * dit.head) * tokens
+    return ends + sum(b.count * b.saved(rank) for b in blocks(dit, context, image, reference, rank > 0))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device at the peak of a training step, by part."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def trained(self) -> int:
+        """Bytes of what is trained, which stay on the device while the MLLM encodes."""
+        return sum(self.parts[name] for name in ("DLA", "LoRA", "gradients", "optimiser"))
+
+    @property
+    def passing(self) -> int:
+        """Bytes that come and go with a pass, beside the DiT and what is trained."""
+        return self.total - self.parts["DiT weights"] - self.trained - RESERVE
+
+
+def estimate(
+    family: str | DiT,
+    *,
+    resolution: int | tuple[int, int] = 1024,
+    references: int = 1,
+    reference_side: int = 512,
+    context_tokens: int = 512,
+    mllm: tuple[int, int] | None = None,
+    dla_parameters: int | None = None,
+    lora_rank: int = 0,
+    weight_bytes: int = 2,
+    compute_bytes: int = 2,
+    optimizer: str = "adamw",
+    batch_size: int = 1,
+    checkpointing: bool = True,
+) -> Estimate:
+    """Memory of a training step on one device. The VAE and the MLLM are not on it then: their outputs are cached, or
+    they are offloaded by the host, see `encoding`.
+
+    family: "flux", "qwen_image", "omnigen2" at their real sizes, or sizes of one's own. resolution: side of a square,
+    or (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and
+    image tokens of the MLLM. mllm: its (layers, width), None = the family's. dla_parameters: None = a new DLA's.
+    weight_bytes: of the frozen DiT's storage, 2 = bf16, 1 = fp8; compute_bytes: of its arithmetic.
+    Raises ValueError for an unknown family or optimizer.
+    """
+    if isinstance(family, str) and family not in DITS:
+        raise ValueError(f"DiT family is {family!r}, expected one of {', '.join(DITS)}.")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}.")
+    dit = DITS[family] if isinstance(family, str) else family
+    layers, mllm_width = mllm or (MLLMS[dit.family].layers, MLLMS[dit.family].width)
+    wide, high = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    image, reference = (wide // 16) * (high // 16), references * (reference_side // 16) ** 2  # VAE 8 px, patches of 2
+    if dla_parameters is None:
+        dla_parameters = new_dla_parameters(dit.family, layers, mllm_width)
+
+    kinds = [b for b in blocks(dit, context_tokens, image, reference, lora_rank > 0) if b.count > 0]
+    lora = sum(b.count * b.lora(lora_rank) for b in kinds)
+    trained = dla_parameters + lora
+
+    def cast(b: Block) -> int:  # weights in another dtype than the arithmetic's are cast, and autograd keeps the result
+        frozen = b.weights() if weight_bytes != compute_bytes else 0
+        return (frozen + (b.lora(lora_rank) if compute_bytes != 4 else 0)) * compute_bytes
+
+    size = batch_size * compute_bytes
+    whole = {b: b.saved(lora_rank) * size + cast(b) for b in kinds}
+    if checkpointing:  # each block's inputs; then one block is computed again
+        ends = (dit.width + 2 * dit.head) * (context_tokens + image + reference)
+        kept = size * (ends + sum(b.count * b.tokens * dit.width for b in kinds))
+        again = max(whole[b] for b in kinds)
+    else:
+        kept = size * activations(dit, context_tokens, image, reference, lora_rank) + sum(
+            b.count * cast(b) for b in kinds
+        )
+        again = 0
+    features = batch_size * context_tokens * (layers + 1) * mllm_width * compute_bytes
+    # of the DLA's pooling: forward results and their gradients of one chunk of tokens, see dla.pooling.chunk_length
+    pooling = 2 * min(MAX_CHUNK_BYTES, features // compute_bytes * (16 + 10 * compute_bytes))
+    return Estimate(
+        {
+            "DiT weights": dit.parameters * weight_bytes,
+            "DLA": dla_parameters * (4 + (compute_bytes if compute_bytes != 4 else 0)),  # and a copy in that dtype
+            "LoRA": lora * 4,
+            "gradients": trained * 4,
+            "optimiser": round(trained * OPTIMIZERS[optimizer]),
+            "features": features,
+            "activations": kept,
+            "one block again": again,
+            "gradients in a block": size * max(b.gradients * b.tokens for b in kinds),
+            "DLA's pooling": pooling,
+            "reserve": RESERVE,
+        }
+    )
+
+
+def encoding(mllm: MLLM, step: Estimate, weight_bytes: int = 2) -> int:
+    """Bytes while the MLLM encodes, between steps: it and what is trained, with the DiT offloaded."""
+    return mllm.parameters * weight_bytes + step.trained + step.parts["features"] + RESERVE
+
+
+def new_dla_parameters(family: str, layers: int, width: int) -> int:
+    """Parameters of a DLA with this pack's defaults."""
+    info = MLLMInfo("", "", layers, width)
+    dla = DualLayerAggregator(DLAConfig(info, CONTEXT_WIDTHS[family]), device="meta")
+    return sum(p.numel() for p in dla.parameters())
+
+
+def fits(
+    families: Sequence[str] = tuple(DITS), resolutions: Sequence[int] = (512, 1024), ranks: Sequence[int] = (0, 16, 512)
+) -> str:
+    """Two markdown tables: GiB of a step with / without checkpointing, and what fits on cards of 24, 48 and 80 GB.
+
+    Batch 1, one reference of 512 px, 512 context tokens. "MLLM encodes": GiB while the MLLM (bf16) encodes between
+    steps, with AdamW's moments beside it; where its features are cached, that is over before training. The second table
+    names the settings nearest to full precision, then without checkpointing. Computed, not measured on a GPU.
+    """
+    storages = [f"{w}, {o}" for w, o in product(STORAGES.values(), OPTIMIZER_NAMES.values())]
+    sizes = [["DiT", "trained", "px", *storages, "MLLM encodes"]]
+    cards = [["DiT", "trained", "px", *(f"{card} GB" for card in CARDS)]]
+    for family, rank, resolution in product(families, ranks, resolutions):
+        head = [DIT_NAMES[family], f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]
+        steps = {
+            (weight, optimizer, again): estimate(
+                family,
+                resolution=resolution,
+                lora_rank=rank,
+                weight_bytes=weight,
+                optimizer=optimizer,
+                checkpointing=again,
+            )
+            for weight, optimizer, again in product(STORAGES, OPTIMIZER_NAMES, (False, True))
+        }
+        cells = [
+            " / ".join(f"{steps[weight, optimizer, again].total / GIB:.0f}" for again in (True, False))
+            for weight, optimizer in product(STORAGES, OPTIMIZER_NAMES)
+        ]
+        encodes = encoding(MLLMS[family], steps[2, "adamw", True])
+        sizes.append([*head, *cells, f"{encodes / GIB:.0f}"])
+        cards.append([*head, *(_first_that_fits(steps, MLLMS[family], card) for card in CARDS)])
+    return f"{markdown(sizes)}\n\n{markdown(cards)}\n"
+
+
+def _first_that_fits(steps: dict[tuple, Estimate], mllm: MLLM, card: int) -> str:
+    """The settings nearest to full precision, then to no checkpointing, that a card has room for."""
+    room = card * GIB * USABLE
+    for (weight, optimizer, again), step in steps.items():
+        if step.total <= room:
+            words = [STORAGES[weight], OPTIMIZER_NAMES[optimizer], *(["checkpointing"] if again else [])]
+            words += ["features cached"] if encoding(mllm, step) > room else []
+            return ", ".join(words)
+    return "no"

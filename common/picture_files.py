@@ -11,18 +11,14 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..loaders.images import SLIMMEST, SMALLEST
+from .images import SLIMMEST, SMALLEST, ImageError
 
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
 
-class ImageProblem(ValueError):
-    """A picture that cannot be read."""
-
-
 def load_picture(path: Path) -> Tensor:
     """(H, W, 3) float32 in 0..1: turned as its EXIF says, transparency over white, 16 bits a channel brought to 8.
-    Raises ImageProblem."""
+    Raises ImageError."""
     with _reading(path), whole_pictures(), open_file(path) as file:
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
@@ -36,14 +32,14 @@ def load_picture(path: Path) -> Tensor:
 
 def shown_size(path: Path) -> tuple[int, int]:
     """(width, height) in px of a picture as shown, once all of it has been decoded. To be called in
-    `whole_pictures`. Raises ImageProblem."""
+    `whole_pictures`. Raises ImageError."""
     with _reading(path), open_file(path) as file:
         size = file.size
         file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
         file.load()
         size = size[::-1] if file.getexif().get(ORIENTATION) in TURNED else size
     if min(size) < SMALLEST or max(size) > SLIMMEST * min(size):
-        raise ImageProblem(
+        raise ImageError(
             f"{path.name} is {size[0]} x {size[1]} px, expected at least {SMALLEST} px a side, and sides at most "
             f"{SLIMMEST}:1 apart"
         )
@@ -58,15 +54,15 @@ def open_file(path: Path) -> Image.Image:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a picture inside becomes an ImageProblem."""
+    """Whatever goes wrong with a picture inside becomes an ImageError."""
     try:
         yield
     except FileNotFoundError:
-        raise ImageProblem(f"{path.name} does not exist") from None
+        raise ImageError(f"{path.name} does not exist") from None
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
         empty = isinstance(error, UnidentifiedImageError) and not path.stat().st_size
         reason = "it has 0 bytes" if empty else getattr(error, "strerror", None) or error
-        raise ImageProblem(f"{path.name[:255]} cannot be read as a picture ({reason})") from error
+        raise ImageError(f"{path.name[:255]} cannot be read as a picture ({reason})") from error
 
 
 @contextmanager

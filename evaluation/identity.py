@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ..common.intervals import mean_interval
-from ..training.reporting.losses import markdown
+from ..common.markdown import markdown
 
 COPYING = (
     "High DINO-I and CLIP-I also come from copying the reference as it is: read them beside the copy-paste figures"

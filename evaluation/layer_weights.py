@@ -11,11 +11,11 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..common.drawing.sheet import GREY, WIDTH, to_picture, to_tensor, typeface
+from ..common.drawing.palette import COLOURS, FAINT, GREY, INK, PAPER, WIDTH, typeface
+from ..common.drawing.sheet import to_picture, to_tensor
 from ..dla.ablation import groups
 from ..dla.aggregator import kept_tokens
 from ..dla.features import Features, MLLMInfo, Modality
-from ..sampling.stage_plot import COLOURS, FAINT, INK, PAPER
 
 LEFT, RIGHT, TOP = 64, 20, 30  # px around a panel
 BARS, ROWS, TOKEN = 70, 240, 8  # px: height of the mean profile, most for the tokens, most for one token

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..common.images import SLIMMEST, SMALLEST, ImageError
+
 LIMIT = 10
-SMALLEST = 28  # px a side: one token of Qwen2.5-VL's vision tower (14 px patches, merged 2 x 2)
-SLIMMEST = 200  # longest side / shortest side; what the MLLMs' own preprocessing accepts at most
-
-
-class ImageError(ValueError):
-    """A reference image that the MLLM cannot read, and what to do about it."""
 
 
 def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool = True) -> list[Tensor]:

@@ -16,6 +16,7 @@ def load_pipeline(
     Raises ValueError before anything is loaded where the DLA was made for another MLLM or another DiT.
     """
     from .dit import load_dit
+    from .host import load_vae
     from .mllm.base import load_mllm
 
     check_headers(diffusion_model, mllm, dla)
@@ -60,11 +61,3 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
             f"and reads one {dit.context_width or '?'} wide. "
             "Choose a DLA trained for this DiT."
         )
-
-
-def load_vae(name: str):
-    """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), through the host's own Load
-    VAE."""
-    import nodes  # the host's: this pack's folder of that name is subject_dla.nodes
-
-    return nodes.VAELoader().load_vae(name)[0]

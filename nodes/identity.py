@@ -238,7 +238,8 @@ class SubjectIdentityScores(io.ComfyNode):
 
 def pictures(name: str, batches: list) -> list:
     """Every picture of a list of IMAGE batches, (H, W, 3) float32 each."""
-    from ..loaders.images import ImageError, collect_images
+    from ..common.images import ImageError
+    from ..loaders.images import collect_images
 
     try:
         return collect_images(*batches, limit=LIMIT)

@@ -7,13 +7,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..common.drawing.palette import COLOURS, FAINT, INK, PAPER, WIDTH
 from .stages import REFERENCE_TOKENS, PlannedStep, Stages, plan
 from .tokens import grid
 
-WIDTH, HEIGHT = 768, 320
+HEIGHT = 320
 LEFT, RIGHT, TOP, ROW, GAP = 84, 20, 44, 84, 34
-COLOURS = {"mllm": (86, 130, 214), "vae": (222, 140, 62)}
-INK, FAINT, PAPER = (40, 40, 46), (205, 205, 212), (252, 252, 253)
 
 
 def preview(stages: Stages, model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.drawing.palette import PAPER, WIDTH
 from ..common.drawing.sheet import contact_sheet, to_tensor
 from ..loaders.dla import DLA, load_dla
 from . import checkpoints as state
 from .export import check_free
 from .parts import Parts, homes, starts
 from .recipe import Recipe
-from .reporting.plots import PAPER, WIDTH, validation_plot
+from .reporting.plots import validation_plot
 from .reporting.progress import Progress
 from .run import Run
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..loaders import folders
 from ..loaders.dit import load_dit
+from ..loaders.host import load_clip, load_dual_clip, load_vae
 from ..loaders.mllm.base import load_mllm, mllm_from_clip
-from ..loaders.pipeline import load_vae
 from .recipe import Models, Recipe, RecipeError
 
 
@@ -41,14 +41,12 @@ def load_parts(recipe: Recipe) -> Parts:
             "models.clip and models.t5 go together (the host's Load CLIP for FLUX), expected both or none."
         )
     dit = load_dit(models.diffusion_model, models.weight_dtype)
-    import nodes  # the host's
-
     if models.mllm:
         mllm = load_mllm(models.mllm, models.mllm_weight_dtype)
     else:
-        (clip,) = nodes.CLIPLoader().load_clip(models.text_encoder, models.text_encoder_type)
+        clip = load_clip(models.text_encoder, models.text_encoder_type)
         mllm = mllm_from_clip(clip, models.text_encoder)
-    pooled = nodes.DualCLIPLoader().load_clip(models.clip, models.t5, "flux")[0] if models.clip else None
+    pooled = load_dual_clip(models.clip, models.t5, "flux") if models.clip else None
     return Parts(dit, load_vae(models.vae), mllm, pooled, *starts(recipe))
 
 

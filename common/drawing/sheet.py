@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ...sampling.stage_plot import INK, PAPER
+from .palette import GREY, INK, PAPER, WIDTH, typeface
 
-WIDTH = 768
 GAP, LINE = 12, 20  # px between pictures, px a line of text
-GREY = (110, 110, 118)
 
 
 def contact_sheet(
@@ -126,10 +124,6 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def to_tensor(picture: Image.Image) -> Tensor:
     """(1, h, w, 3) float32 in 0..1, the host's IMAGE."""
     return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)[None]
-
-
-def typeface(size: int):
-    return ImageFont.load_default(size)
 
 
 def _lines(text: str, width: float, font, most: int = 3) -> list[str]:

@@ -56,7 +56,7 @@ def encoded(data: Path, names: list[str], run: Path) -> Tensor:
 
 def hand_over(data: Path, names: list[str], run: Path, folder: Path) -> None:
     """Leaves what `encoded` keeps where the pack's training looks for it, in place of encoding one picture at a time."""
-    from ...loaders.pipeline import load_vae as by_host
+    from ...loaders.host import load_vae as by_host
     from ...training.data.latent_cache import LatentCache
 
     cache = LatentCache(by_host(NAMES["vae"]), folder)

@@ -9,14 +9,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ...sampling.stage_plot import COLOURS, INK, PAPER
+from ...common.drawing.palette import COLOURS, GREY, INK, PAPER
 from .metrics import Pairs
 from .report import cell, coverage, rows
 
 WIDTH, PANEL, TOP = 900, 450, 84
 LINE = 22
 FINE = 2  # drawn at so many times the size and reduced, since pillow's lines have jagged edges
-GRID, GREY, WEDGE = (226, 226, 232), (110, 110, 118), (250, 236, 222)
+GRID, WEDGE = (226, 226, 232), (250, 236, 222)
 REFERENCE, OUTPUT, FLOOR = COLOURS["mllm"], COLOURS["vae"], (120, 120, 128)
 RADIUS = 158
 BIN = 10  # degrees

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import isnan
 
 from ...common.intervals import share_interval
-from ...training.reporting.losses import markdown
+from ...common.markdown import markdown
 from .metrics import RECALL, CopyPasteFigures, Pairs
 
 COLUMNS = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from subject_dla.training.data.buckets import RATIOS, Order, bucket
-from subject_dla.training.data.dataset import DataError, ImageProblem, load_picture, read_data
+from subject_dla.training.data.dataset import DataError, ImageError, load_picture, read_data
 
 SIZE = (64, 48)
 
@@ -126,7 +126,7 @@ def test_damaged_pictures_are_named_and_left_out_also_where_pillow_is_told_to_fi
         assert any(name in problem and word in problem for problem in data.problems), (name, data.problems)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
     for name in set(words) - {"small.png", "slim.png"}:
-        with pytest.raises(ImageProblem, match=name):
+        with pytest.raises(ImageError, match=name):
             load_picture(home / name)
 
 

@@ -3,9 +3,11 @@
 import numpy
 import pytest
 from PIL import Image
+from subject_dla.common.drawing.axes import Axes, round_ticks
+from subject_dla.common.drawing.palette import COLOURS
 from subject_dla.common.drawing.sheet import contact_sheet
 from subject_dla.training.reporting.losses import Loss, read_table, table, with_all, write_table
-from subject_dla.training.reporting.plots import COLOURS, Panel, loss_curve, round_ticks, validation_plot
+from subject_dla.training.reporting.plots import loss_curve, validation_plot
 
 ROWS = [
     Loss("vae", "t >= 0.95", 0.2, 0.17, 0.24, 30),
@@ -74,8 +76,8 @@ def test_loss_curve_shows_each_value_at_its_height():
 def test_axis_is_logarithmic_beyond_a_factor_of_ten_only():
     blank = Image.new("RGB", (400, 400))
     for values, logarithmic in (((0.1, 1.1), True), ((0.1, 0.9), False), ((-1, 100), False), ((0, 100), False)):
-        assert Panel(blank, (10, 10, 190, 190), [0, 1], values).log is logarithmic
-    panel = Panel(blank, (10, 10, 190, 190), [0, 1], (0.01, 100))
+        assert Axes(blank, (10, 10, 190, 190), [0, 1], values).log is logarithmic
+    panel = Axes(blank, (10, 10, 190, 190), [0, 1], (0.01, 100))
     low, middle, high = (panel.at(0, y)[1] for y in (0.01, 1, 100))
     assert middle == pytest.approx((low + high) / 2)
     assert panel.at(0, 0)[1] == panel.at(0, 1e-9)[1]  # what has no logarithm lies at the edge

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from ...common.intervals import mean_interval
+from ...common.markdown import markdown
 from ...evaluation.copy_paste.metrics import copy_paste_report
-from ...training.reporting.losses import markdown
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 POSE, IDENTITY = ("azimuth", "polar", "average_recall"), ("DINO-I", "CLIP-I", "CLIP-T")

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ...common.picture_files import ImageProblem, shown_size, whole_pictures
+from ...common.images import ImageError
+from ...common.picture_files import shown_size, whole_pictures
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = (".json", ".jsonl")
@@ -140,7 +141,7 @@ class _Reader:
                 with whole_pictures():
                     shown_size(path)
                 self._found[path] = ""
-            except ImageProblem as problem:
+            except ImageError as problem:
                 self._found[path] = str(problem)
         if self._found[path]:
             self.problem(where, self._found[path])

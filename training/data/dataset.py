@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ...common.picture_files import ImageProblem, load_picture, shown_size, whole_pictures
+from ...common.images import ImageError
+from ...common.picture_files import load_picture, shown_size, whole_pictures
 
-__all__ = ["Collection", "DataError", "Example", "ImageProblem", "load_picture", "read_data"]
+__all__ = ["Collection", "DataError", "Example", "ImageError", "load_picture", "read_data"]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = (".json", ".jsonl")
@@ -257,7 +258,7 @@ class _Reader:
 def _size_or_problem(path: Path) -> tuple[int, int] | str:
     try:
         return shown_size(path)
-    except ImageProblem as problem:
+    except ImageError as problem:
         return str(problem)
 
 

@@ -56,7 +56,7 @@ class FeatureSource:
     @torch.inference_mode(False)
     @torch.no_grad()
     def get(self, prompt: str, references: tuple[Path, ...]) -> Encoded:
-        """Of one prompt, read together with its references. Raises ImageProblem, MLLMError."""
+        """Of one prompt, read together with its references. Raises ImageError, MLLMError."""
         references = references if self.eyes else ()
         key = self._key(prompt, references)
         if key not in self._memory:

@@ -33,7 +33,7 @@ class LatentCache:
     @torch.no_grad()
     def get(self, path: Path, width: int, height: int) -> Tensor:
         """The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU, of the picture cut to
-        width x height px. Raises ImageProblem; ValueError where the VAE fails."""
+        width x height px. Raises ImageError; ValueError where the VAE fails."""
         key = self._key(path, width, height)
         if self.folder is None:
             if key not in self._memory:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from ...common.markdown import markdown
 from ...dla.aggregator import MAX_CHUNK_BYTES, DLAConfig, DualLayerAggregator
 from ...dla.features import MLLMInfo
-from ..reporting.losses import markdown
 
 GIB = 2**30
 # CUDA context, the kernels' own buffers and what the allocator cannot use: our guess.

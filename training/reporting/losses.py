@@ -9,6 +9,7 @@ from math import sqrt
 from pathlib import Path
 
 from ...common.files import replacing
+from ...common.markdown import markdown
 
 ALL = "all"  # the stage that stands for all flow times together
 CONDITIONS = {"mllm": "MLLM only", "vae": "VAE only", "both": "both"}
@@ -71,13 +72,6 @@ def table(rows: Sequence[Loss]) -> str:
     for condition in conditions(rows):
         lines.append([CONDITIONS.get(condition, condition), *(cells.get((condition, s), "") for s in columns)])
     return markdown(lines)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A markdown table, columns aligned, of a line of headings and lines of cells."""
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(lines[0]))]
-    head, *body = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["-" * width for width in widths], *body))
 
 
 def write_table(path: Path, step: int, rows: Sequence[Loss]) -> None:

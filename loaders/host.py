@@ -1,0 +1,27 @@
+"""Every reach into the host that depends on its version or its modules' names, once.
+
+`import nodes` here is the host's nodes.py; this pack's folder of that name is `subject_dla.nodes`.
+"""
+
+from __future__ import annotations
+
+
+def load_vae(name: str):
+    """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), by the host's Load VAE."""
+    import nodes
+
+    return nodes.VAELoader().load_vae(name)[0]
+
+
+def load_clip(name: str, kind: str):
+    """CLIP of one file under `models/text_encoders`, by the host's Load CLIP; `kind`: its type, e.g. "qwen_image"."""
+    import nodes
+
+    return nodes.CLIPLoader().load_clip(name, kind)[0]
+
+
+def load_dual_clip(first: str, second: str, kind: str):
+    """CLIP of two files under `models/text_encoders`, by the host's DualCLIPLoader; `kind`: its type, e.g. "flux"."""
+    import nodes
+
+    return nodes.DualCLIPLoader().load_clip(first, second, kind)[0]

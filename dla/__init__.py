@@ -1,8 +1,10 @@
 """The method: MLLM features, layerwise attention pooling, the Dual Layer Aggregator and its file. No ComfyUI here."""
 
-from .aggregator import Context, DLAConfig, DualLayerAggregator, aggregate, kept_tokens
+from .aggregator import DualLayerAggregator
 from .checkpoint import DLACheckpointError, check_finite, describe, load_dla, read_config, save_dla
-from .features import Features, MLLMInfo, Modality
+from .config import DLAConfig
+from .context import Context, aggregate, kept_tokens
+from .features import Features, ImageGrid, MLLMInfo, Modality
 from .pooling import LayerwiseAttentionPooling
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "DLAConfig",
     "DualLayerAggregator",
     "Features",
+    "ImageGrid",
     "LayerwiseAttentionPooling",
     "MLLMInfo",
     "Modality",

@@ -21,7 +21,7 @@ def groups(top: int) -> dict[str, tuple[int, ...]]:
     """The paper's three groups of hidden states for an MLLM whose layer numbers are 0..`top`.
 
     28 layers give 0-9, 10-19 and 20-28; others the same shares of all states, rounded (our choice). A group that an
-    MLLM of one layer leaves empty is not there.
+    MLLM of one layer leaves empty is left out.
     """
 
     def scaled(number: int) -> int:
@@ -34,7 +34,7 @@ def groups(top: int) -> dict[str, tuple[int, ...]]:
 def parse_layers(text: str, top: int) -> tuple[int, ...]:
     """Ascending layer numbers of a list such as "0-9, 20-28", "early, 14" or "all".
 
-    early, middle, late: the paper's groups (see `groups`). Raises ValueError naming the part that is no such thing.
+    early, middle, late: the paper's groups (see `groups`). Raises ValueError that quotes the part it cannot read.
     """
     named = {"all": tuple(range(top + 1)), **groups(top)}
     found = set()
@@ -58,8 +58,8 @@ def parse_layers(text: str, top: int) -> tuple[int, ...]:
 def ablate(features: Features, *, text: Collection[int] = (), image: Collection[int] = ()) -> Features:
     """A copy whose text and image tokens are zero at these layer numbers; template tokens and padding stay as they are.
 
-    Layers that the features do not hold are nothing to zero. Raises ValueError for a number that the MLLM does not
-    have, and where layers are given for a modality of which there is no token.
+    Layers that the features do not hold are passed over. Raises ValueError for a number that the MLLM does not have,
+    and where layers are given for a modality of which there is no token.
     """
     hidden = features.hidden_states.clone()
     for name, layers in (("text", text), ("image", image)):
@@ -82,8 +82,8 @@ def ablate(features: Features, *, text: Collection[int] = (), image: Collection[
     return replace(features, hidden_states=hidden)
 
 
-def zeroed(action: str, layers: Collection[int], top: int) -> tuple[int, ...]:
-    """The layer numbers that are zeroed when `layers` are zeroed ("zero") or left alone ("keep")."""
+def zeroed_layers(action: str, layers: Collection[int], top: int) -> tuple[int, ...]:
+    """Layer numbers to set to zero: `layers` themselves (action "zero") or all others up to `top` ("keep")."""
     if action not in ACTIONS:
         raise ValueError(f"The ablation is {action!r}, expected one of {', '.join(ACTIONS)}.")
     return tuple(layer for layer in range(top + 1) if (layer in layers) == (action == "zero"))
@@ -91,14 +91,14 @@ def zeroed(action: str, layers: Collection[int], top: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One entry of a sweep: what is zeroed, and what to call it."""
+    """One entry of a sweep: its label, and the layers of text and image tokens that are set to zero."""
 
     label: str
     text: tuple[int, ...] = ()
     image: tuple[int, ...] = ()
 
     def apply(self, features: Features) -> Features:
-        """The features themselves where nothing is zeroed, since they may be large."""
+        """The ablated features; where nothing is zeroed the same object, since it may be large."""
         return ablate(features, text=self.text, image=self.image) if self.text or self.image else features
 
 
@@ -108,20 +108,24 @@ def sweep(
     modalities: Sequence[str] = ("text", "image"),
     actions: Sequence[str] = ACTIONS,
 ) -> Iterator[Trial]:
-    """Untouched first, then per modality and action one trial for each part of 0..`top`; no parts = the paper's groups.
+    """Untouched first, then one trial for each modality, action and group of layers; one modality at a time.
 
-    Only one modality is touched at a time.
+    Args:
+        top: Number of the MLLM's last layer.
+        parts: Groups of layer numbers; none = the paper's.
+        modalities: Of "text", "image".
+        actions: Of "zero", "keep", see zeroed_layers.
     """
     yield Trial("untouched")
     for modality in modalities:
         for action in actions:
             for part in parts or groups(top).values():
-                label = f"{modality}: {_name(part)} {'zeroed' if action == 'zero' else 'kept alone'}"
-                yield Trial(label, **{modality: zeroed(action, part, top)})
+                label = f"{modality}: {_describe_runs(part)} {'zeroed' if action == 'zero' else 'kept alone'}"
+                yield Trial(label, **{modality: zeroed_layers(action, part, top)})
 
 
-def _name(layers: Sequence[int]) -> str:
-    """'layers 0-9, 20' for ascending numbers."""
+def _describe_runs(layers: Sequence[int]) -> str:
+    """Ascending numbers with every run shortened: "layers 0-9, 20"."""
     runs = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

@@ -2,153 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .features import Features, MLLMInfo, Modality
+from .config import DLAConfig
+from .features import Features, Modality
 from .pooling import LayerwiseAttentionPooling, TorchOperations, TransformerBlock, chunk_length
 
-POOLINGS = ("softmax", "linear")
-MODALITIES = ("dual", "shared", "last")
-TEMPLATES = ("auto", "keep", "drop")
-FORMAT_VERSION = 1
 MAX_CHUNK_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class DLAConfig:
-    """Everything needed to build a DLA and to know what it belongs to. Stored as JSON in the checkpoint."""
-
-    mllm: MLLMInfo  # the MLLM whose features it was trained on
-    context_width: int  # width of the DiT's context tokens
-    dit: str = ""  # "flux" | "qwen_image" | "omnigen2" | "flux2" | "" = any of that context width
-    pooling: str = "softmax"  # reading (a) "softmax" or (b) "linear" (UniFusion)
-    modalities: str = "dual"  # "dual" | "shared" (one pooling for all tokens) | "last" (no pooling: the last layer)
-    heads: int = 8
-    blocks: int | None = None  # over the layer axis; None = 1 for softmax, 2 for linear
-    refiner_blocks: int = 0  # bidirectional, over the token axis; UniFusion has 2
-    layer_subset: tuple[int, ...] | None = None  # layer numbers pooled, ascending; None = all, 0..L
-    template: str = "auto"  # what becomes of template tokens, see kept_tokens
-    vit_blend: float = 0.0  # share of layer 0 (the ViT's features) at image tokens
-    provenance: dict[str, Any] = field(default_factory=dict, hash=False)  # training settings, free JSON
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self):
-        def expect(ok: bool, name: str, expected: str):
-            if not ok:
-                raise ValueError(f"DLA config: {name} is {getattr(self, name)!r}, expected {expected}.")
-
-        def whole(value, low, high):
-            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-        expect(self.format_version == FORMAT_VERSION, "format_version", f"{FORMAT_VERSION}; a newer pack may read it")
-        expect(isinstance(self.mllm, MLLMInfo), "mllm", "an MLLMInfo")
-        expect(whole(self.context_width, 1, 65536), "context_width", "a whole number from 1 to 65536")
-        expect(isinstance(self.dit, str), "dit", 'a family name such as "flux", or "" for any')
-        expect(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
-        expect(self.modalities in MODALITIES, "modalities", f"one of {', '.join(MODALITIES)}")
-        if self.blocks is None:
-            object.__setattr__(self, "blocks", 1 if self.pooling == "softmax" else 2)
-        expect(whole(self.blocks, 1, 64), "blocks", "a whole number from 1 to 64")
-        expect(whole(self.refiner_blocks, 0, 64), "refiner_blocks", "a whole number from 0 to 64")
-        expect(
-            whole(self.heads, 1, self.mllm.width) and self.mllm.width % self.heads == 0,
-            "heads",
-            f"a divisor of the MLLM's width {self.mllm.width}",
-        )
-        if self.layer_subset is not None:
-            expect(
-                isinstance(self.layer_subset, (tuple, list))
-                and len(self.layer_subset) > 0
-                and all(whole(layer, 0, self.mllm.layers) for layer in self.layer_subset)
-                and list(self.layer_subset) == sorted(set(self.layer_subset)),
-                "layer_subset",
-                f"ascending layer numbers from 0 to {self.mllm.layers}",
-            )
-            object.__setattr__(self, "layer_subset", tuple(self.layer_subset))
-        expect(self.template in TEMPLATES, "template", f"one of {', '.join(TEMPLATES)}")
-        expect(
-            isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1, "vit_blend", "a number from 0 to 1"
-        )
-        expect(isinstance(self.provenance, dict), "provenance", "a JSON object")
-
-    @property
-    def pooled_layers(self) -> tuple[int, ...]:
-        """Layer numbers that are pooled, ascending. A new DLA is exactly the highest of them."""
-        if self.layer_subset is not None:
-            return self.layer_subset if self.modalities != "last" else self.layer_subset[-1:]
-        return (self.mllm.layers,) if self.modalities == "last" else tuple(range(self.mllm.layers + 1))
-
-    @property
-    def required_layers(self) -> tuple[int, ...]:
-        """Layer numbers that the features must hold for this DLA (the pooled ones, and layer 0 for a ViT blend)."""
-        return tuple(sorted({*self.pooled_layers, *((0,) if self.vit_blend else ())}))
-
-    def check_mllm(self, info: MLLMInfo):
-        """Raises ValueError unless features of `info` are what this DLA was trained on. Names may differ."""
-        for name in ("family", "layers", "width"):
-            if getattr(info, name) != getattr(self.mllm, name):
-                raise ValueError(
-                    f"This DLA belongs to {_name(self.mllm)}, the features come from {_name(info)}: {name} "
-                    f"{getattr(info, name)}, expected {getattr(self.mllm, name)}. Load {self.mllm.name} as the MLLM, "
-                    f"or a DLA trained on {info.name}, or train one."
-                )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DLAConfig":
-        """The inverse of to_dict. Raises ValueError naming an unknown, missing or bad entry."""
-        known, values = {f.name for f in fields(cls)}, dict(values)
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"DLA config: unknown entry {unknown[0]!r}, expected only {', '.join(sorted(known))}.")
-        for name in ("mllm", "context_width"):
-            if name not in values:
-                raise ValueError(f"DLA config: entry {name!r} is missing.")
-        mllm = values["mllm"]
-        if not isinstance(mllm, dict):
-            raise ValueError(f"DLA config: mllm is {mllm!r}, expected an object with name, family, layers and width.")
-        known = {f.name for f in fields(MLLMInfo)}
-        if wrong := sorted({"name", "family", "layers", "width"} - set(mllm)) or sorted(set(mllm) - known):
-            raise ValueError(f"DLA config: mllm entry {wrong[0]!r} is {'unknown' if wrong[0] in mllm else 'missing'}.")
-        return cls(**{**values, "mllm": MLLMInfo(**mllm)})
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """Context tokens for a DiT, compacted: dropped tokens are gone, shorter prompts are padded on the right."""
-
-    tokens: Tensor  # (B, T', C_context), zeros at padding
-    attention_mask: Tensor  # (B, T') bool, False = padding
-    modality: Tensor  # (B, T') uint8, Modality; TEMPLATE at padding
-    image_index: Tensor  # (B, T') int16, -1 for tokens that belong to no reference image
-
-    def row(self, index: int) -> "Context":
-        """One prompt of the batch, without padding."""
-        keep = self.attention_mask[index]
-        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
-        return Context(*(value[index : index + 1, keep] for value in rows))
-
-
 class DualLayerAggregator(nn.Module):
-    """Pools the layers of every token, text and image tokens each with a pooling of their own, and maps the result to
-    the DiT's context width. Kept template tokens count as text.
+    """Pools the layers of every token, text and image tokens apart, and maps the result to the DiT's context width.
 
-    New (not loaded) it is exactly the last layer: bit for bit where the widths are equal, else zero padded or cut.
+    Template tokens count as text. A new one (not loaded) is exactly the last layer: bit for bit where the widths are
+    equal, else zero padded or cut. Its layers come from `operations`: ComfyUI's comfy.ops.manual_cast, whose weights
+    are to be loaded, or None for our own.
 
-    operations: where the Linear leaves come from; ComfyUI's `comfy.ops.manual_cast`, or None for our own. Leaves from
-        elsewhere are left as they are, to be loaded.
-    compute_dtype: dtype of the linear maps; None = that of the weights.
+    Source: the paper's Dual Layer Aggregator; starting as the last layer is our choice.
     """
 
-    compute_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None  # of the linear maps; None = that of the weights
 
     def __init__(self, config: DLAConfig, *, device=None, dtype=None, operations=None):
         super().__init__()
@@ -156,18 +34,9 @@ class DualLayerAggregator(nn.Module):
         width, leaves = config.mllm.width, operations or TorchOperations
         settings = dict(device=device, dtype=dtype, operations=leaves)
         names = {"dual": ("text", "image"), "shared": ("shared",), "last": ()}[config.modalities]
+        pooling = dict(pooling=config.pooling, heads=config.heads, blocks=config.blocks, **settings)
         self.pooling = nn.ModuleDict(
-            {
-                name: LayerwiseAttentionPooling(
-                    width,
-                    len(config.pooled_layers),
-                    pooling=config.pooling,
-                    heads=config.heads,
-                    blocks=config.blocks,
-                    **settings,
-                )
-                for name in names
-            }
+            {name: LayerwiseAttentionPooling(width, len(config.pooled_layers), **pooling) for name in names}
         )
         self.refiner = nn.ModuleList(
             TransformerBlock(width, config.heads, mlp=True, **settings) for _ in range(config.refiner_blocks)
@@ -178,7 +47,7 @@ class DualLayerAggregator(nn.Module):
         if operations in (None, TorchOperations, nn):
             self.start_as_last_layer()
 
-    def start_as_last_layer(self):
+    def start_as_last_layer(self) -> None:
         """Make the module exactly the last pooled layer."""
         for pooling in self.pooling.values():
             pooling.start_as_last_layer()
@@ -196,14 +65,18 @@ class DualLayerAggregator(nn.Module):
         device: torch.device | None = None,
         max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ) -> Tensor:
-        """Features -> context tokens (B, T, context_width) in the features' dtype, zeros at tokens not kept.
+        """Context tokens (B, T, context width) in the features' dtype, zeros at tokens not kept.
 
-        keep: (B, T) bool, tokens to work on; None = all but padding.
-        vit_blend: share of layer 0 at image tokens; 0 = the config's.
-        device: where to compute, chunk by chunk; None = where the weights are. The result stays there.
-        max_chunk_bytes: bound on the intermediate results of the pooling. The result does not depend on it. With
-            gradients and more than one chunk, each chunk is computed again in the backward pass to keep to it.
-        Raises ValueError if the features are another MLLM's or lack a layer.
+        Args:
+            features: Of B prompts.
+            keep: (B, T) bool, tokens to work on; None = all but padding.
+            vit_blend: Share of layer 0 at image tokens; 0 = the config's.
+            device: Where to compute, chunk by chunk, and where the result stays; None = where the weights are.
+            max_chunk_bytes: Bound on the intermediate results of the pooling; the result does not depend on it. With
+                gradients and more than one chunk, each chunk is computed again in the backward pass to keep to it.
+
+        Raises:
+            ValueError: If the features are another MLLM's or lack a layer.
         """
         keep = features.attention_mask if keep is None else keep
         device = self._device(features, device)
@@ -246,9 +119,11 @@ class DualLayerAggregator(nn.Module):
         device: torch.device | None = None,
         max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ) -> Tensor:
-        """How much each pooled layer weighs in each token: (B, T, len(config.pooled_layers)) fp32, which sums to 1 over
-        layers for softmax pooling, to anything for linear pooling; zeros at tokens not kept. The attention over layers
-        that goes before mixes them too; these are the weights of the sum at the end."""
+        """Weight of each pooled layer in each token, (B, T, pooled layers) fp32, zeros at tokens not kept.
+
+        They are those of the sum at the end, over layers that the attention before it has mixed already; they sum to 1
+        for softmax pooling, to anything for linear pooling. Arguments and errors: see forward.
+        """
         keep = features.attention_mask if keep is None else keep
         device = self._device(features, device)
         batch, _, tokens, _ = features.hidden_states.shape
@@ -257,8 +132,10 @@ class DualLayerAggregator(nn.Module):
             weights[index] = 1.0 if pooling is None else pooling.weigh(states, self._dtype(features))[1]
         return rearrange(weights, "(b t) m -> b t m", b=batch)
 
-    def _chunks(self, features: Features, keep: Tensor, device: torch.device, max_bytes: int):
-        """Yields (pooling or None, positions (n,) in the flat (B T), their layer states (n, M, C)), all on `device`."""
+    def _chunks(
+        self, features: Features, keep: Tensor, device: torch.device, max_bytes: int
+    ) -> Iterator[tuple[nn.Module | None, Tensor, Tensor]]:
+        """Yields pooling (None = last layer), positions (n,) in flat (B T), layer states (n, M, C) on `device`."""
         self.config.check_mllm(features.info)
         layers = self.config.pooled_layers
         for layer in layers:
@@ -281,92 +158,3 @@ class DualLayerAggregator(nn.Module):
     def _device(self, features: Features, device: torch.device | None) -> torch.device:
         weight = next(self.parameters(), features.hidden_states)
         return torch.device(device) if device is not None else weight.device
-
-
-def kept_tokens(features: Features, template: str = "auto") -> Tensor:
-    """(B, T) bool: the tokens that are passed on to the DiT.
-
-    template: "auto" = as the MLLM's stock model does, i.e. "keep", or, where info.drop_leading_template, without what
-        comes before the user's turn (features.prefix, or else the leading template tokens but for the one marker in
-        front of an image); "keep" = all but padding; "drop" = no template token at all (UniFusion).
-    A prompt of which nothing is left (an empty negative) keeps its last token, since a DiT cannot do without context.
-    Raises ValueError for another template.
-    """
-    if template not in TEMPLATES:
-        raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}.")
-    mask, is_template = features.attention_mask, features.modality == Modality.TEMPLATE
-    if template == "keep" or template == "auto" and not features.info.drop_leading_template:
-        return mask
-    if template == "drop":
-        keep = mask & ~is_template
-    else:
-        prefix = features.prefix if features.prefix is not None else _leading_template(features)
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        keep = mask & (positions >= torch.tensor(prefix, device=mask.device)[:, None])
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
-    empty = ~keep.any(dim=1)
-    keep[empty, last[empty]] = True
-    return keep
-
-
-def aggregate(
-    features: Features,
-    dla: DualLayerAggregator | None = None,
-    *,
-    template: str | None = "auto",
-    vit_blend: float | None = 0.0,
-    device: torch.device | None = None,
-    max_chunk_bytes: int = MAX_CHUNK_BYTES,
-) -> Context:
-    """Features -> context tokens for a DiT, in the features' dtype, on the device that computed them.
-
-    dla: None = the MLLM's last layer as it is, which on Qwen-Image is the stock conditioning.
-    template: see kept_tokens; "auto" or None = the DLA's setting, which may itself be "auto".
-    vit_blend: share of layer 0 (the ViT's features) at image tokens; 0 or None = the DLA's setting.
-    Raises ValueError if DLA and features do not belong together, or if the result is not finite.
-    """
-    if dla is None:
-        config = DLAConfig(mllm=features.info, context_width=features.info.width, modalities="last", heads=1)
-        dla = DualLayerAggregator(config)
-    if template in (None, "auto"):
-        template = dla.config.template
-    if vit_blend is not None and not 0 <= vit_blend <= 1:
-        raise ValueError(f"vit_blend is {vit_blend}, expected a number from 0 to 1.")
-    keep = kept_tokens(features, template)
-    tokens = dla(features, keep, vit_blend=vit_blend or 0.0, device=device, max_chunk_bytes=max_chunk_bytes)
-    if not bool(tokens.isfinite().all()):
-        raise ValueError(
-            f"The context tokens are not finite. The features of {features.info.name} hold NaN or infinity, as an MLLM "
-            "run in fp16 may produce: load it with weight dtype bf16 or fp32."
-        )
-
-    length = int(keep.sum(dim=1).max())
-    order = (~keep).int().argsort(dim=1, stable=True)[:, :length]  # kept tokens first, in their order
-
-    def compact(value: Tensor, padding: int) -> Tensor:
-        value, index = value.to(tokens.device), order.to(tokens.device)
-        return value.gather(1, index).masked_fill(~mask, padding)
-
-    mask = keep.gather(1, order).to(tokens.device)
-    return Context(
-        tokens=tokens.gather(1, order.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2])),
-        attention_mask=mask,
-        modality=compact(features.modality, int(Modality.TEMPLATE)),
-        image_index=compact(features.image_index, -1),
-    )
-
-
-def _leading_template(features: Features) -> list[int]:
-    """Per prompt, the position of the first token of the user's turn, as far as modalities tell."""
-    prefix = []
-    for modality, mask in zip(features.modality.tolist(), features.attention_mask.tolist()):
-        given = [i for i, kind in enumerate(modality) if mask[i] and kind != Modality.TEMPLATE]
-        first = given[0] if given else len(modality)
-        if given and modality[first] == Modality.IMAGE and first > 0 and mask[first - 1]:
-            first -= 1  # e.g. <|vision_start|>, which belongs to the image
-        prefix.append(first)
-    return prefix
-
-
-def _name(info: MLLMInfo) -> str:
-    return f"{info.name} ({info.family}, {info.layers} layers, width {info.width})"

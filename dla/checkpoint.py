@@ -1,7 +1,7 @@
 """The DLA file: one .safetensors, whose metadata holds the DLAConfig as JSON under the key "subject_dla".
 
-The header (config, keys, shapes, dtypes) is checked before any weight is read, so that a wrong file fails at once and
-says why. Nothing is ever unpickled.
+The header (config, keys, shapes, dtypes) is checked before any weight is read, so that a wrong file fails at once with
+the reason. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..common.files import save_tensors
-from .aggregator import DLAConfig, DualLayerAggregator
+from .aggregator import DualLayerAggregator
+from .config import DLAConfig
 from .features import describe_layers
 
 METADATA_KEY = "subject_dla"
 FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# How other files begin that are met under the name .safetensors.
+# First bytes of other files that are often met under the name .safetensors.
 STARTS = (
     (b"PK\x03\x04", "a zip archive, probably a pickled .pt or .pth that was renamed"),
     (b"\x80\x02", "a pickle, probably a .pt or .ckpt that was renamed"),
@@ -32,15 +33,17 @@ STARTS = (
 
 
 class DLACheckpointError(ValueError):
-    """A file that is no usable DLA. The text names file, key, what was found, what was expected, and the way out."""
+    """A file that is no usable DLA; the text has file, key, value found, value expected and remedy."""
 
     def __init__(self, path: str | os.PathLike, problem: str):
         super().__init__(f"DLA file '{Path(path).name}': {problem}")
 
 
 def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
-    """Write a DLA as .safetensors, weights in their own dtype. Atomic: the file at `path` is the old one or the new
-    one, never a part. Raises DLACheckpointError for weights that are not finite, OSError if the disk refuses."""
+    """Write a DLA as .safetensors, weights in their own dtype; the file at `path` is the old one or the new one.
+
+    Raises DLACheckpointError for weights that are not finite, OSError if writing fails.
+    """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in dla.state_dict().items()}
     check_finite(path, state)
@@ -48,8 +51,10 @@ def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
 
 
 def read_config(path: str | os.PathLike) -> DLAConfig:
-    """Config of a DLA file, from its header alone: every key, shape and dtype is checked, no weight is read.
-    Raises DLACheckpointError."""
+    """Config of a DLA file, from its header alone, with every key, shape and dtype checked.
+
+    Raises DLACheckpointError.
+    """
     header = _read_header(path)
     metadata = header.pop("__metadata__", None) or {}
     config = _parse_config(path, metadata, header)
@@ -59,7 +64,9 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
 
 def load_dla(path: str | os.PathLike, *, device=None, dtype: torch.dtype | None = None) -> DualLayerAggregator:
     """Read a DLA file into torch's own modules, on `device` (None = CPU), in `dtype` (None = as stored).
-    Raises DLACheckpointError."""
+
+    Raises DLACheckpointError.
+    """
     config = read_config(path)
     try:
         state = load_file(path)
@@ -85,7 +92,7 @@ def check_finite(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
 
 
 def describe(config: DLAConfig) -> str:
-    """What a DLA is and what it belongs to, in a few lines for people."""
+    """A DLA's pooling, MLLM, DiT and training, in a few lines for people."""
     pooling = {"softmax": "softmax over layers", "linear": "linear map over layers"}[config.pooling]
     kind = {
         "dual": f"dual: text and image tokens each with their own pooling, {config.blocks} block(s), {pooling}",
@@ -93,7 +100,7 @@ def describe(config: DLAConfig) -> str:
         "last": "no pooling",
     }[config.modalities]
     lines = [
-        f"MLLM {config.mllm.name} ({config.mllm.family}, {config.mllm.layers} layers, width {config.mllm.width})",
+        f"MLLM {config.mllm}",
         f"context width {config.context_width}, for {config.dit or 'any DiT of that width'}",
         f"{kind}; {describe_layers(config.pooled_layers)}",
         f"template tokens: {config.template}",
@@ -214,7 +221,7 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
 
 
 def _what_is_it(keys: dict) -> str:
-    """A guess at what a file without DLA config is, by its keys."""
+    """A guess, by its keys, at the kind of a file without DLA config."""
     if any("lora" in key.lower() for key in keys):
         return "It looks like a LoRA: put it into models/loras."
     if any(part in key for key in keys for part in ("double_blocks.", "transformer_blocks.", "diffusion_model.")):

@@ -1,17 +1,18 @@
-"""What the MLLM hands on: the hidden states of every layer at every token, and what each token is."""
+"""What the MLLM gives: the hidden states of every layer at every token, and what each token is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 class Modality(IntEnum):
-    """What a token stands for. TEMPLATE is all that the user did not give: system prompt, role headers, vision markers,
-    trailing chat markup."""
+    """Kind of a token. TEMPLATE is all that the user did not give: system prompt, role headers, trailing markup."""
 
     TEXT = 0
     IMAGE = 1
@@ -23,7 +24,7 @@ class MLLMInfo:
     """Which MLLM made the features; a DLA records the one that it was trained on."""
 
     name: str  # for people: folder or file name, e.g. "internvl3-8b"
-    family: str  # "internvl" | "qwen2_5_vl" | "qwen3_vl" | "qwen2_5" (text only) | ...
+    family: str  # a name in loaders/mllm/families.py, e.g. "internvl"
     layers: int  # decoder layers L; hidden states are numbered 0..L
     width: int  # C
     drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
@@ -33,11 +34,49 @@ class MLLMInfo:
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"MLLM {field} is {getattr(self, field)!r}, expected text.")
         for field, top in (("layers", 1024), ("width", 65536)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= top:
+            if not is_whole(value := getattr(self, field), 1, top):
                 raise ValueError(f"MLLM {field} is {value!r}, expected a whole number from 1 to {top}.")
         if not isinstance(self.drop_leading_template, bool):
             raise ValueError(f"MLLM drop_leading_template is {self.drop_leading_template!r}, expected true or false.")
+
+    def __str__(self):
+        return f"{self.name} ({self.family}, {self.layers} layers, width {self.width})"
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """The raster of one image's tokens.
+
+    Without tiles it covers the image exactly and its tokens come row by row. With tiles (InternVL) the image is fitted
+    into it, aspect kept and centred; the tokens come tile by tile, those of a thumbnail of the whole image last.
+    """
+
+    rows: int  # tokens down the whole image, the thumbnail not counted
+    columns: int  # tokens across it
+    tiles: tuple[int, int] | None = None  # tiles down and across; they divide the tokens evenly
+    thumbnail: bool = False  # whether the tokens of one more tile follow, which shows the whole image
+
+    def __post_init__(self):
+        tiles = None if self.tiles is None else tuple(self.tiles)
+        object.__setattr__(self, "tiles", tiles)
+        sizes = (self.rows, self.columns)
+        whole = all(is_whole(size, 1, 65536) for size in (*sizes, *(tiles or ())))
+        if not whole or (tiles and (len(tiles) != 2 or any(size % count for size, count in zip(sizes, tiles)))):
+            raise ValueError(f"{self}: expected 1 or more rows and columns, and tiles that divide them evenly.")
+        if self.thumbnail and not tiles:
+            raise ValueError(f"{self}: a thumbnail comes with tiles only.")
+
+    @property
+    def tokens(self) -> int:
+        """Number of the image's tokens."""
+        down, across = self.tiles or (1, 1)
+        return self.rows * self.columns + self.thumbnail * (self.rows // down) * (self.columns // across)
+
+    def raster(self) -> Tensor:
+        """Token numbers by place, (rows, columns) int64, counted from the image's first token."""
+        down, across = self.tiles or (1, 1)
+        order = torch.arange(self.rows * self.columns)
+        return rearrange(order, "(r k h w) -> (r h) (k w)", r=down, k=across, h=self.rows // down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +97,7 @@ class Features:
     # drops the leading template cuts off. None: worked out from `modality`, which is wrong for an empty prompt, since
     # that is template tokens from end to end.
     prefix: tuple[int, ...] | None = None
+    grids: tuple[tuple[ImageGrid, ...], ...] | None = None  # per prompt and image; None = not known (0.1.0's caches)
 
     def __post_init__(self):
         hidden, layers, info = self.hidden_states, tuple(int(layer) for layer in self.layers), self.info
@@ -91,6 +131,11 @@ class Features:
             len(self.prefix) != batch or any(not 0 <= length <= tokens for length in self.prefix)
         ):
             raise ValueError(f"prefix is {self.prefix}, expected {batch} numbers from 0 to {tokens}.")
+        if self.grids is not None:
+            counts = [row[row >= 0].bincount().tolist() for row in self.image_index.long()]
+            found = [[grid.tokens for grid in grids] for grids in self.grids]
+            if found != counts:
+                raise ValueError(f"grids are of {found} tokens by prompt and image, expected {counts} by image_index.")
 
     def layer(self, number: int) -> Tensor:
         """Hidden states (B, T, C) of one layer, by its number. Raises ValueError if it was not kept."""
@@ -103,8 +148,13 @@ class Features:
         return self.hidden_states[:, self.layers.index(number)]
 
 
-def describe_layers(layers: tuple[int, ...]) -> str:
-    """'layers 0-28' or 'layers 0, 14, 28'."""
-    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+def describe_layers(layers: Sequence[int]) -> str:
+    """Ascending layer numbers in words: "layers 0-28", "layers 0, 14, 28" or "layer 3"."""
+    if len(layers) > 2 and tuple(layers) == tuple(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]}-{layers[-1]}"
     return ("layer " if len(layers) == 1 else "layers ") + ", ".join(map(str, layers))
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a value is a whole number (not a bool) from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -15,16 +15,16 @@ MLP_RATIO = 4  # our choice, as in every common transformer
 
 
 class TorchOperations:
-    """Default leaves: weights are cast to the input's dtype at use, as ComfyUI's manual_cast does."""
+    """Default layers: weights are cast to the input's dtype at use, as ComfyUI's manual_cast does."""
 
-    class Linear(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
+    class Linear(nn.Linear):  # noqa: D106
+        def forward(self, x: Tensor) -> Tensor:  # noqa: D102
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square norm over channels, in fp32, without a scale, which the linear map behind it would absorb."""
+    """Root mean square norm over channels, in fp32, without a scale, which the next linear map would absorb."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
@@ -39,13 +39,14 @@ class Attention(nn.Module):
         self.out = operations.Linear(width, width, bias=True, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (N, S, C) to the same; `mask` (N, 1, 1, S) bool, False = not attended to."""
         q, k, v = rearrange(self.qkv(x), "n s (three h d) -> three n h s d", three=3, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "n h s d -> n s (h d)"))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention, and an MLP if asked for, each on a residual of its own that starts at zero."""
+    """Pre-norm attention, and an MLP if asked for, each on a residual branch of its own that starts at zero."""
 
     def __init__(self, width: int, heads: int, *, mlp: bool, device=None, dtype=None, operations=TorchOperations):
         super().__init__()
@@ -55,13 +56,14 @@ class TransformerBlock(nn.Module):
         self.down = operations.Linear(MLP_RATIO * width, width, **settings) if mlp else None
 
     def forward(self, x: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
-        """(N, S, C) fp32 -> the same. `dtype` is that of the linear maps."""
+        """Maps (N, S, C) fp32 to the same; `dtype` is that of the linear maps, `mask` (N, 1, 1, S) bool."""
         x = x + self.attention(rms_norm(x).to(dtype), mask)
         if self.up is not None:
             x = x + self.down(F.gelu(self.up(rms_norm(x).to(dtype))))
         return x
 
-    def start_as_identity(self):
+    def start_as_identity(self) -> None:
+        """Make the block exactly its input, with live gradients."""
         for layer in (self.attention.out, self.down):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
@@ -71,11 +73,13 @@ class TransformerBlock(nn.Module):
 class LayerwiseAttentionPooling(nn.Module):
     """Layerwise attention pooling of one group of tokens: (N, M, C) -> (N, C), every token by itself.
 
-    pooling = "softmax", reading (a): one multi-head self-attention over the layers, then Linear(C -> 1), softmax over
-        layers, weighted sum. The residual, the norm and a gate are ours: weights = (1 - gate) * last + gate * softmax,
-        with gate 0 in a new module, so that it is the last layer and yet learns; gate 1 is the paper's.
-    pooling = "linear", reading (b), UniFusion (arXiv 2510.12789): two pre-norm transformer blocks over the layers, then
-        a linear map over the layers, whose weights are the same for every token and may be negative.
+    pooling = "softmax": one multi-head self-attention over the layers, then Linear(C -> 1), softmax over layers,
+        weighted sum. The residual, the norm and a gate are ours: weights = (1 - gate) * last + gate * softmax, with
+        gate 0 in a new module, so that it is the last layer and yet learns; gate 1 is the paper's.
+    pooling = "linear": two pre-norm transformer blocks over the layers, then a linear map over the layers, whose
+        weights are the same for every token and may be negative.
+
+    Source: the paper allows both readings; the second is UniFusion's (arXiv 2510.12789).
     """
 
     def __init__(
@@ -94,15 +98,15 @@ class LayerwiseAttentionPooling(nn.Module):
         settings = dict(device=device, dtype=dtype, operations=operations)
         linear = pooling == "linear"
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp=linear, **settings) for _ in range(blocks))
-        # All that is learned sits in Linear leaves, so that ComfyUI can store, move and cast it. Their weights are
-        # never read directly, since some hosts only materialise them when the leaf is called.
+        # All that is learned is in Linear layers, so that ComfyUI can store, move and cast it. Their weights are never
+        # read directly, since some hosts only materialise them when the layer is called.
         settings = dict(bias=False, device=device, dtype=dtype)
         self.layers = operations.Linear(layers, 1, **settings) if linear else None
         self.score = None if linear else operations.Linear(width, 1, **settings)  # softmax ignores a bias
         self.gate = None if linear else operations.Linear(1, 1, **settings)
 
     def weigh(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Layer states (N, M, C) -> the states after attention (N, M, C) fp32, their weights (N, M) fp32."""
+        """States after attention (N, M, C) fp32 and their weights (N, M) fp32, of layer states (N, M, C)."""
         x = x.float()
         for block in self.blocks:
             x = block(x, dtype)
@@ -117,7 +121,7 @@ class LayerwiseAttentionPooling(nn.Module):
         return x, weights + (1 - gate) * last
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Layer states (N, M, C), lowest layer first -> (N, C) fp32. `dtype` of the linear maps, None = that of x."""
+        """Pools layer states (N, M, C), lowest layer first, to (N, C) fp32; `dtype` of the linear maps, None = x's."""
         x, weights = self.weigh(x, dtype or x.dtype)
         # a loop keeps the peak low; a matmul would be rounded to TF32 or, under autocast, to bf16
         pooled = weights[:, :1] * x[:, 0]
@@ -125,7 +129,7 @@ class LayerwiseAttentionPooling(nn.Module):
             pooled = torch.addcmul(pooled, weights[:, layer : layer + 1], x[:, layer])
         return pooled
 
-    def start_as_last_layer(self):
+    def start_as_last_layer(self) -> None:
         """Make the module exactly the last of its layers, with live gradients."""
         for block in self.blocks:
             block.start_as_identity()

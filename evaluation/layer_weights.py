@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.drawing.palette import COLOURS, FAINT, GREY, INK, PAPER, WIDTH, typeface
 from ..common.drawing.sheet import to_picture, to_tensor
 from ..dla.ablation import groups
-from ..dla.aggregator import kept_tokens
+from ..dla.context import kept_tokens
 from ..dla.features import Features, MLLMInfo, Modality
 
 LEFT, RIGHT, TOP = 64, 20, 30  # px around a panel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..dla.aggregator import aggregate
+from ..dla.context import aggregate
 from ..dla.features import Features
 
 

@@ -9,7 +9,9 @@ import comfy.utils
 import torch
 
 from ..dla import checkpoint
-from ..dla.aggregator import MAX_CHUNK_BYTES, Context, DLAConfig, DualLayerAggregator, aggregate, kept_tokens
+from ..dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
+from ..dla.config import DLAConfig
+from ..dla.context import Context, aggregate, kept_tokens
 from ..dla.features import Features, MLLMInfo
 from . import folders
 
@@ -47,13 +49,7 @@ class DLA:
         self._load(features)
         with torch.inference_mode():
             context = aggregate(features, self.model, template=template, vit_blend=vit_blend, device=self.load_device)
-        device = comfy.model_management.intermediate_device()
-        return Context(
-            tokens=context.tokens.to(device),
-            attention_mask=context.attention_mask.to(device),
-            modality=context.modality.to(device),
-            image_index=context.image_index.to(device),
-        )
+        return context.to(comfy.model_management.intermediate_device())
 
     def layer_weights(self, features: Features, template: str | None = None) -> torch.Tensor:
         """(B, T, layers) fp32, see DualLayerAggregator.layer_weights; T counts the features' tokens."""

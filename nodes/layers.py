@@ -50,12 +50,12 @@ class SubjectAblateLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, features, text, text_layers, image, image_layers) -> io.NodeOutput:
-        from ..dla.ablation import ablate, parse_layers, zeroed
+        from ..dla.ablation import ablate, parse_layers, zeroed_layers
 
         top, chosen = features.info.layers, {}
         for modality, what, layers in (("text", text, text_layers), ("image", image, image_layers)):
             if what != UNTOUCHED:
-                chosen[modality] = zeroed(what, parse_layers(layers, top), top)
+                chosen[modality] = zeroed_layers(what, parse_layers(layers, top), top)
         return io.NodeOutput(ablate(features, **chosen) if chosen else features)
 
 

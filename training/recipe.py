@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..dla.aggregator import MODALITIES, POOLINGS, TEMPLATES, DLAConfig
+from ..dla.config import MODALITIES, POOLINGS, TEMPLATES, DLAConfig
 from ..dla.features import MLLMInfo
 from .flow import TIMES, WEIGHTINGS
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..common.drawing.sheet import contact_sheet, to_picture
 from ..common.picture_files import load_picture
-from ..dla.aggregator import aggregate
+from ..dla.context import aggregate
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
 from .data.batches import EMPTY, Batch

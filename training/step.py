@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..dla.aggregator import DualLayerAggregator, aggregate
+from ..dla.aggregator import DualLayerAggregator
+from ..dla.context import aggregate
 from .data.batches import Batch
 from .dit.frozen import Backbone
 from .dit.lora import LoRA

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...common.files import save_tensors
-from ...dla.aggregator import aggregate
+from ...dla.context import aggregate
 from ...training.dit.checkpointing import in_place
 from ...training.flow import FlowTimes
 from . import fit, pictures

@@ -6,7 +6,7 @@ import comfy.ldm.flux.math
 import comfy.sd
 import pytest
 import torch
-from subject_dla.dla.aggregator import Context
+from subject_dla.dla.context import Context
 from subject_dla.training.dit.frozen import Backbone, GradientError
 from subject_dla.training.dit.lora import LoRA
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
-from subject_dla.dla.ablation import ablate, groups, parse_layers, sweep, zeroed
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, ImageGrid, MLLMInfo, Modality, aggregate
+from subject_dla.dla.ablation import ablate, groups, parse_layers, sweep, zeroed_layers
 
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=16)
 
@@ -23,6 +23,7 @@ def make_features(layers=tuple(range(6)), image=True) -> Features:
         mask,
         INFO,
         prefix=(1, 1),
+        grids=((ImageGrid(1, 2),), (ImageGrid(1, 1),)) if image else ((), ()),
     )
 
 
@@ -69,7 +70,7 @@ def test_only_the_modality_and_layers_asked_for_become_zero():
                 state = found.hidden_states[row, layer, token]
                 expected = torch.zeros_like(state) if layer in gone else before[row, layer, token]
                 assert torch.equal(state, expected), (row, token, layer)
-    for name in ("layers", "info", "prefix"):
+    for name in ("layers", "info", "prefix", "grids"):
         assert getattr(found, name) == getattr(features, name)
     for name in ("modality", "image_index", "attention_mask"):
         assert getattr(found, name) is getattr(features, name)
@@ -87,12 +88,12 @@ def test_what_cannot_be_ablated_is_refused():
     with pytest.raises(ValueError, match="no image token.*Connect"):
         ablate(make_features(image=False), image=(1,))
     with pytest.raises(ValueError, match="'cut'"):
-        zeroed("cut", (1,), 5)
+        zeroed_layers("cut", (1,), 5)
 
 
 def test_keep_and_zero_are_each_others_rest():
-    assert zeroed("zero", (1, 2), 5) == (1, 2) and zeroed("keep", (1, 2), 5) == (0, 3, 4, 5)
-    assert zeroed("keep", range(6), 5) == ()
+    assert zeroed_layers("zero", (1, 2), 5) == (1, 2) and zeroed_layers("keep", (1, 2), 5) == (0, 3, 4, 5)
+    assert zeroed_layers("keep", range(6), 5) == ()
 
 
 def test_the_last_layer_is_all_that_a_new_dla_loses():
@@ -118,7 +119,7 @@ def test_a_sweep_is_every_group_zeroed_and_kept_per_modality():
         modality, part = trial.label.split(": layers ")
         touched, other = (trial.text, trial.image) if modality == "text" else (trial.image, trial.text)
         layers = parse_layers(part.split(" ")[0], 28)
-        assert other == () and touched == zeroed("zero" if "zeroed" in part else "keep", layers, 28)
+        assert other == () and touched == zeroed_layers("zero" if "zeroed" in part else "keep", layers, 28)
     features = make_features()
     assert trials[0].apply(features) is features
     (_, first, second) = sweep(5, [(0, 1, 4), (3,)], ["image"], ["zero"])

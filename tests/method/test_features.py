@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from subject_dla.dla import Features, MLLMInfo, Modality, aggregate, kept_tokens
+from subject_dla.dla import Features, ImageGrid, MLLMInfo, Modality, aggregate, kept_tokens
 
 INFO = MLLMInfo("tiny", "qwen2_5_vl", layers=4, width=8)
-T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE
+T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE  # noqa: E741
 
 
 def features(rows, mask=None, info=INFO, prefix=None) -> Features:
@@ -41,12 +41,27 @@ GOOD = features([[M, T, I]])
         ({"attention_mask": GOOD.attention_mask[:, :2]}, "attention_mask is torch.bool (1, 2)"),
         ({"attention_mask": ~GOOD.attention_mask}, "without a single token"),
         ({"prefix": (4,)}, "prefix is (4,)"),
+        ({"grids": ((ImageGrid(1, 2),),)}, "grids are of [[2]] tokens by prompt and image, expected [[1]]"),
+        ({"grids": ((),)}, "grids are of [[]]"),
+        ({"grids": ()}, "grids are of []"),
     ],
 )
 def test_bad_features_are_refused_by_name(change, text):
     with pytest.raises(ValueError) as error:
         dataclasses.replace(GOOD, **change)
     assert text in str(error.value)
+
+
+def test_a_grid_places_tokens_row_by_row_or_tile_by_tile():
+    assert ImageGrid(2, 3).raster().tolist() == [[0, 1, 2], [3, 4, 5]] and ImageGrid(2, 3).tokens == 6
+    tiled = ImageGrid(4, 6, tiles=[2, 3], thumbnail=True)  # six tiles of 2 x 2 tokens and one of the whole image
+    assert tiled == ImageGrid(4, 6, (2, 3), True) and tiled.tokens == 28
+    assert tiled.raster()[:2].tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]] and tiled.raster()[3, 5] == 23
+    for wrong in (dict(rows=0, columns=2), dict(rows=4, columns=6, tiles=(3, 3)), dict(rows=4, columns=6, tiles=(2,))):
+        with pytest.raises(ValueError, match="expected 1 or more rows"):
+            ImageGrid(**wrong)
+    with pytest.raises(ValueError, match="thumbnail"):
+        ImageGrid(2, 2, thumbnail=True)
 
 
 def kept(row, template, *, mask=None, drop=True, prefix=None):
@@ -82,7 +97,9 @@ def test_left_padding_is_dropped_with_the_template():
 
 def test_context_is_the_kept_tokens_in_order_padded_on_the_right():
     given = features([[M, M, T, T, I, I], [M, T, T, I, I, M]], mask=[[1] * 6, [0, 0, 1, 1, 1, 1]])
-    context = aggregate(given)
+    grids = ((ImageGrid(1, 2),), (ImageGrid(2, 1),))
+    context = aggregate(dataclasses.replace(given, grids=grids))
+    assert context.grids == grids and context.row(1).grids == grids[1:] and aggregate(given).grids is None
     last = given.hidden_states[:, -1]
     assert context.tokens.shape == (2, 4, 8)
     assert torch.equal(context.tokens[0], last[0, 2:]) and torch.equal(context.tokens[1], last[1, 2:])

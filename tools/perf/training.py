@@ -172,7 +172,7 @@ def peak(checkpointing: bool) -> float:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from ...dla.aggregator import Context
+    from ...dla.context import Context
     from ...tests.small.dit import tiny_flux
     from ...training.dit.frozen import Backbone
 

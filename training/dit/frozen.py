@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ...dla.aggregator import Context
+from ...dla.context import Context
 from ...loaders.dit import context_width, dit_family
 from ...sampling.attention import KeyStrengthAttention
 from ...sampling.tokens import KeyStrengths, key_strengths

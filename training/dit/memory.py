@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from ...common.markdown import markdown
-from ...dla.aggregator import MAX_CHUNK_BYTES, DLAConfig, DualLayerAggregator
+from ...dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
+from ...dla.config import DLAConfig
 from ...dla.features import MLLMInfo
 
 GIB = 2**30

@@ -1,0 +1,111 @@
+"""What a DLA is built from, and what it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .features import MLLMInfo, is_whole
+
+POOLINGS = ("softmax", "linear")
+MODALITIES = ("dual", "shared", "last")
+TEMPLATES = ("auto", "keep", "drop")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DLAConfig:
+    """Everything needed to build a DLA and to know what it belongs to; stored as JSON in its file."""
+
+    mllm: MLLMInfo  # the MLLM whose features it was trained on
+    context_width: int  # channels of the DiT's context tokens
+    dit: str = ""  # DiT family, a name in loaders/backbones such as "flux"; "" = any of that context width
+    pooling: str = "softmax"  # "softmax" or "linear", see LayerwiseAttentionPooling
+    modalities: str = "dual"  # "dual" | "shared" (one pooling for all tokens) | "last" (no pooling: the last layer)
+    heads: int = 8
+    blocks: int | None = None  # over the layer axis; None = 1 for softmax, 2 for linear
+    refiner_blocks: int = 0  # bidirectional, over the token axis; UniFusion has 2
+    layer_subset: tuple[int, ...] | None = None  # layer numbers pooled, ascending; None = all, 0..L
+    template: str = "auto"  # "auto" | "keep" | "drop" the template tokens, see kept_tokens
+    vit_blend: float = 0.0  # share of layer 0 (the ViT's features) at image tokens
+    provenance: dict[str, Any] = field(default_factory=dict, hash=False)  # training settings, free JSON
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        def expect(valid: bool, name: str, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"DLA config: {name} is {getattr(self, name)!r}, expected {expected}.")
+
+        expect(self.format_version == FORMAT_VERSION, "format_version", f"{FORMAT_VERSION}; a newer pack may read it")
+        expect(isinstance(self.mllm, MLLMInfo), "mllm", "an MLLMInfo")
+        expect(is_whole(self.context_width, 1, 65536), "context_width", "a whole number from 1 to 65536")
+        expect(isinstance(self.dit, str), "dit", 'a family name such as "flux", or "" for any')
+        expect(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
+        expect(self.modalities in MODALITIES, "modalities", f"one of {', '.join(MODALITIES)}")
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", 1 if self.pooling == "softmax" else 2)
+        expect(is_whole(self.blocks, 1, 64), "blocks", "a whole number from 1 to 64")
+        expect(is_whole(self.refiner_blocks, 0, 64), "refiner_blocks", "a whole number from 0 to 64")
+        expect(
+            is_whole(self.heads, 1, self.mllm.width) and self.mllm.width % self.heads == 0,
+            "heads",
+            f"a divisor of the MLLM's width {self.mllm.width}",
+        )
+        if self.layer_subset is not None:
+            expect(
+                isinstance(self.layer_subset, (tuple, list))
+                and len(self.layer_subset) > 0
+                and all(is_whole(layer, 0, self.mllm.layers) for layer in self.layer_subset)
+                and list(self.layer_subset) == sorted(set(self.layer_subset)),
+                "layer_subset",
+                f"ascending layer numbers from 0 to {self.mllm.layers}",
+            )
+            object.__setattr__(self, "layer_subset", tuple(self.layer_subset))
+        expect(self.template in TEMPLATES, "template", f"one of {', '.join(TEMPLATES)}")
+        expect(
+            isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1, "vit_blend", "a number from 0 to 1"
+        )
+        expect(isinstance(self.provenance, dict), "provenance", "a JSON object")
+
+    @property
+    def pooled_layers(self) -> tuple[int, ...]:
+        """Layer numbers that are pooled, ascending. A new DLA is exactly the highest of them."""
+        if self.layer_subset is not None:
+            return self.layer_subset if self.modalities != "last" else self.layer_subset[-1:]
+        return (self.mllm.layers,) if self.modalities == "last" else tuple(range(self.mllm.layers + 1))
+
+    @property
+    def required_layers(self) -> tuple[int, ...]:
+        """Layer numbers that the features must hold for this DLA (the pooled ones, and layer 0 for a ViT blend)."""
+        return tuple(sorted({*self.pooled_layers, *((0,) if self.vit_blend else ())}))
+
+    def check_mllm(self, info: MLLMInfo) -> None:
+        """Raises ValueError unless features of `info` are what this DLA was trained on; names may differ."""
+        for name in ("family", "layers", "width"):
+            if getattr(info, name) != getattr(self.mllm, name):
+                raise ValueError(
+                    f"This DLA belongs to {self.mllm}, the features come from {info}: {name} "
+                    f"{getattr(info, name)}, expected {getattr(self.mllm, name)}. Load {self.mllm.name} as the MLLM, "
+                    f"or a DLA trained on {info.name}, or train one."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config in plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DLAConfig:
+        """The inverse of to_dict. Raises ValueError that names an unknown, missing or bad entry."""
+        known, values = {f.name for f in fields(cls)}, dict(values)
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"DLA config: unknown entry {unknown[0]!r}, expected only {', '.join(sorted(known))}.")
+        for name in ("mllm", "context_width"):
+            if name not in values:
+                raise ValueError(f"DLA config: entry {name!r} is missing.")
+        mllm = values["mllm"]
+        if not isinstance(mllm, dict):
+            raise ValueError(f"DLA config: mllm is {mllm!r}, expected an object with name, family, layers and width.")
+        known = {f.name for f in fields(MLLMInfo)}
+        if wrong := sorted({"name", "family", "layers", "width"} - set(mllm)) or sorted(set(mllm) - known):
+            raise ValueError(f"DLA config: mllm entry {wrong[0]!r} is {'unknown' if wrong[0] in mllm else 'missing'}.")
+        return cls(**{**values, "mllm": MLLMInfo(**mllm)})

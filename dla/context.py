@@ -1,0 +1,132 @@
+"""Features to the context tokens that a DiT reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
+from .config import TEMPLATES, DLAConfig
+from .features import Features, ImageGrid, Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Context tokens for a DiT, compacted: dropped tokens are left out, shorter prompts are padded on the right."""
+
+    tokens: Tensor  # (B, T', context width) floating, zeros at padding
+    attention_mask: Tensor  # (B, T') bool, False = padding
+    modality: Tensor  # (B, T') uint8, Modality; TEMPLATE at padding
+    image_index: Tensor  # (B, T') int16, 0-based reference image of an image token, -1 for other tokens
+    grids: tuple[tuple[ImageGrid, ...], ...] | None = None  # as in Features
+
+    def row(self, index: int) -> Context:
+        """One prompt of the batch, without padding."""
+        keep = self.attention_mask[index]
+        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
+        grids = self.grids and self.grids[index : index + 1]
+        return Context(*(value[index : index + 1, keep] for value in rows), grids)
+
+    def to(self, device: torch.device) -> Context:
+        """The same on another device."""
+        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
+        return Context(*(value.to(device) for value in rows), self.grids)
+
+
+def kept_tokens(features: Features, template: str = "auto") -> Tensor:
+    """Which tokens go to the DiT, (B, T) bool.
+
+    A prompt of which nothing is left (an empty negative) keeps its last token, since a DiT cannot do without context.
+
+    Args:
+        features: Of B prompts.
+        template: "auto" = as the MLLM's stock model: "keep", or, where info.drop_leading_template, without what comes
+            before the user's turn (features.prefix, else the leading template tokens but for the marker in front of an
+            image); "keep" = all but padding; "drop" = no template token at all (UniFusion).
+
+    Raises:
+        ValueError: For another template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}.")
+    mask, is_template = features.attention_mask, features.modality == Modality.TEMPLATE
+    if template == "keep" or template == "auto" and not features.info.drop_leading_template:
+        return mask
+    if template == "drop":
+        keep = mask & ~is_template
+    else:
+        prefix = features.prefix if features.prefix is not None else _leading_template(features)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        keep = mask & (positions >= torch.tensor(prefix, device=mask.device)[:, None])
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
+    empty = ~keep.any(dim=1)
+    keep[empty, last[empty]] = True
+    return keep
+
+
+def aggregate(
+    features: Features,
+    dla: DualLayerAggregator | None = None,
+    *,
+    template: str | None = "auto",
+    vit_blend: float | None = 0.0,
+    device: torch.device | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Context:
+    """Context tokens for a DiT, in the features' dtype, on the device that computed them.
+
+    Args:
+        features: Of B prompts.
+        dla: None = the MLLM's last layer as it is, which on Qwen-Image is the stock conditioning.
+        template: See kept_tokens; "auto" or None = the DLA's setting, which may itself be "auto".
+        vit_blend: Share of layer 0 (the ViT's features) at image tokens; 0 or None = the DLA's setting.
+        device: Where to compute; None = where the DLA is.
+        max_chunk_bytes: See DualLayerAggregator.forward.
+
+    Raises:
+        ValueError: If DLA and features do not belong together, or if the result is not finite.
+    """
+    if dla is None:
+        config = DLAConfig(mllm=features.info, context_width=features.info.width, modalities="last", heads=1)
+        dla = DualLayerAggregator(config)
+    if template in (None, "auto"):
+        template = dla.config.template
+    if vit_blend is not None and not 0 <= vit_blend <= 1:
+        raise ValueError(f"vit_blend is {vit_blend}, expected a number from 0 to 1.")
+    keep = kept_tokens(features, template)
+    tokens = dla(features, keep, vit_blend=vit_blend or 0.0, device=device, max_chunk_bytes=max_chunk_bytes)
+    if not bool(tokens.isfinite().all()):
+        raise ValueError(
+            f"The context tokens are not finite. The features of {features.info.name} hold NaN or infinity, as an MLLM "
+            "run in fp16 may produce: load it with weight dtype bf16 or fp32."
+        )
+
+    length = int(keep.sum(dim=1).max())
+    order = (~keep).int().argsort(dim=1, stable=True)[:, :length]  # kept tokens first, in their order
+
+    def compact(value: Tensor, padding: int) -> Tensor:
+        value, index = value.to(tokens.device), order.to(tokens.device)
+        return value.gather(1, index).masked_fill(~mask, padding)
+
+    mask = keep.gather(1, order).to(tokens.device)
+    return Context(
+        tokens=tokens.gather(1, order.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2])),
+        attention_mask=mask,
+        modality=compact(features.modality, int(Modality.TEMPLATE)),
+        image_index=compact(features.image_index, -1),
+        grids=features.grids,
+    )
+
+
+def _leading_template(features: Features) -> list[int]:
+    """Per prompt, the position of the first token of the user's turn, worked out from modalities."""
+    prefix = []
+    for modality, mask in zip(features.modality.tolist(), features.attention_mask.tolist()):
+        given = [i for i, kind in enumerate(modality) if mask[i] and kind != Modality.TEMPLATE]
+        first = given[0] if given else len(modality)
+        if given and modality[first] == Modality.IMAGE and first > 0 and mask[first - 1]:
+            first -= 1  # e.g. <|vision_start|>, which belongs to the image
+        prefix.append(first)
+    return prefix

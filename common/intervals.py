@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import atan, cos, nan, pi, sin, sqrt
+from math import nan, sqrt
 
 import torch
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+LEVEL = 0.975  # of the quantiles: 2.5 % lie beyond an interval on either side
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of (N,) values: Student's t interval of the mean.
+    """Mean and Student's t interval of the mean.
 
-    No values: three NaN. One value: the mean alone, its interval is unknown (NaN). A NaN among the values makes the
-    result NaN: leave such samples out beforehand, and say so.
+    Args:
+        values: (N,). A NaN among them makes the result NaN: leave such samples out beforehand, and say so.
+
+    Returns:
+        (mean, low, high). Three NaN for no values; the mean and two NaN for one, whose interval is unknown.
+
+    Raises:
+        ValueError: `values` is not of shape (N,).
     """
     values = _values(values)
     count = len(values)
     if count == 0:
         return nan, nan, nan
     mean = float(values.mean())
-    half = t_quantile(count - 1) * float(values.std()) / sqrt(count) if count > 1 else nan
+    half = float(stdtrit(count - 1, LEVEL)) * float(values.std()) / sqrt(count) if count > 1 else nan
     return mean, mean - half, mean + half
 
 
 def share_interval(values: Tensor | Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of (N,) values between 0 and 1, as hits and misses or their averages are.
+    """Mean and Wilson's score interval of hits and misses, or of their averages.
 
-    Wilson's score interval, which stays in 0..1 and does not shrink to a point when all values are 0 or all are 1.
-    Values in between vary less than hits and misses of the same mean do: they count as more samples, by the ratio of
-    the variances (an effective sample size, our choice). No values: three NaN.
+    The interval stays in 0..1 and does not shrink to a point when all values are 0 or all are 1. Values in between
+    vary less than hits and misses of the same mean do: they count as more samples, by the ratio of the variances.
+
+    Args:
+        values: (N,), each from 0 to 1.
+
+    Returns:
+        (mean, low, high); three NaN for no values.
+
+    Raises:
+        ValueError: `values` is not of shape (N,).
+
+    Source:
+        Wilson's interval with a fractional effective sample size (our choice), which scipy's binomtest does not take.
     """
     values = _values(values)
     count = len(values)
@@ -40,30 +57,10 @@ def share_interval(values: Tensor | Sequence[float]) -> tuple[float, float, floa
         return nan, nan, nan
     mean, variance = float(values.mean()), float(values.var(correction=0))
     size = count * max(1.0, mean * (1 - mean) / variance) if variance > 1e-12 else count
-    middle = (mean + Z**2 / (2 * size)) / (1 + Z**2 / size)
-    half = Z * sqrt(mean * (1 - mean) / size + (Z / (2 * size)) ** 2) / (1 + Z**2 / size)
+    z = float(ndtri(LEVEL))
+    middle = (mean + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z * sqrt(mean * (1 - mean) / size + (z / (2 * size)) ** 2) / (1 + z**2 / size)
     return mean, min(max(0.0, middle - half), mean), max(min(1.0, middle + half), mean)
-
-
-@lru_cache
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t distribution with a whole number of degrees of freedom, at least 1."""
-    low, high = 0.0, 13.0  # 12.706 at one degree of freedom is the largest
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _central(middle, freedom) < 0.95 else (low, middle)
-    return high
-
-
-def _central(t: float, freedom: int) -> float:
-    """Probability that Student's t lies between -t and t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = atan(t / sqrt(freedom))
-    odd = freedom % 2
-    term, total = (cos(angle), cos(angle) * (freedom > 1)) if odd else (1.0, 1.0)
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cos(angle) ** 2 * (k - 1) / k
-        total += term
-    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
 
 
 def _values(values) -> Tensor:

@@ -1,7 +1,7 @@
-"""The copy-paste figures: how far the outputs turned away from the pose of their references.
+"""The copy-paste metrics: how far the outputs turned away from the pose of their references.
 
 Mean azimuth and polar difference (higher: more varied) and average recall (lower: less copied), as in the paper's
-abstract. Gating by confidence is Orient Anything's own advice; intervals and ungated figures are our addition.
+abstract. Gating by confidence is Orient Anything's own advice; intervals and ungated metrics are our addition.
 """
 
 from __future__ import annotations
@@ -18,37 +18,44 @@ RECALL = (5, 10, 15, 20)  # degrees
 
 
 @dataclass(frozen=True)
-class CopyPasteFigures:
-    """The paper's three figures over `count` pairs. All NaN where no pair is left."""
+class CopyPasteMetrics:
+    """The paper's three metrics over `count` pairs; all NaN where no pair is left."""
 
     azimuth: float  # mean azimuth difference, degrees, 0 to 180
     polar: float  # mean polar difference, degrees
     average_recall: float  # mean of `recall`, 0 to 1
-    recall: dict[int, float]  # by k: share of pairs whose azimuth and polar differences both lie below k degrees
+    recall: dict[int, float]  # by k: share of pairs whose azimuth and polar differences are both below k degrees
     count: int
     intervals: dict[str, tuple[float, float]]  # 95 %, by name: azimuth, polar, average_recall, recall@5, ...
 
 
 @dataclass(frozen=True)
-class CopyPasteReport(CopyPasteFigures):
-    """The figures over the pairs whose confidence suffices; `ungated` are those over all pairs."""
+class CopyPasteReport(CopyPasteMetrics):
+    """The metrics over the pairs whose confidence suffices; `ungated` are those over all pairs."""
 
     coverage: float  # share of pairs whose confidence suffices
-    ungated: CopyPasteFigures
+    ungated: CopyPasteMetrics
     threshold: float
     azimuth_difference: Tensor  # (N,) float64, degrees, of all pairs
     polar_difference: Tensor  # (N,)
-    kept: Tensor  # (N,) bool: confidence suffices
+    counted: Tensor  # (N,) bool: confidence suffices
 
 
 def copy_paste_report(reference, generated, confidence=None, threshold: float = 0.5) -> CopyPasteReport:
     """How much of the references' pose is in the outputs.
 
-    reference, generated: (N, 2) azimuth and polar in degrees, pair by pair (tensor, array or nested list); azimuth is
-    circular, so 359 and 1 differ by 2. confidence: 0 to 1, (N,) or, for reference and output, (N, 2); a pair counts
-    where all of its confidences are at least `threshold`. None: every pair counts. Where none does, the figures are
-    NaN, coverage is 0, and `ungated` still holds what there is. Raises ValueError for other shapes and for values that
-    are no angles or no confidences.
+    Args:
+        reference: (N, 2) azimuth and polar in degrees, as a tensor, an array or a nested list. Azimuth is circular, so
+            359 and 1 differ by 2.
+        generated: (N, 2) likewise, pair by pair.
+        confidence: 0 to 1, (N,) or, for reference and output, (N, 2). None: every pair counts.
+        threshold: A pair counts where all of its confidences are at least this.
+
+    Returns:
+        The report. Where no pair counts, the metrics are NaN, coverage is 0, and `ungated` still holds what there is.
+
+    Raises:
+        ValueError: Other shapes, or values that are no angles or no confidences.
     """
     reference, generated = _angles("reference", reference), _angles("generated", generated)
     if len(reference) != len(generated):
@@ -56,24 +63,45 @@ def copy_paste_report(reference, generated, confidence=None, threshold: float = 
             f"copy_paste_report: {len(reference)} references and {len(generated)} generated, expected as many of each. "
             "Repeat a reference for each of its outputs."
         )
-    kept = _kept(confidence, threshold, len(reference))
+    counted = _counted(confidence, threshold, len(reference))
     azimuth = azimuth_difference(reference[:, 0], generated[:, 0])
-    polar = (reference[:, 1] - generated[:, 1]).abs()
-    gated = _figures(azimuth[kept], polar[kept])
+    return copy_paste_from_differences(azimuth, (reference[:, 1] - generated[:, 1]).abs(), counted, threshold)
+
+
+def copy_paste_from_differences(
+    azimuth: Tensor | Sequence[float],
+    polar: Tensor | Sequence[float],
+    counted: Tensor | Sequence[bool] | None = None,
+    threshold: float = 0.5,
+) -> CopyPasteReport:
+    """`copy_paste_report` from the differences of each pair, as score files hold them.
+
+    Args:
+        azimuth: (N,) degrees, 0 to 180.
+        polar: (N,) degrees, 0 to 180.
+        counted: (N,) whether the pair's confidence suffices. None: every pair counts.
+        threshold: Of the confidence, as it was applied; for the report alone.
+
+    Returns:
+        The report.
+    """
+    azimuth, polar = (torch.as_tensor(values, dtype=torch.float64) for values in (azimuth, polar))
+    counted = torch.ones(len(azimuth)) if counted is None else torch.as_tensor(counted)
+    counted = counted.bool()
     return CopyPasteReport(
-        **vars(gated),
-        coverage=float(kept.double().mean()),
-        ungated=_figures(azimuth, polar),
+        **vars(_metrics(azimuth[counted], polar[counted])),
+        coverage=float(counted.double().mean()),
+        ungated=_metrics(azimuth, polar),
         threshold=threshold,
         azimuth_difference=azimuth,
         polar_difference=polar,
-        kept=kept,
+        counted=counted,
     )
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Reference and output of each pair as an orientation model saw them, and the figures they give."""
+    """Reference and output of each pair as an orientation model saw them, and the metrics that they give."""
 
     reference: Tensor  # (N, 3) float64: azimuth and polar in degrees, confidence
     generated: Tensor  # (N, 3)
@@ -81,7 +109,19 @@ class Pairs:
 
 
 def compare(reference: Tensor, generated: Tensor, threshold: float = 0.5) -> Pairs:
-    """reference, generated: (N, 3) azimuth and polar in degrees, confidence. Raises what `copy_paste_report` raises."""
+    """`copy_paste_report` of what an orientation model saw.
+
+    Args:
+        reference: (N, 3) azimuth and polar in degrees, confidence.
+        generated: (N, 3) likewise, pair by pair.
+        threshold: A pair counts where both confidences are at least this.
+
+    Returns:
+        The pairs with their report.
+
+    Raises:
+        ValueError: As in `copy_paste_report`.
+    """
     reference, generated = reference.double().cpu(), generated.double().cpu()
     confidence = torch.stack([reference[:, 2], generated[:, 2]], dim=-1)
     report = copy_paste_report(reference[:, :2], generated[:, :2], confidence, threshold)
@@ -95,12 +135,20 @@ def azimuth_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def within(azimuth: Tensor, polar: Tensor) -> Tensor:
-    """(N, 4) float64, 1 where both differences (N,), degrees, lie strictly below the k of RECALL. Its mean over k is a
-    pair's part in the average recall."""
+    """Which pairs each k of RECALL recalls.
+
+    Args:
+        azimuth: (N,) differences in degrees.
+        polar: (N,) differences in degrees.
+
+    Returns:
+        (N, 4) float64, 1 where both differences are strictly below k. Its mean over k is a pair's part in the average
+        recall.
+    """
     return torch.stack([(azimuth < k) & (polar < k) for k in RECALL], dim=-1).double()
 
 
-def _figures(azimuth: Tensor, polar: Tensor) -> CopyPasteFigures:
+def _metrics(azimuth: Tensor, polar: Tensor) -> CopyPasteMetrics:
     hits = within(azimuth, polar)
     found = {
         "azimuth": mean_interval(azimuth),
@@ -108,9 +156,9 @@ def _figures(azimuth: Tensor, polar: Tensor) -> CopyPasteFigures:
         "average_recall": share_interval(hits.mean(-1)),
         **{f"recall@{k}": share_interval(hits[:, i]) for i, k in enumerate(RECALL)},
     }
-    # The mean of azimuth differences lies within 0 to 180 degrees, polar ones too, shares within 0 to 1. NaN stays.
+    # The mean of azimuth differences is from 0 to 180 degrees, polar ones too, shares from 0 to 1. NaN stays.
     intervals = {name: (_clip(low), _clip(high)) for name, (_, low, high) in found.items()}
-    return CopyPasteFigures(
+    return CopyPasteMetrics(
         azimuth=found["azimuth"][0],
         polar=found["polar"][0],
         average_recall=found["average_recall"][0],
@@ -140,7 +188,7 @@ def _angles(name: str, values: Tensor | Sequence) -> Tensor:
     return values
 
 
-def _kept(confidence, threshold: float, count: int) -> Tensor:
+def _counted(confidence, threshold: float, count: int) -> Tensor:
     if not 0 <= threshold <= 1:
         raise ValueError(f"copy_paste_report: threshold is {threshold}, expected a confidence from 0 to 1.")
     if confidence is None:

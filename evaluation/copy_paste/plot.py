@@ -62,7 +62,7 @@ def _facing(pen: _Pen, x: float, y: float, outputs: Pairs) -> None:
     pen.text(x - RADIUS - 8, y, "90°", GREY, 12, "rm")
     pen.text(x + RADIUS + 8, y, "270°", GREY, 12, "lm")
     size = 5 if len(outputs.reference) <= 100 else 3
-    ordered = sorted(zip(outputs.report.kept.tolist(), outputs.reference.tolist(), outputs.generated.tolist()))
+    ordered = sorted(zip(outputs.report.counted.tolist(), outputs.reference.tolist(), outputs.generated.tolist()))
     for kept, reference, generated in ordered:  # those that do not count lie below
         strength = 0.7 if kept else 0.25
         pen.line([at(*reference[:2]), at(*generated[:2])], _faint(INK, strength * 0.7))
@@ -117,7 +117,7 @@ def _table(pen: _Pen, top: float, outputs: Pairs, floor: Pairs) -> None:
 
 def _shares(pairs: Pairs) -> list[float]:
     """Share of the pairs that count by signed azimuth difference, in bins about 0, BIN, 2 BIN ... degrees."""
-    turn = (pairs.generated[:, 0] - pairs.reference[:, 0])[pairs.report.kept]
+    turn = (pairs.generated[:, 0] - pairs.reference[:, 0])[pairs.report.counted]
     number = ((turn + BIN / 2) % 360 / BIN).long().clamp(max=360 // BIN - 1)
     return (torch.bincount(number, minlength=360 // BIN) / max(len(turn), 1)).tolist()
 

@@ -10,7 +10,7 @@ from math import isnan
 
 from ...common.intervals import share_interval
 from ...common.markdown import markdown
-from .metrics import RECALL, CopyPasteFigures, Pairs
+from .metrics import RECALL, CopyPasteMetrics, Pairs
 
 COLUMNS = (
     "set",  # outputs: references and outputs; floor: references and their own mirrored, re-cropped selves
@@ -27,7 +27,7 @@ COLUMNS = (
 )
 
 
-def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteFigures]]:
+def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteMetrics]]:
     """The four lines of the table, by name."""
     return [
         ("outputs", outputs.report),
@@ -56,19 +56,19 @@ def report_text(outputs: Pairs, floor: Pairs, model: str) -> str:
 
 def coverage(outputs: Pairs) -> str:
     report = outputs.report
-    _, low, high = share_interval(report.kept.double())
+    _, low, high = share_interval(report.counted.double())
     return (
         f"Coverage {report.coverage:.3f} ({low:.3f} to {high:.3f}), {report.count} of "
         f"{report.ungated.count} pairs with confidence at least {report.threshold:g} in both pictures"
     )
 
 
-def value(figures: CopyPasteFigures, key: str) -> float:
+def value(figures: CopyPasteMetrics, key: str) -> float:
     """A figure by its name in `intervals`."""
     return figures.recall[int(key.split("@")[1])] if "@" in key else getattr(figures, key)
 
 
-def cell(figures: CopyPasteFigures, key: str) -> str:
+def cell(figures: CopyPasteMetrics, key: str) -> str:
     mean, (low, high) = value(figures, key), figures.intervals[key]
     if isnan(mean):
         return "NaN"
@@ -118,7 +118,7 @@ def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
             pairs.generated.tolist(),
             report.azimuth_difference.tolist(),
             report.polar_difference.tolist(),
-            report.kept.tolist(),
+            report.counted.tolist(),
         )
         for number, (reference, generated, azimuth, polar, kept) in enumerate(columns, 1):
             yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(kept))))
@@ -127,7 +127,7 @@ def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
 def captions(outputs: Pairs) -> list[str]:
     """What to write below each output: its differences, and whether its angles can be trusted."""
     report = outputs.report
-    columns = zip(report.azimuth_difference.tolist(), report.polar_difference.tolist(), report.kept.tolist())
+    columns = zip(report.azimuth_difference.tolist(), report.polar_difference.tolist(), report.counted.tolist())
     return [f"azimuth {a:.0f}, polar {p:.0f}" + ("" if kept else " (no clear front)") for a, p, kept in columns]
 
 
@@ -146,7 +146,7 @@ def report_json(outputs: Pairs, floor: Pairs, model: str) -> str:
     content = {
         "orientation_model": model,
         "threshold": report.threshold,
-        "coverage": _figure(*share_interval(report.kept.double())),
+        "coverage": _figure(*share_interval(report.counted.double())),
         "figures": {
             name: {"pairs": f.count, **{key: _figure(value(f, key), *f.intervals[key]) for key in f.intervals}}
             for name, f in rows(outputs, floor)

@@ -1,12 +1,13 @@
-"""The copy-paste figures, given the angles: what they must be, and what is refused."""
+"""The copy-paste metrics, given the angles: what they must be, and what is refused."""
 
 from math import isnan, nan, sqrt
 
 import numpy
 import pytest
 import torch
-from subject_dla.common.intervals import mean_interval, share_interval, t_quantile
-from subject_dla.evaluation.copy_paste.metrics import RECALL, copy_paste_report
+from scipy import stats
+from subject_dla.common.intervals import mean_interval, share_interval
+from subject_dla.evaluation.copy_paste.metrics import RECALL, copy_paste_from_differences, copy_paste_report
 
 
 def uniform(count, low, high, seed):
@@ -50,7 +51,7 @@ def test_recall_is_strict_and_needs_both_angles(turn, tilt):
 def test_a_pair_counts_where_both_pictures_have_a_front():
     reference, generated = [[0, 0]] * 4, [[0, 0], [90, 0], [90, 0], [180, 40]]
     both = copy_paste_report(reference, generated, [[0.9, 0.5], [0.9, 0.4], [0.4, 0.9], [0.6, 0.6]])
-    assert both.kept.tolist() == [True, False, False, True] and both.coverage == 0.5 and both.count == 2
+    assert both.counted.tolist() == [True, False, False, True] and both.coverage == 0.5 and both.count == 2
     assert (both.azimuth, both.polar, both.average_recall) == (90, 20, 0.5)
     assert (both.ungated.azimuth, both.ungated.polar, both.ungated.average_recall, both.ungated.count) == (
         90,
@@ -108,7 +109,10 @@ def test_what_is_no_pair_of_angles_is_refused_with_what_was_expected(arguments, 
 
 def test_intervals_are_the_textbooks():
     quantiles = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 10: 2.2281, 29: 2.0452, 120: 1.9799}
-    assert {f: round(t_quantile(f), 4) for f in quantiles} == quantiles
+    for freedom, quantile in quantiles.items():  # values 0 and 1 by turns: the half interval is this many deviations
+        values = torch.arange(freedom + 1) % 2.0
+        mean, _, high = mean_interval(values)
+        assert round((high - mean) / float(values.double().std()) * sqrt(freedom + 1), 4) == quantile
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert mean == 2 and high - 2 == pytest.approx(4.30265 / sqrt(3), rel=1e-5) and 2 - low == pytest.approx(high - 2)
     assert [round(v, 4) for v in share_interval([1.0, 0.0, 0.0, 0.0, 0.0])] == [0.2, 0.0362, 0.6245]  # Wilson
@@ -118,6 +122,35 @@ def test_intervals_are_the_textbooks():
     assert mean_interval([7.0])[0] == 7 and isnan(mean_interval([7.0])[1])
     with pytest.raises(ValueError, match=r"\(2, 2\), expected \(N,\)"):
         mean_interval([[1, 2], [3, 4]])
+
+
+def test_intervals_are_those_of_0_1_0_and_of_scipy():
+    before = {  # by 0.1.0, which computed its own quantiles
+        (20.5, 31.25, 7.0, 90.0, 12.5): (32.25, -9.404773755707964, 73.90477375570796),
+        (-0.2, 0.1): (-0.05, -1.955930710426202, 1.855930710426202),
+    }
+    for values, expected in before.items():
+        assert mean_interval(values) == pytest.approx(expected, abs=1e-12)
+    shares = {
+        (0.25, 0.5, 0.5, 1.0, 0.0, 0.75): (0.5, 0.2705498680446641, 0.7294501319553359),
+        (1.0,) * 7: (1.0, 0.6456695649333126, 1.0),
+    }
+    for values, expected in shares.items():
+        assert share_interval(values) == pytest.approx(expected, abs=1e-12)
+    for hits, count in ((0, 3), (1, 5), (7, 12), (40, 40)):
+        wilson = stats.binomtest(hits, count).proportion_ci(method="wilson")
+        assert share_interval([1.0] * hits + [0.0] * (count - hits))[1:] == pytest.approx(tuple(wilson), abs=1e-12)
+
+
+def test_stored_differences_give_what_the_angles_gave():
+    reference, generated = ([[359, -20], [1, 30], [350, 0], [0, 0]], [[1, 10], [359, 30], [-10, 0], [90, 8]])
+    expected = copy_paste_report(reference, generated, [0.9, 0.9, 0.1, 0.9])
+    found = copy_paste_from_differences(expected.azimuth_difference, expected.polar_difference, expected.counted)
+    assert found.intervals == expected.intervals and found.ungated == expected.ungated
+    assert (found.azimuth, found.count, found.coverage) == (expected.azimuth, 3, 0.75)
+    stored = copy_paste_from_differences([2.0, 181.0, 2.0], [30, 0, 4], [1, 0, 1])
+    assert stored.azimuth == 2 and stored.count == 2 and stored.recall == {5: 0.5, 10: 0.5, 15: 0.5, 20: 0.5}
+    assert copy_paste_from_differences([2.0], [1.0]).coverage == 1
 
 
 @pytest.mark.parametrize("scores", [(0.0, 1.0), (0.0, 0.25, 0.5, 1.0), (0.0, 0.0, 0.0, 1.0)])

@@ -2,20 +2,17 @@
 
 from comfy_api.latest import io, ui
 
-from ..sampling.stages import BLENDS, CLOCKS, PRESETS, Keyframe, Stages
+from ..sampling.clock import CLOCKS
+from ..sampling.stages import BLENDS, PRESETS, Keyframe, with_keyframe
 from ..sampling.stages import preset as preset_stages
 from .schema import Stages as StagesType
 from .schema import schema
 
 PRESET_TIP = (
-    " ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    " ".join(f"{name}: {found.description}" for name, found in PRESETS.items())
     + " Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
 )
-CLOCK_TIP = (
-    "What the thresholds count. flow_time: the paper's, 1 is pure noise and 0 the picture. flow_time_resolution: flow"
-    " time adjusted to the picture's token count, so that thresholds meant for 1024 px hold at other sizes. steps:"
-    " share of the sampler's steps, 0 is the first and 1 the end."
-)
+CLOCK_TIP = "What the thresholds count. " + " ".join(f"{name}: {clock.tooltip}" for name, clock in CLOCKS.items())
 
 
 class SubjectStageSchedule(io.ComfyNode):
@@ -140,13 +137,7 @@ class SubjectStageKeyframe(io.ComfyNode):
 
     @classmethod
     def execute(cls, start, mllm_strength, vae_strength, blend, clock, previous=None) -> io.NodeOutput:
-        if previous is not None and previous.clock != clock:
-            raise ValueError(
-                f"Stage Keyframe: clock is {clock!r}, but the schedule before it counts in {previous.clock!r}. "
-                "Set every keyframe of a chain to the same clock."
-            )
-        before = previous.keyframes if previous is not None else ()
-        return io.NodeOutput(Stages((*before, Keyframe(start, mllm_strength, vae_strength, blend)), clock))
+        return io.NodeOutput(with_keyframe(previous, Keyframe(start, mllm_strength, vae_strength, blend), clock))
 
 
 class SubjectStagePreview(io.ComfyNode):

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..sampling.stages import CLOCKS, PRESETS
+from ..sampling.clock import CLOCKS
+from ..sampling.stages import PRESETS
 from ..sampling.sweep import COMBINE
 from .schema import Stages, schema
 from .stages import CLOCK_TIP, PRESET_TIP

@@ -26,7 +26,6 @@ REFERENCE_KEYS = (
     "subject_reference_strengths",
     "subject_reference_masks",
 )
-ADAPTIVE = ("dpm_adaptive_function", "dpm_fast_function")  # choose their own steps, whatever the sigmas say
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
         super().__init__(model)
         self.stages = stages
         self.family = dit_family(model)
-        self.variants = stages.switched_on()
+        self.variants = stages.variants()
 
     def set_conds(self, positive, negative=None) -> None:
         """Registers the conditions of every stage; `negative` may be left out when CFG is 1."""
@@ -87,7 +86,9 @@ class StagedGuider(comfy.samplers.CFGGuider):
             strengths, masks = strengths_and_masks(values, len(references))
             if not self.family and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
                 raise ValueError(self._only_on_and_off("reference strengths between 0 and 1, and masks"))
-        if not self.family and any(s not in (0, 1) for key in self.stages.keyframes for s in (key.mllm, key.vae)):
+        if not self.family and any(
+            s not in (0, 1) for key in self.stages.keyframes for s in (key.context, key.reference)
+        ):
             raise ValueError(self._only_on_and_off("stage strengths other than 0 and 1"))
 
     def _only_on_and_off(self, what: str) -> str:
@@ -125,18 +126,10 @@ class StagedGuider(comfy.samplers.CFGGuider):
     # sampling -----------------------------------------------------------------------------------------------------
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        function = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-        if self.stages.needs_steps and function in ADAPTIVE:
-            raise ValueError(
-                f"The stage schedule counts steps, but the sampler {function.removesuffix('_function')} "
-                "chooses its own. Use the clock flow_time, or another sampler."
-            )
-        sampling = self.model_patcher.get_model_object("model_sampling")
-        if not self.stages.needs_steps and not isinstance(sampling, comfy.model_sampling.CONST):
-            raise ValueError(
-                "The stage schedule is on flow time, but this model is no flow-matching model "
-                f"({type(sampling).__name__}). Use the clock steps."
-            )
+        function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
+        model_sampling = self.model_patcher.get_model_object("model_sampling")
+        is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+        self.stages.clock.check_run(function, type(model_sampling).__name__, is_flow)
         if not self.family and any(not mllm for mllm, _ in self.variants):
             log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
         self._stage: int | None = None

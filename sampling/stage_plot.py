@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..common.drawing.palette import COLOURS, FAINT, INK, PAPER, WIDTH
-from .stages import REFERENCE_TOKENS, PlannedStep, Stages, plan
+from .clock import REFERENCE_TOKENS
+from .stages import PlannedStep, Stages, plan
 from .tokens import grid
 
 HEIGHT = 320
@@ -30,21 +31,19 @@ def describe(stages: Stages, steps: list[PlannedStep], tokens: int) -> str:
     """One line per stage of the run."""
     if not steps:
         return "No steps: the sampler's sigmas are empty."
-    lines = [
-        f"{len(steps)} steps, clock {stages.clock}"
-        + (f", {tokens} image tokens" if "resolution" in stages.clock else "")
-    ]
-    for (mllm, vae), group in groupby(steps, key=lambda s: (round(s.mllm, 3), round(s.vae, 3))):
+    lines = [f"{len(steps)} steps, clock {stages.clock.describe(tokens)}"]
+    for (context, reference), group in groupby(steps, key=lambda s: (round(s.context, 3), round(s.reference, 3))):
         group = list(group)
         first, last = group[0], group[-1]
         lines.append(
             f"steps {first.step + 1}-{last.step + 1} ({len(group)}), flow time {first.sigma:.3f} to {last.sigma:.3f}: "
-            f"MLLM {mllm:g}, VAE {vae:g}"
+            f"MLLM {context:g}, VAE {reference:g}"
         )
-    used = {(s.mllm > 0, s.vae > 0) for s in steps}
-    skipped = [pair for pair in stages.switched_on() if pair not in used]
-    for mllm, vae in skipped:
-        names = " and ".join(name for name, on in (("MLLM", mllm), ("VAE", vae)) if on) or "neither"
+    used = {(s.context > 0, s.reference > 0) for s in steps}
+    for pair in stages.variants():
+        if pair in used:
+            continue
+        names = " and ".join(name for name, on in zip(("MLLM", "VAE"), pair) if on) or "neither"
         lines.append(
             f"No step falls into the stage with {names}: use more steps, another scheduler or other thresholds."
         )
@@ -57,8 +56,8 @@ def draw(stages: Stages, steps: list[PlannedStep], tokens: int) -> Image.Image:
     pen, font = ImageDraw.Draw(image), ImageFont.load_default()
     count = max(len(steps), 1)
     step = (WIDTH - LEFT - RIGHT) / count
-    pen.text((LEFT, 14), f"{len(steps)} steps - clock: {stages.clock}", INK, font)
-    for row, (name, label) in enumerate((("mllm", "MLLM tokens"), ("vae", "VAE tokens"))):
+    pen.text((LEFT, 14), f"{len(steps)} steps - clock: {stages.clock.name}", INK, font)
+    for row, (name, label) in enumerate((("context", "MLLM tokens"), ("reference", "VAE tokens"))):
         top = TOP + row * (ROW + GAP)
         pen.text((8, top + ROW // 2 - 6), label, INK, font)
         pen.rectangle((LEFT, top, WIDTH - RIGHT, top + ROW), outline=FAINT)
@@ -67,7 +66,8 @@ def draw(stages: Stages, steps: list[PlannedStep], tokens: int) -> Image.Image:
             if height > 0:
                 left = LEFT + s.step * step
                 pen.rectangle(
-                    (left + 0.5, top + ROW - height, left + step - (1.5 if step > 4 else 0), top + ROW), COLOURS[name]
+                    (left + 0.5, top + ROW - height, left + step - (1.5 if step > 4 else 0), top + ROW),
+                    COLOURS["mllm" if name == "context" else "vae"],
                 )
     bottom = TOP + 2 * ROW + GAP
     every = max(1, round(count / 12))
@@ -79,8 +79,7 @@ def draw(stages: Stages, steps: list[PlannedStep], tokens: int) -> Image.Image:
     pen.text((8, bottom + 6), "step", INK, font)
     pen.text((8, bottom + 20), "flow time", (120, 120, 128), font)
     for start in stages.starts(tokens)[1:]:
-        key = (lambda s: s.share >= start - 1e-6) if stages.needs_steps else (lambda s: s.sigma < start - 1e-6)
-        first = next((s for s in steps if key(s)), None)
+        first = next((s for s in steps if stages.clock.reached(s.position, start)), None)
         if first is not None:
             x = LEFT + first.step * step
             pen.line((x, TOP - 6, x, bottom), INK, 1)

@@ -241,7 +241,7 @@ def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
     assert all(stages[2].at_sigma(t, []) == (1, 0) for t in (1.0, 0.5, 0.0))  # the paper's (0, 0)
     stages, labels = run("semantics_first", "flow_time", "0.9", "0.8, 0.7", "grid", "1", "0.5, 1", False).result
     assert labels == ["semantics first, tau1 0.9, VAE 0.5", "semantics first, tau1 0.9, VAE 1"]
-    assert [[(key.mllm, key.vae) for key in entry.keyframes] for entry in stages] == [
+    assert [[(key.context, key.reference) for key in entry.keyframes] for entry in stages] == [
         [(1, 0), (1, 0.5)],
         [(1, 0), (1, 1)],
     ]

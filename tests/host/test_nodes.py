@@ -164,7 +164,7 @@ def test_keyframes_chain_and_a_mixed_clock_is_refused():
     keyframe = NODES["SubjectStageKeyframe"].execute
     (first,) = keyframe(1.0, 1.0, 0.0, "hold", "flow_time").result
     (both,) = keyframe(0.9, 1.0, 0.5, "linear", "flow_time", first).result
-    assert [(k.start, k.vae) for k in both.keyframes] == [(1.0, 0.0), (0.9, 0.5)] and both.clock == "flow_time"
+    assert [(k.start, k.reference) for k in both.keyframes] == [(1.0, 0.0), (0.9, 0.5)] and both.clock.name == "flow_time"
     with pytest.raises(ValueError, match="steps.*flow_time"):
         keyframe(0.5, 1.0, 1.0, "hold", "steps", first)
 

@@ -1,5 +1,6 @@
 import pytest
-from subject_dla.sampling.stages import PRESETS, Keyframe, Stages, adjust_to_resolution, plan, preset, share_of_steps
+from subject_dla.sampling.clock import CLOCKS, FLOW_TIME_RESOLUTION, STEPS
+from subject_dla.sampling.stages import PRESETS, Keyframe, Stages, plan, preset
 
 
 def test_papers_thresholds_are_closed_above():
@@ -27,14 +28,14 @@ def test_flux_schedule_of_25_steps_splits_4_5_16():
 
     sigmas = [exp(1.15) / (exp(1.15) + 1 / t - 1) if t else 0.0 for t in [1 - i / 25 for i in range(26)]]
     steps = plan(preset("paper"), sigmas)
-    stages = [(s.mllm, s.vae) for s in steps]
+    stages = [(s.context, s.reference) for s in steps]
     assert [stages.count(x) for x in [(1, 0), (1, 1), (0, 1)]] == [4, 5, 16]
     assert stages == sorted(stages, key=[(1, 0), (1, 1), (0, 1)].index)  # no stage comes back
 
 
 def test_share_of_steps_is_exact_on_the_grid_and_between():
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [share_of_steps(s, sigmas) for s in (1.0, 0.9, 0.75, 0.5 * (1 + 1e-6), 0.3, 0.25, 0.1)] == [
+    assert [STEPS.position(s, sigmas) for s in (1.0, 0.9, 0.75, 0.5 * (1 + 1e-6), 0.3, 0.25, 0.1)] == [
         0,
         0,
         0.25,
@@ -44,7 +45,7 @@ def test_share_of_steps_is_exact_on_the_grid_and_between():
         0.75,
     ]
     stages = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 0, 1)), "steps")
-    assert [(s.mllm, s.vae) for s in plan(stages, sigmas)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    assert [(s.context, s.reference) for s in plan(stages, sigmas)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
 
 
 def test_linear_blend_moves_evenly_to_the_next_keyframe():
@@ -52,13 +53,14 @@ def test_linear_blend_moves_evenly_to_the_next_keyframe():
     assert stages.strengths(1.0) == (1, 0)
     assert stages.strengths(0.75) == pytest.approx((0.5, 0.5))
     assert stages.strengths(0.2) == (0, 1)
-    assert set(stages.switched_on()) == {(True, False), (True, True), (False, True)}
+    assert set(stages.variants()) == {(True, False), (True, True), (False, True)}
 
 
 def test_resolution_clock_keeps_4096_tokens_and_matches_the_demo_notes_at_36():
-    assert adjust_to_resolution(0.95, 4096) == pytest.approx(0.95)
-    assert adjust_to_resolution(0.95, 36) == pytest.approx(0.64, abs=0.005)
-    assert adjust_to_resolution(0.85, 36) == pytest.approx(0.35, abs=0.005)
+    adjust = FLOW_TIME_RESOLUTION.adjust
+    assert adjust(0.95, 4096) == pytest.approx(0.95)
+    assert adjust(0.95, 36) == pytest.approx(0.64, abs=0.005)
+    assert adjust(0.85, 36) == pytest.approx(0.35, abs=0.005)
     stages = preset("paper", "flow_time_resolution")
     assert stages.strengths(0.7, tokens=36) == (1, 0) and stages.strengths(0.7, tokens=4096) == (0, 1)
 
@@ -67,8 +69,8 @@ def test_resolution_clock_keeps_4096_tokens_and_matches_the_demo_notes_at_36():
 def test_every_preset_starts_at_the_beginning_of_its_clock(name):
     for clock, taus in (("flow_time", (0.95, 0.85)), ("steps", (0.16, 0.36))):
         stages = preset(name, clock, *taus)
-        assert stages.keyframes[0].start == (0 if clock == "steps" else 1)
-        assert all(mllm or vae for mllm, vae in stages.switched_on())
+        assert stages.keyframes[0].start == (0 if clock == "steps" else 1) and stages.clock is CLOCKS[clock]
+        assert all(any(groups) for groups in stages.variants())
 
 
 @pytest.mark.parametrize(

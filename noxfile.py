@@ -1,12 +1,13 @@
-"""The two commands.
+"""The commands.
 
     nox -s demo                     the main job on a real ComfyUI server: pictures in output/
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
-    nox -s tests                    the tests (arguments after -- go to pytest)
+    nox -s tests                    the tests (arguments after -- go to pytest: -m method for those without ComfyUI)
+    nox -s lint                     ruff's rules and format, and the types of common, dla, loaders and sampling
     nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
-Both use one environment per host and transformers, made by `tools/environment.py`:
+All use one environment per host and transformers, made by `tools/environment.py`:
     COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
     TRANSFORMERS=4.57.*             a version or range of transformers instead of the one that pip picks
 """
@@ -44,10 +45,24 @@ def tests(session: nox.Session) -> None:
     """Every test: the method, the pack inside the host, and a real server with a real browser."""
     place = prepare(session)
     environment.obtain_browser(place.python)
-    arguments = session.posargs or [str(ROOT / "tests")]
-    session.run(
-        str(place.python), "-m", "pytest", *arguments, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN
-    )
+    command = [str(place.python), "-m", "pytest", "--durations=25", *(session.posargs or [str(ROOT / "tests")])]
+    session.run(*command, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and format, and the type checker, as pyproject.toml has them."""
+    python = str(prepare(session).python)
+    session.run(python, "-m", "ruff", "check", **RUN)
+    session.run(python, "-m", "ruff", "format", "--check", **RUN)
+    link = ROOT / ".cache" / "typing" / "subject_dla"  # the pack's modules under one name, whatever its folder's is
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(Path("..", ".."), target_is_directory=True)
+    packages = [f"--package=subject_dla.{name}" for name in ("common", "dla", "loaders", "sampling")]
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".cache" / "mypy")]
+    with session.chdir(link.parent):
+        session.run(python, "-m", "mypy", *options, *packages, **RUN)
 
 
 @nox.session(venv_backend="none")
@@ -74,6 +89,7 @@ def evidence(session: nox.Session) -> None:
 
 
 def prepare(session: nox.Session) -> environment.Environment:
+    """The host and its environment; a problem with them ends the session."""
     try:
         return environment.prepare()
     except environment.EnvironmentProblem as problem:

@@ -1,15 +1,19 @@
-"""Makes the pack importable as `subject_dla`, whatever its folder is called, as the host does."""
+"""Makes the pack importable as `subject_dla`, as the host does, and marks each test with its folder's depth."""
 
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
 
-if "subject_dla" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "subject_dla", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["subject_dla"] = module
-    spec.loader.exec_module(module)
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+# `python -m pytest` puts the working directory there, where the folder `nodes` covers the host's `nodes.py`
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
+runpy.run_path(str(ROOT / "common" / "bootstrap.py"))["import_pack"]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])

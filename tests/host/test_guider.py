@@ -6,8 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 from subject_dla.sampling.stages import Keyframe, Stages, preset
-
-from tests.small.dit import tiny_flux
+from subject_dla.tests.small.dit import tiny_flux
 
 WIDTH = 24
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from tests.small.dit import tiny_flux
+from subject_dla.tests.small.dit import tiny_flux
 
 WIDTH = 24
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from subject_dla.loaders.dit import context_width, dit_family
 from subject_dla.sampling.stages import Keyframe, Stages, preset
-
-from tests.small.dit import load
+from subject_dla.tests.small.dit import load
 
 SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral"]  # one-step, multi-step, second-order, ancestral
 

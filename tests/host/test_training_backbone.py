@@ -7,10 +7,9 @@ import comfy.sd
 import pytest
 import torch
 from subject_dla.dla.context import Context
+from subject_dla.tests.small.dit import load, tiny_flux
 from subject_dla.training.dit.frozen import Backbone, GradientError
 from subject_dla.training.dit.lora import LoRA
-
-from tests.small.dit import load, tiny_flux
 
 
 class Problem:

@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from subject_dla.common.picture_files import load_picture
-from subject_dla.dla.features import Modality
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
+from subject_dla.tests.small.models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
 from subject_dla.training.data.feature_cache import FIELDS, FeatureSource, stack
 from subject_dla.training.data.latent_cache import LatentCache, cut
-
-from tests.small.models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
 
 TIMES = count(1)
 SMALL = {"dim": 16}  # of the Wan VAE
@@ -341,3 +340,28 @@ def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             get()
     assert not list((tmp_path / "latents").iterdir()) and not list((tmp_path / "features").iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"}])  # fmt: skip
+def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
+    draw = torch.Generator().manual_seed(0)
+    info = MLLMInfo("small", "qwen2_5_vl", 3, 32)
+    T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE
+    prompts = [[M, M, T, I, I, T, M], [M, M, T], [M, M, I, I, I, I, T, T, T, T, M, M], [M, M, M]]
+    parts = []
+    for row in prompts:
+        modality = torch.tensor([row], dtype=torch.uint8)
+        hidden = torch.randn(1, 4, len(row), 32, generator=draw)
+        index = torch.where(modality == I, 0, -1).to(torch.int16)
+        parts.append(Features(hidden, (0, 1, 2, 3), modality, index, torch.ones(1, len(row)).bool(), info, prefix=(2,)))
+    dla = DualLayerAggregator(DLAConfig(info, 48, "flux", **{"heads": 4, **options}))
+    with torch.no_grad():
+        for parameter in dla.parameters():  # not the identity that a new one is
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5)
+        together = aggregate(stack(parts), dla)
+        for row, part in enumerate(parts):
+            alone = aggregate(part, dla)
+            length = alone.tokens.shape[1]
+            assert together.attention_mask[row].sum() == alone.attention_mask.sum() == length > 0
+            torch.testing.assert_close(together.tokens[row, :length], alone.tokens[0], atol=1e-5, rtol=1e-4)
+            assert torch.equal(together.modality[row, :length], alone.modality[0])

@@ -5,12 +5,11 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+from subject_dla.tests.small import dit
 from subject_dla.training.dit import memory
 from subject_dla.training.dit.checkpointing import in_place, recomputed
 from subject_dla.training.dit.lora import LoRA
 from torch.profiler import ProfilerActivity, profile
-
-from tests.small import dit
 
 FAMILIES = ["flux", "qwen_image", "omnigen2"]
 DEEP = {

@@ -4,10 +4,10 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from subject_dla.common import bootstrap
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
 from torch import nn
 
@@ -237,36 +237,11 @@ def test_massive_activations_neither_overflow_nor_drown_the_rest(dtype, pooling)
     assert (low - exact).norm() / exact.norm() < 0.02
 
 
-PEAK = """
-import resource, sys, torch
-sys.path.insert(0, sys.argv[1])
-import conftest
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo
-info = MLLMInfo("peak", "internvl", 28, 512)
-def features(tokens):
-    kind = torch.zeros(1, tokens, dtype=torch.uint8)
-    kind[:, ::2] = 1
-    index = torch.where(kind == 1, 0, -1).to(torch.int16)
-    hidden = torch.full((1, 29, tokens, 512), 0.5, dtype=torch.bfloat16)
-    return Features(hidden, tuple(range(29)), kind, index, kind < 2, info)
-dla = DualLayerAggregator(DLAConfig(info, 512, pooling=sys.argv[2]), dtype=torch.bfloat16).requires_grad_(False)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-chunk = 16 * 2**20
-dla(features(16), max_chunk_bytes=chunk)  # kernels, thread pools
-given = features(4096)
-before = peak()
-dla(given, max_chunk_bytes=chunk)
-print((peak() - before - chunk) / (given.hidden_states.nbytes))
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="measured with getrusage, which Windows lacks")
 @pytest.mark.parametrize("pooling", ["softmax", "linear"])
 def test_peak_memory_is_one_chunk_and_a_fraction_of_the_input(pooling):
-    tests = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, tests, pooling], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, bootstrap.__file__, "tests.small.peak_memory", pooling]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.5  # unchunked it is 4 (softmax) to 6 (linear)

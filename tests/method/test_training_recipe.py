@@ -1,4 +1,4 @@
-"""Settings of a run, its flow times and random numbers, and prompts of unequal length in one pass."""
+"""Settings of a run, its flow times and random numbers."""
 
 import math
 from dataclasses import fields
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
-from subject_dla.training.data.feature_cache import stack
+from subject_dla.dla import MLLMInfo
 from subject_dla.training.flow import FlowTimes, generator, losses, noisy, weight
 from subject_dla.training.recipe import Recipe, RecipeError, read_toml, template
 
@@ -161,31 +160,3 @@ def test_noise_and_loss_agree_with_the_velocity():
     t = torch.tensor([0.25, 0.5, 1.0])
     assert torch.equal(weight(t, "none"), torch.ones(3)) and weight(t, "sigma_sqrt").tolist() == [16, 4, 1]
     torch.testing.assert_close(weight(t, "cosmap"), torch.tensor([3.2, 4.0, 2.0]) / math.pi)
-
-
-# prompts of unequal length ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"}])  # fmt: skip
-def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
-    draw = torch.Generator().manual_seed(0)
-    info = MLLMInfo("small", "qwen2_5_vl", 3, 32)
-    T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE
-    prompts = [[M, M, T, I, I, T, M], [M, M, T], [M, M, I, I, I, I, T, T, T, T, M, M], [M, M, M]]
-    parts = []
-    for row in prompts:
-        modality = torch.tensor([row], dtype=torch.uint8)
-        hidden = torch.randn(1, 4, len(row), 32, generator=draw)
-        index = torch.where(modality == I, 0, -1).to(torch.int16)
-        parts.append(Features(hidden, (0, 1, 2, 3), modality, index, torch.ones(1, len(row)).bool(), info, prefix=(2,)))
-    dla = DualLayerAggregator(DLAConfig(info, 48, "flux", **{"heads": 4, **options}))
-    with torch.no_grad():
-        for parameter in dla.parameters():  # not the identity that a new one is
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5)
-        together = aggregate(stack(parts), dla)
-        for row, part in enumerate(parts):
-            alone = aggregate(part, dla)
-            length = alone.tokens.shape[1]
-            assert together.attention_mask[row].sum() == alone.attention_mask.sum() == length > 0
-            torch.testing.assert_close(together.tokens[row, :length], alone.tokens[0], atol=1e-5, rtol=1e-4)
-            assert torch.equal(together.modality[row, :length], alone.modality[0])

@@ -4,53 +4,17 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
-from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_facts, restore, save
-from subject_dla.training.dit.lora import LoRA
+from subject_dla.common import bootstrap
+from subject_dla.dla import MLLMInfo
+from subject_dla.tests.small.killed import Trained
+from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = MLLMInfo("small", "qwen2_5_vl", 3, 32)
-
-
-class Attention(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.double_blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"img_attn": torch.nn.ModuleDict()})])
-        self.double_blocks[0]["img_attn"]["qkv"] = torch.nn.Linear(16, 48)
-
-
-class Trained:
-    """What a checkpoint holds; every weight is `value`, and the moments have seen gradients of it."""
-
-    def __init__(self, value=0.0, width=32, rank=2):
-        config = DLAConfig(MLLMInfo("small", "qwen2_5_vl", 3, width), width, "flux", heads=2)
-        self.dla, self.lora = DualLayerAggregator(config), LoRA(Attention(), "flux", rank)
-        self.parameters = [*self.dla.parameters(), *self.lora.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
-        self.fill(value)
-
-    def fill(self, value):
-        for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, value)
-        self.optimizer.step()
-        for parameter in self.parameters:
-            parameter.data.fill_(value)
-            self.optimizer.state[parameter]["exp_avg"].fill_(value)
-
-    def save(self, folder, step, keep=2):
-        return save(folder, step, self.dla, self.lora, self.optimizer, {"losses": [0.1] * step}, keep)
-
-    def restore(self, checkpoint):
-        return restore(checkpoint, self.dla, self.lora, self.optimizer)
-
-    def values(self):
-        moments = [self.optimizer.state[p]["exp_avg"] for p in self.parameters]
-        return {float(value) for tensor in (*self.parameters, *moments) for value in tensor.detach().unique()}
 
 
 def test_comes_back_bit_for_bit_and_the_newest_stay(tmp_path):
@@ -139,46 +103,10 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, part):
     assert other.restore(checkpoints(tmp_path)[-1]) == 1 and other.values() == {1.0}
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    from pathlib import Path
-    sys.path.insert(0, {root!r})
-    import tests.conftest
-    import torch
-    torch.set_num_threads(1)
-    from tests.method.test_training_state import Trained
-    from subject_dla.training.checkpoints import checkpoints
-    folder, draw = Path({folder!r}), random.Random(0)
-    last = parts = 0
-    for number in range(25):
-        child = os.fork()
-        if child == 0:
-            trained, step = Trained(width=256), last
-            while True:
-                step += 1
-                trained.fill(float(step))
-                trained.save(folder, step)
-        began = time.monotonic()
-        while number == 0 and not checkpoints(folder) and time.monotonic() < began + 60:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.02, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        parts += any(path.name.startswith(".") for path in folder.iterdir())
-        for checkpoint in checkpoints(folder):
-            trained = Trained(width=256)
-            step = trained.restore(checkpoint)
-            assert trained.values() == {{float(step)}} and checkpoint.name.endswith(str(step)), (step, trained.values())
-        assert step >= last, (step, last)
-        last = step
-    print(last, parts)
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_killed_at_any_moment_the_checkpoints_are_whole(tmp_path):
-    script = textwrap.dedent(KILLED).format(root=str(ROOT), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, bootstrap.__file__, "tests.small.killed", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps, parts = map(int, done.stdout.split())
     assert steps > 10 and parts > 5  # it was saving when it was killed

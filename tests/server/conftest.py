@@ -1,6 +1,5 @@
 """A real server with the pack in it, on tiny models, for the whole session of tests."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,20 +7,8 @@ import pytest
 from subject_dla.demo import run as demo
 from subject_dla.demo.family.layout import CONTEXT_WIDTH, MODELS, NAMES
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
-from subject_dla.tools.comfy_client import workflow
+from subject_dla.tests.small.prompts import two_references
 from subject_dla.tools.comfy_client.server import Server
-
-ROOT = Path(__file__).resolve().parents[2]
-WORKFLOW = Path(__file__).with_name("two_references.json")
-SMALL_RUN = """
-data.reference_size = 64
-data.mllm_image_size = 56
-data.encode_ahead = 2
-data.pairs_per_target = 1
-run.samples = 1
-run.sample_steps = 2
-run.validation_examples = 2
-"""
 
 
 @pytest.fixture(scope="session")
@@ -68,31 +55,4 @@ def object_info(server) -> dict:
 @pytest.fixture
 def prompt(object_info) -> dict:
     """A workflow with two references on the demo's family, in API format, small."""
-    found = workflow.to_api(json.loads(WORKFLOW.read_text()), object_info)
-    shrink(found)
-    return found
-
-
-def shrink(prompt: dict) -> None:
-    """Sizes and step counts for a processor: same nodes, same links."""
-    for node in prompt.values():
-        inputs = node["inputs"]
-        for name in ("width", "height"):
-            if isinstance(inputs.get(name), int):
-                inputs[name] = 128
-        if isinstance(inputs.get("steps"), int):
-            inputs["steps"] = 4
-        if node["class_type"] == "SubjectAddIdentity":
-            inputs["size"] = 128
-        if node["class_type"] == "SubjectTrainDLA":
-            inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}
-
-
-def of_type(prompt: dict, kind: str) -> dict:
-    """Inputs of the first node of a class type."""
-    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
-
-
-def run(server, prompt: dict) -> dict:
-    client = server.client
-    return client.wait(client.queue(prompt), prompt)
+    return two_references(object_info)

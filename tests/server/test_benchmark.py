@@ -16,14 +16,14 @@ import transformers
 from PIL import Image
 from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
 from subject_dla.tests.small.measure import build_measures
+from subject_dla.tests.small.prompts import of_type, two_references
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools.benchmark.sets import Case, Item
 from subject_dla.tools.benchmark.template import Template
 from subject_dla.tools.comfy_client import workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server, end_group
 
-from .conftest import WORKFLOW, of_type, shrink
-
+BENCHMARK = ROOT / "tools" / "benchmark"
 PROMPTS = 30
 OURS = [
     "flux_uno_staged",
@@ -54,8 +54,7 @@ def own_server(comfyui, family, new_dlas, measures, tmp_path):
 @pytest.fixture
 def small_workflow(own_server, tmp_path) -> Path:
     """With two Load Image nodes, its prompt from a Prompt List, in API format."""
-    prompt = workflow.to_api(json.loads(WORKFLOW.read_text()), own_server.client.object_info())
-    shrink(prompt)
+    prompt = two_references(own_server.client.object_info())
     of_type(prompt, "EmptySD3LatentImage").update(width=64, height=64)
     of_type(prompt, "SubjectStagedSampler").update(steps=2)
     for node in prompt.values():
@@ -98,7 +97,7 @@ def await_lines(out: Path, count: int, process: subprocess.Popen) -> None:
 
 def test_every_picture_once_whatever_is_killed(own_server, small_workflow, questions, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "evaluation", "run", questions, "--workflow", small_workflow]
+    command = [sys.executable, BENCHMARK, "run", questions, "--workflow", small_workflow]
     command += ["--server", own_server.address, "--out", out, "--patience", "300"]
 
     def start() -> subprocess.Popen:
@@ -232,7 +231,7 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
 
     def go(*command) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", "evaluation", *map(str, command)], cwd=ROOT, env=environment, text=True,
+            [sys.executable, BENCHMARK, *map(str, command)], cwd=ROOT, env=environment, text=True,
             capture_output=True,
         )  # fmt: skip
 

@@ -11,10 +11,11 @@ import time
 import psutil
 import pytest
 from PIL import Image
+from subject_dla.common import bootstrap
 from subject_dla.demo import run as demo
 from subject_dla.tools.comfy_client import workflow
 
-SCRIPT = [sys.executable, demo.__file__]
+SCRIPT = [sys.executable, bootstrap.__file__, "demo.run"]
 PROMPT = "the cat of image 1 on a mossy rock"
 
 
@@ -43,7 +44,7 @@ def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tm
         "--out",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command + images, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=600)
+    done = subprocess.run(command + images, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["workflow"] == "mine" and last["seconds"] > 0 and last["host"]
@@ -70,7 +71,7 @@ def test_interrupted_it_leaves_no_process(comfyui, family, number, tmp_path):
     command = [*SCRIPT, "--comfyui", str(comfyui), "--out", str(tmp_path)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # after SIGKILL nobody clears the server's folder
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    running = [line for line in until(process.stderr, "VAE and MLLM throughout")]
+    running = list(until(process.stderr, "VAE and MLLM throughout"))
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("main.py" in " ".join(child.cmdline()) for child in children), running
     process.send_signal(number)

@@ -4,9 +4,8 @@ import io
 
 import pytest
 from PIL import Image
+from subject_dla.tests.small.prompts import of_type, run
 from subject_dla.tools.comfy_client.server import WorkflowProblem
-
-from .conftest import of_type, run
 
 NODES = {
     "SubjectLoadMLLM", "SubjectMLLMFromCLIP", "SubjectLoadDLA", "SubjectLoadPipeline", "SubjectEncode",

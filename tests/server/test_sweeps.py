@@ -4,8 +4,7 @@ import io
 
 import numpy
 from PIL import Image
-
-from .conftest import of_type, run
+from subject_dla.tests.small.prompts import of_type, run
 
 SWEEP = {
     "preset": "paper", "clock": "steps", "tau1": "0.25, 0.5", "tau2": "0.75", "combine": "grid",

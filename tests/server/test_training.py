@@ -12,10 +12,9 @@ import websocket
 from PIL import Image
 from safetensors.torch import load_file
 from subject_dla.demo.family import layout as small
+from subject_dla.tests.small.prompts import run
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools.comfy_client.server import WorkflowProblem
-
-from .conftest import run
 
 STEPS = 8
 SETTINGS = """

@@ -17,12 +17,11 @@ from safetensors import safe_open
 from subject_dla.demo import run as demo
 from subject_dla.dla import load_dla
 from subject_dla.tests.small.measure import build_measures
+from subject_dla.tests.small.prompts import of_type, run, shrink
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools import environment
 from subject_dla.tools.comfy_client import workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
-
-from .conftest import of_type, run, shrink
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there

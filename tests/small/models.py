@@ -8,7 +8,6 @@ They need `tests/server/small_host` in the server: the host does not read these 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import shutil
 import sys
@@ -17,7 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from ...common.bootstrap import start_host
+from ...dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
+from .mllm import build_internvl, build_qwen25vl
 
 FLUX = {
     "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0,
@@ -37,9 +38,6 @@ WAN_VAE = {
 
 
 def build(out: Path, small_host) -> None:
-    from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
-    from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
-
     width = small_host.WIDTH
     for kind in ("diffusion_models", "vae", "text_encoders", "mllm", "dla", "loras"):
         (out / kind).mkdir(parents=True, exist_ok=True)
@@ -122,14 +120,10 @@ def text_encoder_shapes(name: str) -> dict[str, torch.Size]:
 
 
 def main(comfyui: str, out: str) -> None:
-    from subject_dla.common.bootstrap import start_host
-
     start_host(comfyui)
-    place = importlib.util.spec_from_file_location(
-        "small_host", ROOT / "tests" / "server" / "small_host" / "__init__.py"
-    )
-    small_host = importlib.util.module_from_spec(place)
-    place.loader.exec_module(small_host)
+    from ..server import small_host
+
+    small_host.shrink_host()
     build(Path(out), small_host)
 
 

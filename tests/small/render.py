@@ -2,8 +2,8 @@
 
     python tests/small/render.py OUT AZIMUTH:POLAR ...
 
-writes OUT/AZIMUTH_POLAR.png (256 px, alpha = the subject) and OUT/AZIMUTH_POLAR_front.png, where a red ball stands before
-the subject's face, over everything.
+writes OUT/AZIMUTH_POLAR.png (256 px, alpha = the subject) and OUT/AZIMUTH_POLAR_front.png, where a red ball is drawn
+before the subject's face, over everything.
 """
 
 import sys

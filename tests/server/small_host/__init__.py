@@ -1,9 +1,8 @@
 """A custom node pack for tests only: the host's models at sizes that a processor runs in seconds.
 
 The host knows the sizes of published models by heart and reads only some of them from the file. Here it reads them all
-from
-the file, or takes the small ones below. Nothing but numbers is changed: classes, key names, detection and loaders are
-the host's.
+from the file, or takes the small ones below. Nothing but numbers is changed: classes, key names, detection and loaders
+are the host's.
 """
 
 import functools
@@ -86,14 +85,14 @@ def shrink_text_encoders() -> None:
 
     text = comfy.sd1_clip.SDClipModel.__init__
 
-    def small_text(self, *args, textmodel_json_config=None, model_options={}, **kwargs):
+    def small_text(self, *args, textmodel_json_config=None, model_options=None, **kwargs):
         if textmodel_json_config is None:
             textmodel_json_config = str(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json"))
-            model_options = {"model_name": "clip_l", **model_options}
+            model_options = {"model_name": "clip_l", **(model_options or {})}
         small = {"t5_config_xxl.json": T5, "sd1_clip_config.json": CLIP_L}.get(Path(str(textmodel_json_config)).name)
         if small:
             textmodel_json_config = json.loads(Path(textmodel_json_config).read_text()) | small
-        text(self, *args, textmodel_json_config=textmodel_json_config, model_options=model_options, **kwargs)
+        text(self, *args, textmodel_json_config=textmodel_json_config, model_options=model_options or {}, **kwargs)
 
     comfy.sd1_clip.SDClipModel.__init__ = small_text
 
@@ -108,6 +107,11 @@ def shrink_vae() -> None:
     comfy.ldm.wan.vae.WanVAE.__init__ = small_vae
 
 
-read_sizes_from_file()
-shrink_text_encoders()
-shrink_vae()
+def shrink_host() -> None:
+    read_sizes_from_file()
+    shrink_text_encoders()
+    shrink_vae()
+
+
+if not __name__.startswith("subject_dla."):  # the host's import of a custom node; tests choose what they need
+    shrink_host()

@@ -1,0 +1,49 @@
+"""Workflows in API format, made small, and their way through a server's queue."""
+
+import json
+from pathlib import Path
+
+from ...tools.comfy_client import workflow
+
+SMALL_RUN = """
+data.reference_size = 64
+data.mllm_image_size = 56
+data.encode_ahead = 2
+data.pairs_per_target = 1
+run.samples = 1
+run.sample_steps = 2
+run.validation_examples = 2
+"""
+
+
+def two_references(object_info: dict) -> dict:
+    """A workflow with two references on the demo's family, small."""
+    saved = Path(__file__).parents[1] / "server" / "two_references.json"
+    prompt = workflow.to_api(json.loads(saved.read_text(encoding="utf-8")), object_info)
+    shrink(prompt)
+    return prompt
+
+
+def shrink(prompt: dict) -> None:
+    """Sizes and step counts for a processor: same nodes, same links."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name in ("width", "height"):
+            if isinstance(inputs.get(name), int):
+                inputs[name] = 128
+        if isinstance(inputs.get("steps"), int):
+            inputs["steps"] = 4
+        if node["class_type"] == "SubjectAddIdentity":
+            inputs["size"] = 128
+        if node["class_type"] == "SubjectTrainDLA":
+            inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}
+
+
+def of_type(prompt: dict, kind: str) -> dict:
+    """Inputs of the first node of a class type."""
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def run(server, prompt: dict) -> dict:
+    client = server.client
+    return client.wait(client.queue(prompt), prompt)

@@ -1,4 +1,4 @@
-"""Files that are the old ones or the new ones, never a part."""
+"""Atomic writes: a file is the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path):
-    """Yields a temporary path in the same folder, which takes the place of `path` at the end, on the disk for good."""
+    """Yields a temporary path in the same folder, which replaces `path` at the end, flushed to the disk."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     try:
@@ -34,10 +34,12 @@ def sync(path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file."""
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 def save_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

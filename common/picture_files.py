@@ -1,4 +1,4 @@
-"""Picture files as a run reads them."""
+"""Picture files to tensors. Damaged ones are an ImageError, whatever Pillow raises for them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that 
 
 
 def load_picture(path: Path) -> Tensor:
-    """(H, W, 3) float32 in 0..1: turned as its EXIF says, transparency over white, 16 bits a channel brought to 8.
-    Raises ImageError."""
-    with _reading(path), whole_pictures(), open_file(path) as file:
+    """(H, W, 3) float32 in 0..1: turned as EXIF says, transparency over white, 16 bits a channel reduced to 8."""
+    with _reading(path), whole_pictures(), _open(path) as file:
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
             values = numpy.asarray(picture).astype(numpy.float64) / 257
@@ -31,9 +30,8 @@ def load_picture(path: Path) -> Tensor:
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """(width, height) in px of a picture as shown, once all of it has been decoded. To be called in
-    `whole_pictures`. Raises ImageError."""
-    with _reading(path), open_file(path) as file:
+    """(width, height) in px of a picture as shown, after decoding all of it; to be called in `whole_pictures`."""
+    with _reading(path), _open(path) as file:
         size = file.size
         file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
         file.load()
@@ -46,7 +44,7 @@ def shown_size(path: Path) -> tuple[int, int]:
     return size
 
 
-def open_file(path: Path) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     if path.exists() and not path.is_file():
         raise OSError("it is no file")  # a pipe would wait for ever
     return Image.open(path)
@@ -67,7 +65,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_pictures() -> Iterator[None]:
-    """Pillow refuses cut-off pictures inside, also where another pack has told it to fill them up with grey."""
+    """Pillow refuses truncated pictures inside, also where another pack has made it fill them up with grey."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield

@@ -5,9 +5,10 @@ import random
 
 import pytest
 from PIL import Image
+from subject_dla.common.list_files import DataError, Example
 from subject_dla.tools.benchmark.ledger import Ledger, read_mark, with_texts
 from subject_dla.tools.benchmark.score_table import ScoreError, as_json, read_systems, score_table
-from subject_dla.tools.benchmark.sets import Case, Item, SetError, cases, read_prompts, read_set
+from subject_dla.tools.benchmark.sets import Case, cases, read_prompts, read_set
 from subject_dla.tools.benchmark.template import Template
 
 OBJECTS = ["'a {0} {1} in the jungle'", "'a {0} {1} on top of a mirror'", "'a red {0} {1}'"]
@@ -78,18 +79,18 @@ def test_damaged_dreambench(tmp_path):
 
 
 def test_dreambench_without_anything_to_draw(tmp_path):
-    with pytest.raises(SetError, match="no object prompts"):
+    with pytest.raises(DataError, match="no object prompts"):
         read_set(dreambench(tmp_path / "a", objects=[]))
-    with pytest.raises(SetError, match="no classes"):
+    with pytest.raises(DataError, match="no classes"):
         read_set(dreambench(tmp_path / "b", classes=()))
     root = dreambench(tmp_path / "c")
     (root / "dataset" / "prompts_and_classes.txt").write_bytes(b"\xff\xfe\x00broken")
-    with pytest.raises(SetError, match="UTF-8"):
+    with pytest.raises(DataError, match="UTF-8"):
         read_set(root)
-    with pytest.raises(SetError, match="no such"):
+    with pytest.raises(DataError, match="no such"):
         read_set(tmp_path / "nowhere")
     (tmp_path / "d").mkdir()
-    with pytest.raises(SetError, match="--prompts"):
+    with pytest.raises(DataError, match="--prompts"):
         read_set(tmp_path / "d")
 
 
@@ -118,7 +119,7 @@ def test_lists(tmp_path):
     place.write_text(json.dumps([xverse("assets/animal/13_polar bear.jpg", "a polar bear on an iceberg\n")]))
     [item] = read_set(place, images=tmp_path).items
     assert item.prompt == "a polar bear on an iceberg" and item.references[0].name == "13_polar bear.jpg"
-    with pytest.raises(SetError, match="--images"):
+    with pytest.raises(DataError, match="--images"):
         read_set(place)
 
 
@@ -157,10 +158,39 @@ def test_damaged_lists(tmp_path):
         ("[]", "nothing to draw"),
     ):
         path.write_text(text)
-        with pytest.raises(SetError, match=words):
+        with pytest.raises(DataError, match=words):
             read_set(path)
-    with pytest.raises(SetError, match="ending in"):
+    with pytest.raises(DataError, match="ending in"):
         read_set(tmp_path / "outside.jpg")
+
+
+def test_the_same_list_in_every_encoding(tmp_path):
+    """Also UTF-16 with its byte order mark, as Windows writes it; prompt lists and class names too."""
+    paint(tmp_path / "cat" / "0.jpg")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-be"):
+        mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+        prompts = ["eine müde Katze", "eine nasse Katze"]
+        entries = [json.dumps({"prompt": prompt, "image_path": "cat/0.jpg"}, ensure_ascii=False) for prompt in prompts]
+        for suffix, text in ((".json", f"[{','.join(entries)}]"), (".jsonl", "\r\n".join(entries))):
+            path = (tmp_path / "list").with_suffix(suffix)
+            path.write_bytes(mark + text.encode(encoding))
+            found = read_set(path)
+            assert [item.prompt for item in found.items] == prompts and not found.problems, (encoding, suffix)
+        (tmp_path / "prompts.txt").write_bytes(mark + "\n".join(prompts).encode(encoding))
+        assert read_prompts(tmp_path / "prompts.txt") == prompts, encoding
+
+
+def test_every_spelling_of_a_path_inside_the_folder(tmp_path):
+    """Through a parent folder and back, and from the root of the disk: the same picture under one name."""
+    paint(tmp_path / "a" / "x.jpg")
+    names = ["a/../a/x.jpg", f"../{tmp_path.name}/a/x.jpg", "a\\..\\a\\x.jpg", str(tmp_path / "a" / "x.jpg")]
+    entries = [{"prompt": f"number {number}", "image_paths": [name]} for number, name in enumerate(names)]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = read_set(tmp_path / "list.json")
+    assert not found.problems and len(found.items) == len(names)
+    assert {item.references for item in found.items} == {(tmp_path / "a" / "x.jpg",)}
+    assert found.items[0].subject == "a/../a/x", "seeds follow the subject: as 0.1.0 called it"
+    assert found.items[3].subject == "a/x"
 
 
 def test_ones_own_folder(tmp_path):
@@ -178,13 +208,13 @@ def test_ones_own_folder(tmp_path):
     assert prompts_of(found, "cup-1")[0] == "mug at night" and len(prompts_of(found, "mine")) == 2
     assert found.items[-1].references[0].name == "a.webp"
     prompts.write_text("# nothing\n\n")
-    with pytest.raises(SetError, match="no prompt"):
+    with pytest.raises(DataError, match="no prompt"):
         read_prompts(prompts)
     json_list = tmp_path / "prompts.json"
     json_list.write_text('["one", "two"]')
     assert read_prompts(json_list) == ["one", "two"]
     json_list.write_text('["one", 2]')
-    with pytest.raises(SetError, match="list of texts"):
+    with pytest.raises(DataError, match="list of texts"):
         read_prompts(json_list)
 
 
@@ -210,7 +240,7 @@ def test_seeds_belong_to_the_prompt_and_nothing_else(tmp_path):
 
 def test_names_are_file_names(tmp_path):
     paint(tmp_path / "a.png")
-    item = Item("../../" + "ü" * 300, "con: <x> | " + "y" * 300, (tmp_path / "a.png",), "")
+    item = Example("../../" + "ü" * 300, "con: <x> | " + "y" * 300, (tmp_path / "a.png",))
     [case] = cases([item])
     assert len(case.name) < 120 and set(case.name) <= set(
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
@@ -255,7 +285,7 @@ def graph(**changes):
 
 
 def case_of(*names, prompt="a toy"):
-    return Case("name", Item("toy", prompt, names, ""), 0, 77)
+    return Case("name", Example("toy", prompt, names), 0, 77)
 
 
 def test_a_case_takes_its_places_in_the_workflow():
@@ -316,7 +346,7 @@ def png(path, name, colour="red"):
 
 
 def test_the_ledger_says_what_there_is(tmp_path):
-    wanted = [Case(f"c{number}", Item("s", "p", (), ""), 0, 1) for number in range(6)]
+    wanted = [Case(f"c{number}", Example("s", "p", ()), 0, 1) for number in range(6)]
     ledger = Ledger(tmp_path)
     for number in range(4):
         ledger.add({"name": f"c{number}", "status": "done", "picture": f"c{number}.png"})

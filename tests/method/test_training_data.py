@@ -9,8 +9,11 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image, ImageFile
+from subject_dla.common.images import ImageError
+from subject_dla.common.list_files import DataError
+from subject_dla.common.picture_files import load_picture
 from subject_dla.training.data.buckets import RATIOS, Order, bucket
-from subject_dla.training.data.dataset import DataError, ImageError, load_picture, read_data
+from subject_dla.training.data.dataset import read_data
 
 SIZE = (64, 48)
 
@@ -321,6 +324,30 @@ def test_lists_that_are_none(tmp_path, text, word):
     (tmp_path / "list.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=word):
         read_data(tmp_path / "list.json")
+
+
+def test_the_same_list_in_every_encoding(lists):
+    """Also UTF-16 with its byte order mark, as Windows writes it."""
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-be"):
+        mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+        lines = [json.dumps(entry(prompt=f"ein Fuchs, müde {number}"), ensure_ascii=False) for number in range(2)]
+        for suffix, text in ((".json", f"[{','.join(lines)}]"), (".jsonl", "\r\n".join(lines))):
+            path = (lists / "list").with_suffix(suffix)
+            path.write_bytes(mark + text.encode(encoding))
+            data = read_data(path, validation=0)
+            assert [e.prompt for e in data.training] == ["ein Fuchs, müde 0", "ein Fuchs, müde 1"], (encoding, suffix)
+            assert not data.problems
+
+
+def test_every_spelling_of_a_path_inside_the_folder(lists):
+    """Through a parent folder and back, and from the root of the disk: the same picture under one name."""
+    names = ["a/../a/0.jpg", f"../{lists.name}/a/0.jpg", "b\\..\\a\\0.jpg", str(lists / "a" / "0.jpg")]
+    entries = [entry(name, "b/../a/1.jpg", prompt=name) for name in names]
+    (lists / "list.json").write_text(json.dumps(entries), encoding="utf-8")
+    data = read_data(lists / "list.json", validation=0)
+    assert not data.problems and [e.prompt for e in data.training] == names
+    assert {(e.target, e.references) for e in data.training} == {(lists / "a" / "1.jpg", (lists / "a" / "0.jpg",))}
+    assert data.training[3].subject == "a/0"
 
 
 # the split ----------------------------------------------------------------------------------------------------------

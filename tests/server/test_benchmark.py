@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from subject_dla.common.list_files import Example
 from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.prompts import of_type, two_references
 from subject_dla.tests.small.training import paint_subjects
-from subject_dla.tools.benchmark.sets import Case, Item
+from subject_dla.tools.benchmark.sets import Case
 from subject_dla.tools.benchmark.template import Template
 from subject_dla.tools.comfy_client import workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server, end_group
@@ -279,7 +280,7 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
 def test_every_system_takes_a_reference_and_a_prompt(own_server):
     """The place of the prompt is the positive one, wherever a workflow keeps it. DreamO's nodes are stand-ins."""
     info = own_server.client.object_info()
-    item = Item("subject", "the words of the benchmark", (Path("a.png"),), "")
+    item = Example("subject", "the words of the benchmark", (Path("a.png"),))
     for path in [*(ROOT / "workflows").glob("system_*.json"), *(ROOT / "workflows" / f"{name}.json" for name in OURS)]:
         prompt = workflow.to_api(json.loads(path.read_text(encoding="utf-8")), info)
         filled = Template(prompt, info).fill(Case("name", item, 0, 77), ["a.png"], "out")

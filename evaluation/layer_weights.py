@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..common.drawing.palette import COLOURS, FAINT, GREY, INK, PAPER, WIDTH, typeface
+from ..common.drawing.palette import BLUE, FAINT, GREY, INK, ORANGE, PAPER, WIDTH, typeface
 from ..common.drawing.sheet import to_picture, to_tensor
 from ..dla.ablation import groups
 from ..dla.context import kept_tokens
@@ -106,7 +106,7 @@ def _panel(image, pen, top: int, height: int, found: LayerWeights, kind: Modalit
     zero = top + BARS * (high / span)
     for column, value in enumerate(mean.tolist()):
         y = zero - BARS * value / span
-        fill = COLOURS["mllm"] if value >= 0 else COLOURS["vae"]
+        fill = BLUE if value >= 0 else ORANGE
         pen.rectangle((edges[column] + 1, min(y, zero), edges[column + 1] - 2, max(y, zero)), fill)
     pen.line((LEFT, zero, WIDTH - RIGHT, zero), FAINT)
     pen.text((LEFT - 7, top), f"{high:.3g}", GREY, small, anchor="rm")

@@ -88,15 +88,16 @@ class SubjectCopyPasteReport(io.ComfyNode):
     def execute(
         cls, orientation_model, references, images, min_confidence, filename_prefix, reference_masks=None, masks=None
     ) -> io.NodeOutput:
+        from ..common.drawing.sheet import to_tensor
         from ..evaluation.copy_paste.measure import measure
-        from ..evaluation.copy_paste.plot import plot_tensor, report_plot
+        from ..evaluation.copy_paste.plot import report_plot
         from ..evaluation.copy_paste.report import captions, report_csv, report_json, report_text
 
         model = orientation_model[0]  # the host hands every input over as a list
         outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])
         text, json = report_text(outputs, floor, model.name), report_json(outputs, floor, model.name)
         save_reports(filename_prefix[0], csv=report_csv(outputs, floor), json=json)
-        plot = plot_tensor(report_plot(outputs, floor, model.name))
+        plot = to_tensor(report_plot(outputs, floor, model.name))
         shown = ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(text, plot, json, captions(outputs), ui={**shown, "text": (text,)})
 

@@ -2,18 +2,18 @@
 
 from itertools import groupby
 
-import numpy
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from ..common.drawing.palette import COLOURS, FAINT, INK, PAPER, WIDTH
+from ..common.drawing.canvas import Canvas
+from ..common.drawing.palette import BLUE, FAINT, GREY, INK, ORANGE, WIDTH
+from ..common.drawing.sheet import to_tensor
 from .clock import REFERENCE_TOKENS
 from .stages import PlannedStep, Stages, plan
 from .tokens import grid
 
-HEIGHT = 320
-LEFT, RIGHT, TOP, ROW, GAP = 84, 20, 44, 84, 34
+HEIGHT = 304
+LEFT, RIGHT, TOP, ROW, GAP = 92, 20, 44, 84, 34
 
 
 def preview(stages: Stages, model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:
@@ -23,8 +23,7 @@ def preview(stages: Stages, model, sigmas: Tensor, latent: dict | None = None) -
     tokens = frames * rows * columns
     steps = plan(stages, sigmas, tokens)
     text = describe(stages, steps, tokens)
-    pixels = numpy.asarray(draw(stages, steps, tokens), dtype=numpy.float32) / 255
-    return torch.from_numpy(pixels)[None], text
+    return to_tensor(draw(stages, steps, tokens)), text
 
 
 def describe(stages: Stages, steps: list[PlannedStep], tokens: int) -> str:
@@ -52,36 +51,32 @@ def describe(stages: Stages, steps: list[PlannedStep], tokens: int) -> str:
 
 def draw(stages: Stages, steps: list[PlannedStep], tokens: int) -> Image.Image:
     """Two rows of bars over the steps, bar height = strength (1 = full row), thresholds as vertical lines."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default()
+    canvas = Canvas(WIDTH, HEIGHT)
     count = max(len(steps), 1)
     step = (WIDTH - LEFT - RIGHT) / count
-    pen.text((LEFT, 14), f"{len(steps)} steps - clock: {stages.clock.name}", INK, font)
-    for row, (name, label) in enumerate((("context", "MLLM tokens"), ("reference", "VAE tokens"))):
-        top = TOP + row * (ROW + GAP)
-        pen.text((8, top + ROW // 2 - 6), label, INK, font)
-        pen.rectangle((LEFT, top, WIDTH - RIGHT, top + ROW), outline=FAINT)
+    bottom, gap = TOP + 2 * ROW + GAP, 0.5 if step > 4 else 0
+    canvas.text(LEFT, 20, f"{len(steps)} steps - clock: {stages.clock.name}")
+    for row, (name, label, colour) in enumerate(
+        (("context", "MLLM tokens", BLUE), ("reference", "VAE tokens", ORANGE))
+    ):
+        floor = TOP + row * (ROW + GAP) + ROW
+        canvas.text(8, floor - ROW / 2, label)
+        canvas.rectangle((LEFT, floor - ROW, WIDTH - RIGHT, floor), outline=FAINT)
         for s in steps:
             height = ROW * min(getattr(s, name), 1.0)
             if height > 0:
                 left = LEFT + s.step * step
-                pen.rectangle(
-                    (left + 0.5, top + ROW - height, left + step - (1.5 if step > 4 else 0), top + ROW),
-                    COLOURS["mllm" if name == "context" else "vae"],
-                )
-    bottom = TOP + 2 * ROW + GAP
-    every = max(1, round(count / 12))
-    for s in steps:
-        if s.step % every == 0:
-            left = LEFT + s.step * step
-            pen.text((left + 1, bottom + 6), str(s.step + 1), INK, font)
-            pen.text((left + 1, bottom + 20), f"{s.sigma:.2f}", (120, 120, 128), font)
-    pen.text((8, bottom + 6), "step", INK, font)
-    pen.text((8, bottom + 20), "flow time", (120, 120, 128), font)
+                canvas.rectangle((left + gap, floor - height, left + step - gap, floor), colour)
+    canvas.text(8, bottom + 13, "step")
+    canvas.text(8, bottom + 28, "flow time", GREY)
+    for s in steps[:: max(1, round(count / 12))]:
+        middle = LEFT + (s.step + 0.5) * step
+        canvas.text(middle, bottom + 13, str(s.step + 1), anchor="mm")
+        canvas.text(middle, bottom + 28, f"{s.sigma:.2f}", GREY, anchor="mm")
     for start in stages.starts(tokens)[1:]:
         first = next((s for s in steps if stages.clock.reached(s.position, start)), None)
         if first is not None:
             x = LEFT + first.step * step
-            pen.line((x, TOP - 6, x, bottom), INK, 1)
-            pen.text((x + 3, TOP - 16), f"{start:.3g}", INK, font)
-    return image
+            canvas.line([(x, TOP - 8), (x, bottom)], INK)
+            canvas.text(x + 4, TOP - 8, f"{start:.3g}")
+    return canvas.picture()

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, floor, isfinite, log10
 
-from PIL import Image, ImageDraw
-
-from .palette import FAINT, GREY, GRID, INK, PAPER, typeface
-
-FINE = 2  # lines are drawn at so many times the size and reduced, since pillow's have jagged edges
+from .canvas import Canvas, Point
+from .palette import FAINT, GREY, GRID, PAPER, Colour
 
 
 class Axes:
-    """Axes and what is drawn on them, in a picture FINE times as large. box: left, top, right, bottom in final px."""
+    """Axes in a box of a canvas, logarithmic where the values span more than a factor of ten.
 
-    def __init__(self, image: Image.Image, box: tuple[int, int, int, int], xs: Sequence[float], ys: Sequence[float]):
-        self.image, self.pen, self.box = image, ImageDraw.Draw(image), box
+    Args:
+        canvas: What to draw on.
+        box: Left, top, right, bottom in px.
+        xs: What the x axis must hold.
+        ys: What the y axis must hold; other values are drawn at its edge.
+    """
+
+    def __init__(self, canvas: Canvas, box: tuple[int, int, int, int], xs: Sequence[float], ys: Sequence[float]):
+        self.canvas, self.box = canvas, box
         self.left, self.right = (min(xs), max(xs)) if len(xs) else (0, 1)
         if self.left == self.right:
             self.left, self.right = self.left - 1, self.right + 1
@@ -29,31 +33,29 @@ class Axes:
     def _scale(self, y: float) -> float:
         return log10(y) if self.log else y
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies in the large picture; what is off the scale lies at its edge."""
+    def at(self, x: float, y: float) -> Point:
+        """Where a point is on the canvas; what is off the scale is at its edge."""
         left, top, right, bottom = self.box
         low = self.low if self.log and y <= 0 else self._scale(y)
         share = (min(max(low, self.low), self.high) - self.low) / (self.high - self.low)
-        x = left + (x - self.left) / (self.right - self.left) * (right - left)
-        return x * FINE, (bottom - share * (bottom - top)) * FINE
+        return left + (x - self.left) / (self.right - self.left) * (right - left), bottom - share * (bottom - top)
 
     def frame(self, label: str, title: str = "") -> None:
         """Grid, numbers at the axes, label of the x axis, title above."""
         left, top, right, bottom = self.box
-        pen, font = self.pen, typeface(12 * FINE)
         for value in self._rows():
             y = self.at(self.left, value)[1]
-            pen.line((left * FINE, y, right * FINE, y), GRID, FINE)
-            pen.text(((left - 7) * FINE, y), f"{value:.4g}", GREY, font, anchor="rm")
+            self.canvas.line([(left, y), (right, y)], GRID)
+            self.canvas.text(left - 7, y, f"{value:.4g}", GREY, anchor="rm")
         for value in round_ticks(self.left, self.right, max(2, (right - left) // 90)):
             if value == int(value):  # steps are whole
                 x = self.at(value, 1)[0]
-                pen.line((x, top * FINE, x, bottom * FINE), GRID, FINE)
-                pen.text((x, (bottom + 13) * FINE), f"{value:,.0f}", GREY, font, anchor="mm")
-        pen.text(((left + right) / 2 * FINE, (bottom + 31) * FINE), label, GREY, font, anchor="mm")
-        pen.rectangle([edge * FINE for edge in self.box], outline=FAINT, width=FINE)
+                self.canvas.line([(x, top), (x, bottom)], GRID)
+                self.canvas.text(x, bottom + 13, f"{value:,.0f}", GREY, anchor="mm")
+        self.canvas.text((left + right) / 2, bottom + 31, label, GREY, anchor="mm")
+        self.canvas.rectangle(self.box, outline=FAINT)
         if title:
-            pen.text((left * FINE, (top - 10) * FINE), title, INK, font, anchor="lm")
+            self.canvas.text(left, top - 10, title)
 
     def _rows(self) -> list[float]:
         if not self.log:
@@ -65,48 +67,33 @@ class Axes:
                 return ticks
         return ticks[:: ceil(len(ticks) * 24 / (self.box[3] - self.box[1]))]
 
-    def line(self, xs: Sequence[float], ys: Sequence[float], colour, width: float) -> None:
+    def line(self, xs: Sequence[float], ys: Sequence[float], colour: Colour, width: float) -> None:
         """A line through the points, broken where a value is no number."""
-        part = []
+        part: list[Point] = []
         for x, y in [*zip(xs, ys), (0, float("nan"))]:
             if isfinite(y):
                 part.append(self.at(x, y))
             else:
                 if len(part) > 1:
-                    self.pen.line(part, colour, round(width * FINE), joint="curve" if width > 1 else None)
+                    self.canvas.line(part, colour, width)
                 elif part:
-                    (x, y), r = part[0], width * FINE
-                    self.pen.ellipse((x - r, y - r, x + r, y + r), colour)
+                    self.canvas.circle(*part[0], width, fill=colour)
                 part = []
 
-    def points(self, xs: Sequence[float], ys: Sequence[float], colour, radius: float = 3) -> None:
+    def points(self, xs: Sequence[float], ys: Sequence[float], colour: Colour, radius: float = 3) -> None:
+        """A disc at each point that is a number."""
         for x, y in zip(xs, ys):
             if isfinite(y):
-                (x, y), r = self.at(x, y), radius * FINE
-                self.pen.ellipse((x - r, y - r, x + r, y + r), colour, PAPER, 1)
+                self.canvas.circle(*self.at(x, y), radius, fill=colour, outline=PAPER)
 
-    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour) -> None:
+    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: Colour) -> None:
         """The area between two lines, see-through; a single point gets a bar."""
         kept = [(x, a, b) for x, a, b in zip(xs, lows, highs) if isfinite(a) and isfinite(b)]
-        shade = Image.new("L", self.image.size)
-        pen = ImageDraw.Draw(shade)
-        if len(kept) > 1:
-            pen.polygon([self.at(x, a) for x, a, _ in kept] + [self.at(x, b) for x, _, b in kept[::-1]], 46)
-        elif kept:
-            (x, bottom), (_, top) = (self.at(kept[0][0], value) for value in kept[0][1:])
-            pen.rectangle((x - 3 * FINE, top, x + 3 * FINE, bottom), 46)
-        self.image.paste(Image.new("RGB", self.image.size, colour), mask=shade)
-
-    def legend(self, keys: Sequence[tuple[str, tuple]], left: float, middle: float, title: str = "") -> None:
-        """Title, then coloured keys, in one line from the left."""
-        font, x, y = typeface(13 * FINE), left * FINE, middle * FINE
-        if title:
-            self.pen.text((x, y), title, INK, font, anchor="lm")
-            x += font.getlength(title) + 24 * FINE
-        for name, colour in keys:
-            self.pen.line((x, y, x + 18 * FINE, y), colour, 4 * FINE)
-            self.pen.text((x + 24 * FINE, y), name, INK, font, anchor="lm")
-            x += font.getlength(name) + 44 * FINE
+        below, above = ([self.at(row[0], row[i]) for row in kept] for i in (1, 2))
+        if len(kept) == 1:
+            below, above = ([(x - 3, y), (x + 3, y)] for ((x, y),) in (below, above))
+        if kept:
+            self.canvas.shade([*below, *above[::-1]], colour)
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:

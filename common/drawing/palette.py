@@ -2,10 +2,12 @@
 
 from PIL import ImageFont
 
+Colour = tuple[int, int, int]
+
 WIDTH = 768  # px of a plot or a sheet
-INK, GREY, FAINT, PAPER = (40, 40, 46), (110, 110, 118), (205, 205, 212), (252, 252, 253)
-GRID = (232, 232, 237)
-COLOURS = {"mllm": (86, 130, 214), "vae": (222, 140, 62)}  # the token groups; also any pair of series
+INK, GREY, FAINT, GRID, PAPER = (40, 40, 46), (110, 110, 118), (205, 205, 212), (232, 232, 237), (252, 252, 253)
+BLUE, ORANGE, GREEN = (86, 130, 214), (222, 140, 62), (70, 150, 96)  # series; BLUE is MLLM tokens, ORANGE VAE tokens
+PURPLE, RED = (150, 90, 180), (190, 70, 90)
 
 
 def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -13,6 +15,7 @@ def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def faint(colour: tuple[int, ...], share: float = 0.35) -> tuple[int, ...]:
+def faint(colour: Colour, share: float = 0.35) -> Colour:
     """`colour` mixed with the paper; `share` of it stays."""
-    return tuple(round(share * c + (1 - share) * p) for c, p in zip(colour, PAPER, strict=True))
+    r, g, b = (round(share * c + (1 - share) * p) for c, p in zip(colour, PAPER))
+    return r, g, b

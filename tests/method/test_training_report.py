@@ -4,7 +4,8 @@ import numpy
 import pytest
 from PIL import Image
 from subject_dla.common.drawing.axes import Axes, round_ticks
-from subject_dla.common.drawing.palette import COLOURS
+from subject_dla.common.drawing.canvas import Canvas
+from subject_dla.common.drawing.palette import BLUE, ORANGE
 from subject_dla.common.drawing.sheet import contact_sheet
 from subject_dla.training.reporting.losses import Loss, read_table, table, with_all, write_table
 from subject_dla.training.reporting.plots import loss_curve, validation_plot
@@ -65,7 +66,7 @@ def test_a_file_that_is_no_such_table_is_named_and_left_alone(tmp_path, text):
 def test_loss_curve_shows_each_value_at_its_height():
     losses = [0.8 if step < 500 else 0.4 for step in range(1000)]
     image = loss_curve(range(1000), losses, [(0, 0.6), (999, 0.6)])
-    mean, held_out = where(image, COLOURS["mllm"]), where(image, COLOURS["vae"])
+    mean, held_out = where(image, BLUE), where(image, ORANGE)
     mean, held_out = mean[mean[:, 0] > 50], held_out[held_out[:, 0] > 50]  # without the legend
     early, late = (numpy.median(mean[side, 0]) for side in (mean[:, 1] < 300, mean[:, 1] > 600))
     assert early < late - 100  # higher losses lie higher
@@ -74,7 +75,7 @@ def test_loss_curve_shows_each_value_at_its_height():
 
 
 def test_axis_is_logarithmic_beyond_a_factor_of_ten_only():
-    blank = Image.new("RGB", (400, 400))
+    blank = Canvas(200, 200)
     for values, logarithmic in (((0.1, 1.1), True), ((0.1, 0.9), False), ((-1, 100), False), ((0, 100), False)):
         assert Axes(blank, (10, 10, 190, 190), [0, 1], values).log is logarithmic
     panel = Axes(blank, (10, 10, 190, 190), [0, 1], (0.01, 100))
@@ -111,10 +112,10 @@ def test_validation_plot_has_a_panel_per_stage_and_a_line_per_condition():
     image = validation_plot(history)
     for left, top in ((0, 40), (384, 40), (0, 270)):  # two stages, and all flow times
         part = image.crop((left, top, left + 384, top + 230))
-        mllm, vae = (where(part, COLOURS[name]) for name in ("mllm", "vae"))
+        mllm, vae = (where(part, colour) for colour in (BLUE, ORANGE))
         assert len(mllm) > 200 and len(vae) > 200
         assert mllm[:, 0].min() > vae[:, 0].max()  # the lower loss lies lower
-    assert len(where(image.crop((384, 270, 768, 500)), COLOURS["mllm"])) == 0
+    assert len(where(image.crop((384, 270, 768, 500)), BLUE)) == 0
     validation_plot({})
 
 

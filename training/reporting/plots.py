@@ -8,13 +8,14 @@ from math import ceil, isfinite
 import numpy
 from PIL import Image
 
-from ...common.drawing.axes import FINE, Axes
-from ...common.drawing.palette import COLOURS, FAINT, PAPER, WIDTH, faint
+from ...common.drawing.axes import Axes
+from ...common.drawing.canvas import Canvas
+from ...common.drawing.palette import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE, RED, WIDTH, faint
 from .losses import ALL, CONDITIONS, Loss, conditions, stages, with_all
 
-TRAINING, HELD_OUT = COLOURS["mllm"], COLOURS["vae"]
-LINES = {**COLOURS, "both": (70, 150, 96)}
-OTHERS = ((150, 90, 180), (190, 70, 90), (90, 90, 96))
+TRAINING, HELD_OUT = BLUE, ORANGE
+LINES = {"mllm": BLUE, "vae": ORANGE, "both": GREEN}
+OTHERS = (PURPLE, RED, GREY)
 
 
 def loss_curve(
@@ -32,8 +33,8 @@ def loss_curve(
     finite = numpy.array([loss for loss in losses if isfinite(loss)])
     if len(finite):  # single steps may lie far off: they may leave the picture
         shown += list(numpy.quantile(finite, (0.01, 0.99)))
-    image = Image.new("RGB", (WIDTH * FINE, 384 * FINE), PAPER)
-    panel = Axes(image, (64, 40, WIDTH - 20, 384 - 46), [*steps, *(step for step, _ in held_out)], shown)
+    canvas = Canvas(WIDTH, 384)
+    panel = Axes(canvas, (64, 40, WIDTH - 20, 384 - 46), [*steps, *(step for step, _ in held_out)], shown)
     panel.frame("step")
     keys = [("training loss", faint(TRAINING)), (f"running mean over {span} steps", TRAINING)]
     if span > 1:
@@ -45,25 +46,27 @@ def loss_curve(
         panel.line(*zip(*held_out), HELD_OUT, 2)
         panel.points(*zip(*held_out), HELD_OUT)
         keys.append(("held-out loss", HELD_OUT))
-    panel.legend(keys if len(losses) or held_out else [("no losses yet", FAINT)], 64, 16, title)
-    return image.reduce(FINE)
+    canvas.legend(keys if len(losses) or held_out else [("no losses yet", FAINT)], 64, 16, title)
+    return canvas.picture()
 
 
 def validation_plot(history: Mapping[int, Sequence[Loss]], title: str = "held-out loss") -> Image.Image:
-    """Held-out losses by training step: a panel per stage and one for all flow times, in each a line per condition with
-    its 95 % interval shaded."""
+    """Held-out losses by training step: a panel per range of flow times, in each a line per condition.
+
+    The 95 % intervals are shaded. The last panel is all flow times together.
+    """
     history = {step: with_all(history[step]) for step in sorted(history)}
     rows = [row for step in history for row in history[step]]
     names, columns = conditions(rows), 2
     panels = stages(rows) or [ALL]
     colours = {name: LINES.get(name) or OTHERS[i % len(OTHERS)] for i, name in enumerate(names)}
     high, lines = 230, ceil(len(panels) / columns)
-    image = Image.new("RGB", (WIDTH * FINE, (40 + lines * high) * FINE), PAPER)
+    canvas = Canvas(WIDTH, 40 + lines * high)
     for number, stage in enumerate(panels):
         left, top = (number % columns) * (WIDTH // columns), 40 + (number // columns) * high
         found = [row for row in rows if row.stage == stage]
         shown = [value for row in found for value in (row.mean, row.low, row.high) if isfinite(value)]
-        panel = Axes(image, (left + 64, top + 20, left + WIDTH // columns - 14, top + high - 46), list(history), shown)
+        panel = Axes(canvas, (left + 64, top + 20, left + WIDTH // columns - 14, top + high - 46), list(history), shown)
         panel.frame("step", stage if stage != ALL else "all flow times")
         series = {
             name: [(s, row) for s in history for row in history[s] if (row.condition, row.stage) == (name, stage)]
@@ -74,8 +77,8 @@ def validation_plot(history: Mapping[int, Sequence[Loss]], title: str = "held-ou
         for name, points in series.items():
             panel.line([s for s, _ in points], [r.mean for _, r in points], colours[name], 2)
             panel.points([s for s, _ in points], [r.mean for _, r in points], colours[name])
-    panel.legend([(CONDITIONS.get(name, name), colours[name]) for name in names], 64, 16, title)
-    return image.reduce(FINE)
+    canvas.legend([(CONDITIONS.get(name, name), colours[name]) for name in names], 64, 16, title)
+    return canvas.picture()
 
 
 def _running_mean(losses: Sequence[float]) -> tuple[list[float], int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from subject_dla.nodes import SubjectExtension
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0"
+PUBLISHED = json.loads((FIXTURES / "object_info.json").read_text(encoding="utf-8"))
 FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
     "SubjectLoadMLLM": ("mllm weight_dtype", "MLLM"),
     "SubjectMLLMFromCLIP": ("clip", "MLLM"),
@@ -66,6 +69,25 @@ def test_the_ids_inputs_and_outputs_of_saved_workflows_are_still_there():
         found[schema.node_id] = (" ".join(i.id for i in schema.inputs), " ".join(o.io_type for o in schema.outputs))
         assert schema.node_id == name
     assert found == FROZEN
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_0_1_0_published_is_still_accepted(name):
+    """Kinds, types, defaults, ranges and choices of inputs, and positions of outputs; more of either may have come."""
+    then, now = PUBLISHED[name], NODES[name].GET_NODE_INFO_V1()
+    for key in ("output", "output_name", "output_is_list"):
+        assert now[key][: len(then[key])] == then[key], key
+    assert now["output_node"] == then["output_node"]
+    kinds = ("required", "optional")
+    found = {key: (kind, *spec) for kind in kinds for key, spec in now["input"].get(kind, {}).items()}
+    for key, expected in then["inputs"].items():
+        kind, type_, *options = found.pop(key)
+        options = options[0] if options else {}
+        assert kind == expected["kind"] or kind == "optional", key
+        assert type_ == expected["type"] and options.get("default") == expected.get("default"), key
+        assert set(options.get("options", ())) >= set(expected.get("options", ())), key
+        assert options.get("min", 0) <= expected.get("min", 0) and options.get("max", 0) >= expected.get("max", 0), key
+    assert all(kind == "optional" for kind, *_ in found.values()), "an old workflow has no value for it"
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -164,7 +186,10 @@ def test_keyframes_chain_and_a_mixed_clock_is_refused():
     keyframe = NODES["SubjectStageKeyframe"].execute
     (first,) = keyframe(1.0, 1.0, 0.0, "hold", "flow_time").result
     (both,) = keyframe(0.9, 1.0, 0.5, "linear", "flow_time", first).result
-    assert [(k.start, k.reference) for k in both.keyframes] == [(1.0, 0.0), (0.9, 0.5)] and both.clock.name == "flow_time"
+    assert [(k.start, k.reference) for k in both.keyframes] == [
+        (1.0, 0.0),
+        (0.9, 0.5),
+    ] and both.clock.name == "flow_time"
     with pytest.raises(ValueError, match="steps.*flow_time"):
         keyframe(0.5, 1.0, 1.0, "hold", "steps", first)
 

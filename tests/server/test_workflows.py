@@ -24,6 +24,7 @@ from subject_dla.tools.comfy_client import workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SAVED_BY_0_1_0 = sorted((ROOT / "tests" / "fixtures" / "0.1.0" / "workflows").glob("*.json"))
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
 DREAMO_LORAS = ["flux-turbo", "dreamo_comfyui", "dreamo_cfg_distill_comfyui", "dreamo_sft_lora", "dreamo_dpo_lora"]
 EXAMPLE = "example.png"  # the picture that every ComfyUI has in its input folder
@@ -130,6 +131,26 @@ def test_workflow(small_server, page, path):
             assert any("double_blocks" in key for key in lora.keys())
         assert any(name in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
         assert len(images) >= 4
+
+
+@pytest.mark.parametrize("path", SAVED_BY_0_1_0, ids=lambda path: path.stem)
+def test_workflows_of_0_1_0_are_still_valid(small_server, path):
+    """Every node, input, choice and link that was saved then is one that the server has now."""
+    info = small_server.client.object_info()
+    prompt = workflow.to_api(workflow.read(path), info)
+    assert prompt
+    for key, node in prompt.items():
+        known = info[node["class_type"]]["input"]
+        specs = {name: spec for group in ("required", "optional") for name, spec in known.get(group, {}).items()}
+        assert set(known.get("required", {})) <= set(node["inputs"]) <= set(specs), (key, node["class_type"])
+        for name, value in node["inputs"].items():
+            kind, options = specs[name][0], specs[name][1] if len(specs[name]) > 1 else {}
+            choices = kind if isinstance(kind, list) else options.get("options", ())
+            if isinstance(value, list):
+                made = info[prompt[value[0]]["class_type"]]["output"][value[1]]
+                assert isinstance(kind, list) or made == kind or "*" in (made, kind), (key, name, made)
+            elif choices and not options.get("image_upload"):
+                assert value in choices, (key, name)
 
 
 def test_threshold_sweep_with_its_figures(small_server, page):

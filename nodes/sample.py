@@ -14,7 +14,7 @@ NEGATIVE_TIP = (
 )
 
 
-def cfg_input():
+def _cfg():
     return io.Float.Input(
         "cfg",
         default=1.0,
@@ -44,7 +44,7 @@ class SubjectStagedGuider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
                 io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
                 Stages.Input("stages", tooltip=STAGES_TIP),
-                cfg_input(),
+                _cfg(),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="To SamplerCustomAdvanced.")],
@@ -86,7 +86,7 @@ class SubjectStagedSampler(io.ComfyNode):
                     tooltip="The random seed of the noise.",
                 ),
                 io.Int.Input("steps", default=25, min=1, max=10000, tooltip="Number of denoising steps."),
-                cfg_input(),
+                _cfg(),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,

@@ -8,11 +8,23 @@ from ..sampling.stages import preset as preset_stages
 from .schema import Stages as StagesType
 from .schema import schema
 
-PRESET_TIP = (
-    " ".join(f"{name}: {found.description}" for name, found in PRESETS.items())
-    + " Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
-)
-CLOCK_TIP = "What the thresholds count. " + " ".join(f"{name}: {clock.tooltip}" for name, clock in CLOCKS.items())
+STOCK_TIP = "Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
+
+
+def preset_input():
+    """Input `preset`, with what each preset does as its tooltip."""
+    tips = [*(f"{name}: {found.description}" for name, found in PRESETS.items()), STOCK_TIP]
+    return io.Combo.Input("preset", options=list(PRESETS), default="semantics_first", tooltip=" ".join(tips))
+
+
+def clock_input(more: str = ""):
+    """Input `clock`, with what each clock counts, and `more`, as its tooltip."""
+    tips = ["What the thresholds count.", *(f"{name}: {clock.tooltip}" for name, clock in CLOCKS.items()), more]
+    return io.Combo.Input("clock", options=list(CLOCKS), default="flow_time", tooltip=" ".join(tips).strip())
+
+
+def _number(name: str, default: float, tooltip: str, most: float = 1.0):
+    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.01, tooltip=tooltip)
 
 
 class SubjectStageSchedule(io.ComfyNode):
@@ -28,29 +40,19 @@ class SubjectStageSchedule(io.ComfyNode):
             ),
             search_aliases=["multi-stage denoising", "stages", "condition schedule", "timestep schedule"],
             inputs=[
-                io.Combo.Input("preset", options=list(PRESETS), default="semantics_first", tooltip=PRESET_TIP),
-                io.Combo.Input("clock", options=list(CLOCKS), default="flow_time", tooltip=CLOCK_TIP),
-                io.Float.Input(
+                preset_input(),
+                clock_input(),
+                _number(
                     "tau1",
-                    default=0.95,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
-                        " Read by paper, semantics_first and two_stage."
-                    ),
+                    0.95,
+                    "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
+                    " Read by paper, semantics_first and two_stage.",
                 ),
-                io.Float.Input(
+                _number(
                     "tau2",
-                    default=0.85,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
-                        " Read by paper alone; below tau1 on the flow-time clocks, above it on steps."
-                    ),
+                    0.85,
+                    "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
+                    " Read by paper alone; below tau1 on the flow-time clocks, above it on steps.",
                 ),
             ],
             outputs=[
@@ -77,38 +79,24 @@ class SubjectStageKeyframe(io.ComfyNode):
             ),
             search_aliases=["stage custom", "condition keyframe", "strength schedule"],
             inputs=[
-                io.Float.Input(
+                _number(
                     "start",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Where this keyframe begins, on the clock. On the flow-time clocks 1 is the beginning, on"
-                        " steps 0."
-                    ),
+                    1.0,
+                    "Where this keyframe begins, on the clock. On the flow-time clocks 1 is the beginning, on steps 0.",
                 ),
-                io.Float.Input(
+                _number(
                     "mllm_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip=(
-                        "Strength of the MLLM's context tokens from here on. 0 removes them, 1 is the model's own;"
-                        " between costs speed."
-                    ),
+                    1.0,
+                    "Strength of the MLLM's context tokens from here on. 0 removes them, 1 is the model's own; between"
+                    " costs speed.",
+                    most=2.0,
                 ),
-                io.Float.Input(
+                _number(
                     "vae_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip=(
-                        "Strength of the reference latents from here on, multiplied by each reference's own. 0 removes"
-                        " them."
-                    ),
+                    1.0,
+                    "Strength of the reference latents from here on, multiplied by each reference's own. 0 removes"
+                    " them.",
+                    most=2.0,
                 ),
                 io.Combo.Input(
                     "blend",
@@ -118,12 +106,7 @@ class SubjectStageKeyframe(io.ComfyNode):
                         "hold: these strengths until the next keyframe. linear: a straight line to the next keyframe's."
                     ),
                 ),
-                io.Combo.Input(
-                    "clock",
-                    options=list(CLOCKS),
-                    default="flow_time",
-                    tooltip=CLOCK_TIP + " All keyframes of a chain use one clock.",
-                ),
+                clock_input("All keyframes of a chain use one clock."),
                 StagesType.Input("previous", optional=True, tooltip="The schedule to add this keyframe to."),
             ],
             outputs=[

@@ -2,11 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..sampling.clock import CLOCKS
-from ..sampling.stages import PRESETS
 from ..sampling.sweep import COMBINE
 from .schema import Stages, schema
-from .stages import CLOCK_TIP, PRESET_TIP
+from .stages import clock_input, preset_input
 
 NUMBERS = "Numbers with commas between, such as 0.95, 0.85."
 
@@ -23,8 +21,8 @@ class SubjectThresholdSweep(io.ComfyNode):
             ),
             search_aliases=["tau grid", "xy plot", "stage sweep", "parameter sweep"],
             inputs=[
-                io.Combo.Input("preset", options=list(PRESETS), default="semantics_first", tooltip=PRESET_TIP),
-                io.Combo.Input("clock", options=list(CLOCKS), default="flow_time", tooltip=CLOCK_TIP),
+                preset_input(),
+                clock_input(),
                 io.String.Input(
                     "tau1",
                     default="0.97, 0.95, 0.85",

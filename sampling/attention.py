@@ -1,7 +1,7 @@
 """Token strengths inside a DiT's attention, through the host's `optimized_attention_override`.
 
 softmax(q kT / sqrt(d) + ln strength) v on every joint attention call: strength 0 takes the keys out, strength 1 adds
-nothing. Source: `shared/design.md`, "Strength between 0 and 1" (our choice; the paper only switches groups on and off).
+nothing. Source: our choice; the paper only switches groups on and off, which is strength 1 and 0.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,20 @@ def attention_with_key_bias(
 ) -> Tensor:
     """softmax(q kT * scale + bias) v through any attention kernel, without a mask.
 
-    q, k, v (b, h, n, d), k and v possibly with fewer heads; bias (b, keys) float32. A mask would leave the fast
-    kernels, so the bias rides in extra channels: [q, 1, 1, 0...] . [k, high, low, 0...] with bias = high + low, so that
-    half precision keeps it. Returns (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
+    A mask would leave the fast kernels, so extra channels carry the bias: [q, 1, 1, 0...] . [k, high, low, 0...] with
+    bias = high + low, so that half precision keeps it.
+
+    Args:
+        attention: The host's kernel, called with `skip_reshape`.
+        q: (b, h, n, d).
+        k: (b, h, keys, d), possibly of fewer heads.
+        v: As k.
+        heads: h.
+        bias: (b, keys) float32, added to the logits.
+        **kwargs: For the kernel.
+
+    Returns:
+        (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
     """
     width = q.shape[-1]
     if kwargs.get("scale") is None:  # the kernel divides by sqrt(d + extra): undo what the extra channels change
@@ -50,13 +61,18 @@ def attention_with_key_bias(
 class KeyStrengthAttention:
     """An `optimized_attention_override` that applies the key strengths of the conditions in the batch.
 
-    strengths: by the host's condition uuid. previous: another override already on the model; it runs around ours.
+    Args:
+        strengths: Key strengths by the host's condition uuid; other conditions stay untouched.
+        previous: Another override that the model has already; it runs around ours.
+
+    Attributes:
+        applied: Number of joint attention calls so far.
     """
 
     def __init__(self, strengths: dict[Any, KeyStrengths], previous: Callable | None = None):
         self.strengths = strengths
         self.previous = previous
-        self.applied = 0  # joint attention calls seen; the guider raises if a model shows none
+        self.applied = 0
         self._plans: dict[tuple, tuple[Tensor | slice | None, Tensor | None]] = {}
 
     def __call__(
@@ -69,6 +85,7 @@ class KeyStrengthAttention:
         mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """The host's attention with the strengths, as `optimized_attention_override` is called."""
         if self.previous is not None:
             attention = _through(self.previous, attention)
         uuids = kwargs["transformer_options"]["uuids"]
@@ -81,7 +98,7 @@ class KeyStrengthAttention:
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
-        keep, bias = self._plan(tuple(uuids), k)
+        keep, bias = self._keys_and_bias(tuple(uuids), k)
         if keep is not None:
             k, v = k[:, :, keep], v[:, :, keep]
             mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., keep]
@@ -89,10 +106,10 @@ class KeyStrengthAttention:
             return attention(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
         return attention_with_key_bias(attention, q, k, v, heads, bias, mask=mask, **kwargs)
 
-    def _plan(self, uuids: tuple, k: Tensor) -> tuple[Tensor | slice | None, Tensor | None]:
+    def _keys_and_bias(self, uuids: tuple, k: Tensor) -> tuple[Tensor | slice | None, Tensor | None]:
         """(keys to keep or None for all, bias (b, kept keys) or None), worked out once per batch layout and device."""
-        place = (uuids, k.device, k.shape[0])
-        if place not in self._plans:
+        layout = (uuids, k.device, k.shape[0])
+        if layout not in self._plans:
             logs = torch.stack([self.strengths[u].log_strength for u in uuids])  # (conditions, keys)
             removed = logs.isneginf().all(0)
             keep: Tensor | slice | None = None
@@ -106,8 +123,8 @@ class KeyStrengthAttention:
             if logs.any():
                 logs = repeat(logs.clamp(min=REMOVED), "c n -> (c b) n", b=k.shape[0] // len(uuids))
                 bias = logs.to(k.device)
-            self._plans[place] = keep, bias
-        return self._plans[place]
+            self._plans[layout] = keep, bias
+        return self._plans[layout]
 
 
 def _through(override: Callable, attention: Callable) -> Callable:

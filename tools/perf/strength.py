@@ -17,6 +17,7 @@ from ...common.bootstrap import start_host
 
 
 def main(given: list[str]) -> None:
+    """Measures the three forms and prints one JSON object. `given`: the command line without the benchmark's name."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- strength", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--tokens", type=int, default=2304, help="keys and queries (4608 = 1024 px with 512 context tokens)"
@@ -37,17 +38,11 @@ def main(given: list[str]) -> None:
     q, k, v = (torch.randn(1, heads, options.tokens, width, device=device, dtype=dtype) for _ in range(3))
     bias = torch.zeros(1, options.tokens, device=device)
     bias[:, : options.tokens // 8] = -0.7
+    mask = bias.to(dtype)[:, None, None].expand(1, 1, options.tokens, options.tokens)
     forms = {
         "plain": lambda: optimized_attention(q, k, v, heads, skip_reshape=True),
         "channels": lambda: attention_with_key_bias(optimized_attention, q, k, v, heads, bias),
-        "mask": lambda: optimized_attention_masked(
-            q,
-            k,
-            v,
-            heads,
-            mask=bias.to(dtype)[:, None, None].expand(1, 1, options.tokens, options.tokens),
-            skip_reshape=True,
-        ),
+        "mask": lambda: optimized_attention_masked(q, k, v, heads, mask=mask, skip_reshape=True),
     }
     seconds = {name: [] for name in forms}
     peak = {}

@@ -17,7 +17,7 @@ def load_pipeline(
     """
     from .dit import load_dit
     from .host import load_vae
-    from .mllm.base import load_mllm
+    from .mllm import load_mllm
 
     check_headers(diffusion_model, mllm, dla)
     loaded_dla = None
@@ -34,7 +34,7 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     import folder_paths
 
     from .dit import read_header
-    from .mllm.base import read_info
+    from .mllm import read_info
 
     dit = read_header(folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model))
     info = read_info(mllm)

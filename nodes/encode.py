@@ -147,20 +147,13 @@ class SubjectEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, mllm, prompt, dla=None, image_size=0, tiles=0, system_prompt="", **images) -> io.NodeOutput:
-        from ..loaders.images import collect_images
+        from ..loaders.mllm import encode_subject
 
         if prompt == "":  # a linked one is not known before
             raise ValueError(EMPTY_PROMPT)
-        layers = None
-        if dla is not None:
-            dla.check_mllm(mllm.info)
-            layers = dla.config.required_layers
-        # by socket, so that an error names the right one; text alone is a prompt too
-        references = collect_images(*(images.get(f"image_{index}") for index in range(1, SOCKETS + 1)), required=False)
-        features = mllm.encode(
-            prompt, references, image_size=image_size, tiles=tiles, system_prompt=system_prompt, layers=layers
-        )
-        return io.NodeOutput(features)
+        sockets = [images.get(f"image_{number}") for number in range(1, SOCKETS + 1)]  # in order, for error texts
+        options = {"image_size": image_size, "tiles": tiles, "system_prompt": system_prompt}
+        return io.NodeOutput(encode_subject(mllm, prompt, sockets, dla, **options))
 
 
 class SubjectAggregateLayers(io.ComfyNode):

@@ -17,7 +17,7 @@ KINDS = {
 def options(kind: str) -> list[str]:
     """The names a combo of that kind offers now."""
     if kind == "mllm":
-        from ..loaders.mllm.base import list_mllms
+        from ..loaders.mllm import list_mllms
 
         return list_mllms()
     return folder_paths.get_filename_list(kind)

@@ -46,7 +46,7 @@ class SubjectLoadMLLM(io.ComfyNode):
 
     @classmethod
     def execute(cls, mllm, weight_dtype="default") -> io.NodeOutput:
-        from ..loaders.mllm.base import load_mllm
+        from ..loaders.mllm import load_mllm
 
         return io.NodeOutput(load_mllm(mllm, weight_dtype))
 
@@ -73,7 +73,7 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        from ..loaders.mllm.base import mllm_from_clip
+        from ..loaders.mllm import mllm_from_clip
 
         return io.NodeOutput(mllm_from_clip(clip))
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..loaders import folders
 from ..loaders.dit import load_dit
 from ..loaders.host import load_clip, load_dual_clip, load_vae
-from ..loaders.mllm.base import load_mllm, mllm_from_clip
+from ..loaders.mllm import load_mllm, mllm_from_clip
 from .recipe import Models, Recipe, RecipeError
 
 

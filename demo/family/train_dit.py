@@ -109,7 +109,7 @@ def read(options, asked: list[tuple[str, list[str]]]) -> Iterator[Tensor]:
     import folder_paths
 
     from ...loaders import folders
-    from ...loaders.mllm.base import load_mllm
+    from ...loaders.mllm import load_mllm
 
     folders.register()
     folder_paths.add_model_folder_path("mllm", str((options.run / "models" / "mllm").resolve()), is_default=True)

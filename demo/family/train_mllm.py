@@ -42,7 +42,7 @@ EYES_BATCH = 64
 
 def main() -> None:
     options = fit.begin(__doc__, 5000, 3000)  # eyes, words
-    from ...loaders.mllm.base import QWEN_IMAGE
+    from ...loaders.mllm.templates import QWEN_IMAGE
 
     folder = options.run / "models" / "mllm" / NAMES["mllm"]
     config = write_folder(folder, QWEN_IMAGE)
@@ -170,7 +170,7 @@ class Trainable(nn.Module):
         import transformers
         from tokenizers import Tokenizer
 
-        from ...loaders.mllm.base import QWEN_IMAGE
+        from ...loaders.mllm.templates import QWEN_IMAGE
 
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         # explicit softmax and a linear map of the patches: far quicker backwards on a CPU than the fused forms
@@ -185,27 +185,27 @@ class Trainable(nn.Module):
 
     def see(self, shown: Tensor) -> tuple[Tensor, Tensor]:
         """The vision tower's tokens of pictures (n, 3, h, w) uint8, one picture after another, and the grid of each."""
-        from ...loaders.mllm.huggingface import FAMILIES
-        from ...loaders.mllm.vision import qwen_pixels
+        from ...loaders.mllm.families import FAMILIES
+        from ...loaders.mllm.vision import qwen_grid, qwen_pixels
 
-        found = [
-            qwen_pixels(picture.permute(1, 2, 0).float() / 255, FAMILIES["qwen2_5_vl"].vision) for picture in shown
-        ]
-        grids = torch.tensor([[1, *grid] for _, grid in found])
-        out = self.backbone.visual(torch.cat([patches for patches, _ in found]), grid_thw=grids)
+        vision = FAMILIES["qwen2_5_vl"].vision
+        grid = qwen_grid(*shown.shape[2:], vision)
+        pixels = [qwen_pixels(picture.permute(1, 2, 0).float() / 255, grid, vision) for picture in shown]
+        grids = torch.tensor([[1, grid.rows * vision.merge, grid.columns * vision.merge]] * len(shown))
+        out = self.backbone.visual(torch.cat(pixels), grid_thw=grids)
         return getattr(out, "pooler_output", out), grids
 
     def batch(self, samples: list, grids: Tensor):
         """ids, positions (3, b, t) and labels (of what follows the pictures), padded on the right."""
+        from ...dla.features import ImageGrid
         from ...loaders.mllm.vision import mrope_positions
 
-        grid, rows = grids[0, 1:].tolist(), []  # all of one size
+        grid, rows = ImageGrid(*(grids[0, 1:] // 2).tolist()), []  # all of one size
         for images, prompt, answer, _ in samples:
             ids = [None if t == self.image_token else t for t in self.tokens(self.template.text(prompt, len(images)))]
             reply = self.tokens(f"{answer}<|im_end|>")
-            count = grid[0] * grid[1] // 4
-            positions = mrope_positions(ids + reply, [(grid[0] // 2, grid[1] // 2)] * len(images))[:, 0]
-            flat = [i for t in ids for i in ([self.image_token] * count if t is None else [t])]
+            positions = mrope_positions(ids + reply, [grid] * len(images))[:, 0]
+            flat = [i for t in ids for i in ([self.image_token] * grid.tokens if t is None else [t])]
             start = max((place for place, token in enumerate(flat) if token == self.image_token), default=0) + 1
             rows.append((flat + reply, positions, start))
         longest = max(len(ids) for ids, _, _ in rows)

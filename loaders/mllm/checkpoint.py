@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds: config, weight headers, keys, tokenizer; all checked before any weight is read."""
+"""Hugging Face folders: config, weight headers, keys and tokenizer, all checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import json
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...dla.features import MLLMInfo
 from .base import MLLMError
+from .families import FAMILIES, FOLDER_FAMILIES
 
-MODEL_TYPES = ("internvl", "qwen2_5_vl", "qwen3_vl")  # of config.json, each with a family in mllm_transformers
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a folder whose model type is supported."""
+    """config.json of a Hugging Face folder whose model type is supported. Raises MLLMError."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise MLLMError(
@@ -34,21 +36,33 @@ def read_config(folder: Path) -> dict:
     except ValueError as error:
         raise MLLMError(f"{path} is not JSON ({error}). Download it again.") from error
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found not in MODEL_TYPES:
+    if found not in FOLDER_FAMILIES:
         hint = " Take the repository whose name ends in -hf." if found == "internvl_chat" else ""
-        raise MLLMError(f"{path}: model_type is {found!r}, expected one of {', '.join(MODEL_TYPES)}.{hint}")
+        raise MLLMError(f"{path}: model_type is {found!r}, expected one of {', '.join(FOLDER_FAMILIES)}.{hint}")
     return config
+
+
+def read_info(folder: Path) -> MLLMInfo:
+    """Which MLLM a Hugging Face folder holds, from its config.json alone. Raises MLLMError."""
+    config = read_config(folder)
+    text = config.get("text_config", config)  # Qwen2.5-VL as published keeps these at the top
+    for field in ("num_hidden_layers", "hidden_size"):
+        if not isinstance(text.get(field), int):
+            raise MLLMError(f"{folder / 'config.json'}: {field} is {text.get(field)!r}, expected a whole number.")
+    return FAMILIES[config["model_type"]].info(folder.name, text["num_hidden_layers"], text["hidden_size"])
 
 
 @dataclass(frozen=True)
 class Header:
+    """Where a tensor is stored, and its safetensors dtype and shape."""
+
     path: Path
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Key -> header, from model.safetensors or the shards of its index; every file is there and whole."""
+    """Header of every key, from model.safetensors or the shards of its index. Raises MLLMError for incomplete files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -58,7 +72,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
         files = [folder / name for name in names]
         for path in files:
             if not path.is_file():
-                raise MLLMError(f"{path} is missing: {index.name} names it, one of {len(files)} files. Download it.")
+                raise MLLMError(f"{path} is missing: {index.name} lists it, one of {len(files)} files. Download it.")
     else:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -100,7 +114,7 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def rename(key: str) -> str | None:
-    """A checkpoint's key -> the backbone's, None for what the backbone has not (the LM head, old RoPE buffers).
+    """The backbone's key for a checkpoint's, None for what the backbone lacks (the LM head, old RoPE buffers).
 
     Three layouts exist: "model.layers", "visual" (Qwen2.5-VL as published); "language_model.model", "vision_tower"
     (InternVL as published); "model.language_model", "model.visual" (Qwen3-VL, and what transformers saves since 4.52).
@@ -113,7 +127,15 @@ def rename(key: str) -> str | None:
 
 
 def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[str]:
-    """The checkpoint's keys that are used; every expected one is there once, in its shape, and nothing is left over."""
+    """The checkpoint's keys that are used.
+
+    Args:
+        headers: Of the checkpoint's keys.
+        expected: Shapes of the backbone's keys.
+
+    Raises:
+        MLLMError: For a key that is missing, unknown, of another shape, or quantised.
+    """
     found, used = {}, []
     for key, header in headers.items():
         name = rename(key)
@@ -147,9 +169,11 @@ def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[s
     return used
 
 
-def read_tokenizer(folder: Path, config: dict, placeholder: str):
-    """-> (text -> ids, id of the image placeholder). tokenizer.json is read by the `tokenizers` library itself: what
-    transformers makes of it differs between its releases."""
+def read_tokenizer(folder: Path, config: dict, placeholder: str) -> tuple[Callable[[str], list[int]], int]:
+    """The folder's tokenizer (a text to its ids), and the id of the image placeholder. Raises MLLMError.
+
+    tokenizer.json is read by the `tokenizers` library itself: transformers reads it differently between its releases.
+    """
     fast = folder / "tokenizer.json"
     if fast.is_file():
         from tokenizers import Tokenizer

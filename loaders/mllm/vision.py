@@ -1,4 +1,4 @@
-"""What an MLLM's vision tower is given, and where its tokens stand: pixels and positions on every transformers.
+"""Images for an MLLM's vision tower: pixels, the grid of their tokens, and positions in the decoder.
 
 Tensors only: the library's own preprocessing changes between releases, and features must not.
 """
@@ -6,12 +6,15 @@ Tensors only: the library's own preprocessing changes between releases, and feat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from ...dla.features import ImageGrid
 
 # the published normalisations (RGB); part of the weights, so they are not read from a preprocessor file
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -21,63 +24,85 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Vision:
-    """What the vision tower expects: px of a patch, patches merged to a token (a side), normalisation (RGB)."""
+    """What the vision tower expects of its input."""
 
-    patch: int
-    merge: int
-    mean: tuple[float, ...]
+    patch: int  # px, side of a patch
+    merge: int  # patches a side that are merged into one token
+    mean: tuple[float, ...]  # RGB, of images in 0..1
     std: tuple[float, ...]
     frames: int = 2  # Qwen: a still is two equal frames
 
+    @property
+    def token(self) -> int:
+        """Side of a token in px."""
+        return self.patch * self.merge
+
     def normalize(self, image: Tensor) -> Tensor:
-        """(3, H, W) in 0..1 -> the same, normalised."""
+        """An image (3, H, W) in 0..1, normalised."""
         mean, std = image.new_tensor(self.mean), image.new_tensor(self.std)
         return (image - mean[:, None, None]) / std[:, None, None]
 
 
-def qwen_pixels(
-    image: Tensor, vision: Vision, least: int = 3136, most: int = 12845056
-) -> tuple[Tensor, tuple[int, int]]:
-    """(H, W, 3) -> patches (h w, 3 frames patch patch) ordered in merge x merge blocks, and the grid (h, w) in patches.
+def to_area(image: Tensor, side: int) -> Tensor:
+    """Scales (H, W, 3) to about side x side px in area, aspect kept, as the host's TextEncodeQwenImageEditPlus does."""
+    scale = math.sqrt(side * side / (image.shape[0] * image.shape[1]))
+    size = (round(image.shape[0] * scale), round(image.shape[1] * scale))
+    return F.interpolate(image[None].movedim(-1, 1), size=size, mode="area").movedim(1, -1)[0]
 
-    Sides go to the nearest multiple of patch x merge, bilinearly, as the host's Qwen2.5-VL does.
+
+def qwen_grid(height: int, width: int, vision: Vision, least: int = 3136, most: int = 12845056) -> ImageGrid:
+    """Token grid of an image of height x width px: sides to the nearest whole token, `least` to `most` px in all.
+
+    Source: the host's Qwen2.5-VL.
     """
-    factor = vision.patch * vision.merge
-    height, width = image.shape[:2]
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > most:
+    factor = vision.token
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > most:
         shrink = math.sqrt(height * width / most)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * columns < least:
+        rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
+    elif rows * columns * factor**2 < least:
         grow = math.sqrt(least / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    pixels = F.interpolate(image.movedim(-1, 0)[None], size=(rows, columns), mode="bilinear", align_corners=False)[0]
+        rows, columns = (math.ceil(side * grow / factor) for side in (height, width))
+    return ImageGrid(rows, columns)
+
+
+def qwen_pixels(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
+    """Patches (h w, 3 frames patch patch) in merge x merge blocks of an image (H, W, 3) in 0..1, scaled to its grid."""
+    size = (grid.rows * vision.token, grid.columns * vision.token)
+    pixels = F.interpolate(image.movedim(-1, 0)[None], size=size, mode="bilinear", align_corners=False)[0]
     pixels = vision.normalize(pixels)[None].expand(vision.frames, -1, -1, -1)
-    patches = rearrange(
+    return rearrange(
         pixels, "t c (h mh ph) (w mw pw) -> (h w mh mw) (c t ph pw)",
         mh=vision.merge, mw=vision.merge, ph=vision.patch, pw=vision.patch,
     )  # fmt: skip
-    return patches, (rows // vision.patch, columns // vision.patch)
 
 
-def internvl_tiles(image: Tensor, vision: Vision, side: int, most: int) -> Tensor:
-    """(H, W, 3) -> tiles (n, 3, side, side), with a thumbnail of the whole last where there are several.
+def internvl_grid(height: int, width: int, vision: Vision, side: int, most: int) -> ImageGrid:
+    """Token grid of an image of height x width px cut into at most `most` tiles of side x side px.
 
-    The grid is InternVL's: the one of at most `most` tiles whose aspect is nearest the image's. InternVL then stretches
-    the image to the grid; our choice is to fit it inside, aspect kept, centred on the mean colour.
+    Of all arrangements of tiles it is the one whose aspect is nearest the image's; where there are several tiles, a
+    thumbnail of the whole image follows. Source: InternVL.
     """
-    height, width = image.shape[:2]
     best, gap = (1, 1), math.inf
     for columns, rows in sorted(((c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)), key=math.prod):
         difference = abs(width / height - columns / rows)
         if difference < gap or (difference == gap and height * width > 0.5 * side * side * columns * rows):
             best, gap = (columns, rows), difference
     columns, rows = best
-    tiles = rearrange(
-        _fit(image, vision, rows * side, columns * side), "c (r h) (k w) -> (r k) c h w", r=rows, k=columns
-    )
-    if len(tiles) > 1:
-        tiles = torch.cat((tiles, _fit(image, vision, side, side)[None]))
+    count = side // vision.token
+    return ImageGrid(rows * count, columns * count, (rows, columns), thumbnail=rows * columns > 1)
+
+
+def internvl_tiles(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
+    """Tiles (n, 3, side, side) of an image (H, W, 3) in 0..1, the thumbnail last.
+
+    InternVL stretches the image to the grid; our choice is to fit it inside, aspect kept, centred on the mean colour.
+    """
+    down, across = grid.tiles
+    height, width = grid.rows * vision.token, grid.columns * vision.token
+    tiles = rearrange(_fit(image, vision, height, width), "c (r h) (k w) -> (r k) c h w", r=down, k=across)
+    if grid.thumbnail:
+        tiles = torch.cat((tiles, _fit(image, vision, height // down, width // across)[None]))
     return tiles
 
 
@@ -92,18 +117,19 @@ def _fit(image: Tensor, vision: Vision, rows: int, columns: int) -> Tensor:
     return out
 
 
-def mrope_positions(tokens: list, grids: list[tuple[int, int]]) -> Tensor:
-    """Positions (3, 1, T) in time, height and width of a text with images (None in `tokens`; grids in tokens).
+def mrope_positions(tokens: Sequence[int | None], grids: Iterable[ImageGrid]) -> Tensor:
+    """Positions (3, 1, T) in time, height and width of a text with images (None in `tokens`).
 
-    Text counts on; an image stands at one time and spans its grid; the text after it starts past its longer side.
+    Text counts on; all tokens of an image have one time and span its grid; the text after it starts past its longer
+    side. Source: Qwen2-VL's M-RoPE.
     """
-    runs, at, grid = [], 0, iter(grids)
+    runs, at, grids = [], 0, iter(grids)
     for token in tokens:
         if token is None:
-            h, w = next(grid)
-            y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+            grid = next(grids)
+            y, x = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
             runs.append(torch.stack((torch.zeros_like(y), y, x)).flatten(1) + at)
-            at += max(h, w)
+            at += max(grid.rows, grid.columns)
         else:
             runs.append(torch.full((3, 1), at))
             at += 1

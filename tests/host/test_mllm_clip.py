@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_dla.dla.features import Modality
-from subject_dla.loaders.mllm.base import MLLMError, mllm_from_clip
+from subject_dla.loaders.mllm import mllm_from_clip
+from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.native import to_raster, window_ordered
 from subject_dla.tests.small.mllm import build_qwen25vl
@@ -91,6 +92,7 @@ def test_native_and_transformers_features_agree(clip, folder, images):
     first = native.encode("a red fox,\n\nasleep", images, image_size=224)
     second = other.encode("a red fox,\n\nasleep", images, image_size=224)
     assert first.layers == second.layers and first.prefix == second.prefix
+    assert first.grids == second.grids and len(first.grids[0]) == len(images)
     assert torch.equal(first.modality, second.modality) and torch.equal(first.image_index, second.image_index)
     assert torch.equal(first.attention_mask, second.attention_mask)
     torch.testing.assert_close(first.hidden_states, second.hidden_states, atol=1e-3, rtol=1e-3)

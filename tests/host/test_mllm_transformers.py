@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from einops import rearrange
-from subject_dla.dla.features import Modality
+from subject_dla.dla.features import ImageGrid, Modality
 from subject_dla.loaders.mllm import huggingface as backend
 from subject_dla.loaders.mllm.base import MLLMError
+from subject_dla.loaders.mllm.families import FAMILIES
 from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.loaders.mllm.vision import internvl_grid, internvl_tiles, qwen_grid, qwen_pixels
 from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
 
 BUILD = {"qwen2_5_vl": build_qwen25vl, "qwen3_vl": build_qwen3vl, "internvl": build_internvl}
@@ -130,9 +132,16 @@ def test_modality_says_what_each_token_is(loaded):
     assert set(index[modality == Modality.IMAGE].tolist()) == {0, 1}
     if family == "internvl":  # 1 tile; 1 x 3 tiles and a thumbnail; 16 tokens each
         assert [int((index == i).sum()) for i in (0, 1)] == [16, 64]
+        assert features.grids == ((ImageGrid(4, 4, (1, 1)), ImageGrid(12, 4, (3, 1), thumbnail=True)),)
+    else:
+        assert features.grids == ((ImageGrid(4, 4), ImageGrid(7 if family == "qwen2_5_vl" else 6, 2)),)
     # an empty prompt is template from end to end, and its prefix is still known
     empty = mllm.encode("")
-    assert (empty.modality == Modality.TEMPLATE).all() and empty.prefix[0] == empty.modality.shape[1] - tail
+    assert (
+        empty.grids == ((),)
+        and (empty.modality == Modality.TEMPLATE).all()
+        and empty.prefix[0] == empty.modality.shape[1] - tail
+    )
     other = mllm.encode("a fox", system_prompt="Be brief.")
     assert other.prefix[0] < features.prefix[0]
 
@@ -192,7 +201,7 @@ def test_storage_type(folders, family, weight_dtype):
     reference = load_folder(folders[family]).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
     mllm = load_folder(folders[family], weight_dtype)
     layer = mllm.backbone.model.language_model.layers[0]
-    assert layer.mlp.up_proj.weight.dtype == backend.DTYPES[weight_dtype]
+    assert layer.mlp.up_proj.weight.dtype == backend.WEIGHT_DTYPES[weight_dtype]
     assert layer.input_layernorm.weight.dtype == torch.float32
     found = mllm.encode("a fox", [picture(60, 100)], image_size=84).hidden_states
     assert found.isfinite().all()
@@ -215,16 +224,18 @@ def test_shards_and_newer_key_names_load_alike(folders, tmp_path):
 
 def test_pixels_keep_the_aspect_ratio():
     """A circle stays a circle: the fit pads instead of stretching, and the patches are in the library's order."""
-    vision = backend.FAMILIES["internvl"].vision
-    wide = torch.ones(40, 160, 3)
-    (tile,) = backend.internvl_tiles(wide, vision, 112, 1)
+    vision = FAMILIES["internvl"].vision
+    wide, single, several = torch.ones(40, 160, 3), *(internvl_grid(40, 160, vision, 112, most) for most in (1, 4))
+    assert (several.rows, several.columns, several.tiles, several.thumbnail) == (4, 16, (1, 4), True)
+    (tile,) = internvl_tiles(wide, single, vision)
     rows = (tile[0] != 0).any(dim=1)
     assert int(rows.sum()) == 28 and bool(rows[42:70].all())
-    assert len(backend.internvl_tiles(wide, vision, 112, 4)) == 5  # 4 x 1 and a thumbnail
-    assert len(backend.internvl_tiles(wide, vision, 112, 1)) == 1
-    qwen = backend.FAMILIES["qwen2_5_vl"].vision
-    patches, (h, w) = backend.qwen_pixels(picture(57, 110), qwen)
-    assert (h, w) == (4, 8)
+    assert len(internvl_tiles(wide, several, vision)) == 5  # 4 x 1 and a thumbnail
+    assert len(internvl_tiles(wide, single, vision)) == 1
+    qwen = FAMILIES["qwen2_5_vl"].vision
+    grid = qwen_grid(57, 110, qwen)
+    assert (grid.rows, grid.columns) == (2, 4)
+    patches = qwen_pixels(picture(57, 110), grid, qwen)
     back = rearrange(
         patches, "(h w mh mw) (c t ph pw) -> t c (h mh ph) (w mw pw)", h=2, w=4, mh=2, mw=2, c=3, t=2, ph=14, pw=14
     )

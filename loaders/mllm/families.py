@@ -1,0 +1,44 @@
+"""One record for each MLLM family; both back ends read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...dla.features import MLLMInfo
+from .templates import INTERNVL, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
+from .vision import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Vision
+
+
+@dataclass(frozen=True)
+class MLLMFamily:
+    """What all MLLMs of one architecture share."""
+
+    name: str  # `model_type` in a Hugging Face folder's config.json
+    template: Template
+    vision: Vision | None  # of the vision tower; None = reads text only
+    placeholder: str = "<|image_pad|>"  # token in the template that stands for an image
+    default_size: int = 384  # px, side of the square with the area at which an image is read (tiled: of a tile)
+    tiled: bool = False  # whether images are cut into square tiles, as InternVL does
+    mrope: bool = True  # whether positions count time, height and width
+    drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
+    clip_key: str = ""  # name under which the host's text encoder holds such an LLM; "" = the host has none
+
+    def info(self, name: str, layers: int, width: int) -> MLLMInfo:
+        """MLLMInfo of one such MLLM."""
+        return MLLMInfo(name, self.name, layers, width, self.drop_leading_template)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        # 384: as the host's TextEncodeQwenImageEditPlus
+        MLLMFamily("qwen2_5_vl", QWEN_IMAGE, Vision(14, 2, CLIP_MEAN, CLIP_STD), clip_key="qwen25_7b"),
+        MLLMFamily("qwen3_vl", QWEN3_VL, Vision(16, 2, HALF, HALF)),
+        MLLMFamily(
+            "internvl", INTERNVL, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), "<IMG_CONTEXT>", 448, True, mrope=False
+        ),
+        MLLMFamily("qwen2_5", OMNIGEN2, None, drop_leading_template=False, clip_key="qwen25_3b"),
+    )
+}
+FOLDER_FAMILIES = sorted(name for name, family in FAMILIES.items() if family.vision)  # read from Hugging Face folders
+CLIP_FAMILIES = {family.clip_key: family for family in FAMILIES.values() if family.clip_key}

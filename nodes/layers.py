@@ -171,11 +171,11 @@ class SubjectLayerWeights(io.ComfyNode):
     def execute(cls, features, dla, image=None, image_number=1, layer=-1) -> io.NodeOutput:
         from comfy_execution.graph import ExecutionBlocker
 
-        from ..evaluation.layer_weights import look
+        from ..evaluation.layer_weights_plot import draw_layer_weights
         from ..loaders.images import collect_images
 
         picture = None if image is None else collect_images(image[:1])[0]
-        maps, over, text = look(features, dla, picture, image_number - 1, None if layer < 0 else layer)
+        maps, over, text = draw_layer_weights(features, dla, picture, image_number - 1, None if layer < 0 else layer)
         shown = [ui.PreviewImage(pictures, cls=cls).as_dict() for pictures in (maps, over) if pictures is not None]
         images = [image for preview in shown for image in preview["images"]]
         blocked = ExecutionBlocker(None) if over is None else over

@@ -7,15 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from subject_dla.common.drawing.sheet import labelled_sheet, sheet_of_batches
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
-from subject_dla.evaluation.layer_weights import (
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, ImageGrid, MLLMInfo, Modality
+from subject_dla.evaluation.layer_weights import LayerWeights, describe
+from subject_dla.evaluation.layer_weights_plot import (
     LEFT,
     RIGHT,
     WIDTH,
-    LayerWeights,
-    colour,
-    columns,
-    describe,
+    column_edges,
+    heat_colours,
     heat_map,
     overlay,
     place,
@@ -28,9 +27,9 @@ NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node
 INFO = MLLMInfo("tiny", "qwen2_5_vl", layers=3, width=16)
 
 
-def make_features(image_tokens=6) -> Features:
+def make_features() -> Features:
     generator = torch.Generator().manual_seed(0)
-    modality = torch.tensor([[2, 2, 0, 0, 0, *[1] * image_tokens, 0, 2]], dtype=torch.uint8)
+    modality = torch.tensor([[2, 2, 0, 0, 0, *[1] * 6, 0, 2]], dtype=torch.uint8)
     return Features(
         torch.randn(1, 4, modality.shape[1], 16, generator=generator),
         (0, 1, 2, 3),
@@ -39,10 +38,11 @@ def make_features(image_tokens=6) -> Features:
         torch.ones_like(modality, dtype=torch.bool),
         INFO,
         prefix=(2,),
+        grids=((ImageGrid(2, 3),),),
     )
 
 
-def make_weights(rows, layers, image=(), family="qwen2_5_vl", top=28) -> LayerWeights:
+def make_weights(rows, layers, image=(), grid=None, top=28) -> LayerWeights:
     """Tokens with these weights; those numbered in `image` are image 0's."""
     modality = torch.tensor([int(i in image) for i in range(len(rows))], dtype=torch.uint8)
     return LayerWeights(
@@ -51,7 +51,8 @@ def make_weights(rows, layers, image=(), family="qwen2_5_vl", top=28) -> LayerWe
         torch.ones(len(rows), dtype=torch.bool),
         modality,
         torch.where(modality == 1, 0, -1).to(torch.int16),
-        MLLMInfo("m", family, top, 8),
+        MLLMInfo("m", "qwen2_5_vl", top, 8),
+        grid and (grid,),
     )
 
 
@@ -65,7 +66,7 @@ def pixels(image: Image.Image) -> numpy.ndarray:
 def test_bars_and_cells_have_the_numbers_of_their_layers():
     rows = [[0.7, 0.2, 0.1, 0.0], [0.5, 0.4, 0.1, 0.0], [0.0, 0.0, 0.25, 0.75]]
     found = make_weights(rows, range(4), image=(2,), top=3)
-    picture, edges = pixels(heat_map(found)), columns(4)
+    picture, edges = pixels(heat_map(found)), column_edges(4)
     assert picture.shape[1] == WIDTH and edges[0] == LEFT and edges[-1] == WIDTH - RIGHT
     heights = []
     for left, right in zip(edges, edges[1:]):
@@ -77,15 +78,15 @@ def test_bars_and_cells_have_the_numbers_of_their_layers():
     for token in range(2):  # 8 px a token, below the profile
         for column, weight in enumerate(rows[token]):
             middle = (edges[column] + edges[column + 1]) // 2
-            expected = colour(torch.tensor([[weight / 0.7]]))[0, 0]
+            expected = heat_colours(torch.tensor([[weight / 0.7]]))[0, 0]
             assert abs(picture[38 + 70 + 10 + 8 * token + 4, middle] - expected).max() <= 1, (token, column)
 
 
 def test_negative_weights_are_blue_and_hang_below_the_line():
-    cold, none, hot = colour(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
+    cold, none, hot = heat_colours(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
     assert cold[2] > cold[0] and hot[0] > hot[2] - 1 and none.min() > 250
     picture = pixels(heat_map(make_weights([[-0.5, 1.5]], (0, 1), top=1)))
-    edges = columns(2)
+    edges = column_edges(2)
     first, second = (
         numpy.argwhere((picture[30:112, (a + b) // 2] == shade).all(axis=1))
         for (a, b), shade in zip(((edges[0], edges[1]), (edges[1], edges[2])), ((222, 140, 62), (86, 130, 214)))
@@ -106,21 +107,22 @@ def test_mean_layer_and_words():
 
 
 def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
-    from subject_dla.loaders.mllm.base import to_area
-    from subject_dla.loaders.mllm.vision import CLIP_MEAN, CLIP_STD, Vision, qwen_pixels
+    from subject_dla.loaders.mllm.families import FAMILIES
+    from subject_dla.loaders.mllm.vision import qwen_grid, qwen_pixels, to_area
 
-    vision = Vision(14, 2, CLIP_MEAN, CLIP_STD)
+    vision = FAMILIES["qwen2_5_vl"].vision
     generator = torch.Generator().manual_seed(3)
     sizes = [(640, 480), (480, 640), (512, 512), (1000, 101), (57, 1000), (28, 28)]
     sizes += [tuple(torch.randint(60, 900, (2,), generator=generator).tolist()) for _ in range(60)]
     for width, height in sizes:
         for side in (112, 384, 560):
-            seen, (rows, columns) = qwen_pixels(to_area(torch.zeros(height, width, 3), side), vision)
-            rows, columns = rows // 2, columns // 2
-            placement = place(len(seen) // 4, width, height, "qwen2_5_vl")
-            assert tuple(placement.order.shape) == (rows, columns), (width, height, side)
+            image = to_area(torch.zeros(height, width, 3), side)
+            grid = qwen_grid(*image.shape[:2], vision)
+            assert len(qwen_pixels(image, grid, vision)) == 4 * grid.tokens
+            placement = place(grid, width, height)
+            assert tuple(placement.order.shape) == (grid.rows, grid.columns), (width, height, side)
             assert placement.box == (0, 0, width, height)
-            assert placement.order.flatten().tolist() == list(range(rows * columns))
+            assert placement.order.flatten().tolist() == list(range(grid.tokens))
 
 
 @pytest.mark.parametrize(
@@ -128,13 +130,15 @@ def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
 )
 def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     """Every token's mean brightness in the tiles is that of the px of the picture that are said to be its own."""
-    from subject_dla.loaders.mllm.vision import HALF, Vision, internvl_tiles
+    from subject_dla.loaders.mllm.vision import HALF, Vision, internvl_grid, internvl_tiles
 
     vision = Vision(14, 2, HALF, HALF)
     ramp = torch.linspace(0.2, 0.8, width)[None] * torch.linspace(0.5, 1.0, height)[:, None]
-    seen = internvl_tiles(ramp[..., None].expand(-1, -1, 3), vision, 448, tiles)
+    grid = internvl_grid(height, width, vision, 448, tiles)
+    seen = internvl_tiles(ramp[..., None].expand(-1, -1, 3), grid, vision)
     values = seen[:, 0].unfold(1, 28, 28).unfold(2, 28, 28).mean(dim=(3, 4)).flatten() / 2 + 0.5
-    placement = place(len(values), width, height, "internvl")
+    assert len(values) == grid.tokens
+    placement = place(grid, width, height)
     found = placement.over(values, width, height)
     edge = max(width, height) / 16  # px: tokens that reach over the picture's edge hold border as well
     inner = found[int(edge) : height - int(edge), int(edge) : width - int(edge)]
@@ -149,7 +153,7 @@ def test_the_overlay_lights_up_the_token_on_the_picture_and_keeps_its_shape():
     weights = torch.zeros(rows * columns, 3)
     weights[:, 0] = 1
     weights[2 * columns + 5] = torch.tensor([0.0, 0.0, 1.0])  # row 2, column 5 reads the last layer
-    found = make_weights(weights.tolist(), (0, 14, 28), image=range(rows * columns))
+    found = make_weights(weights.tolist(), (0, 14, 28), range(rows * columns), ImageGrid(rows, columns))
     picture = torch.full((height, width, 3), 0.5)
     for layer in (None, 28):
         shown = overlay(found, picture, layer=layer)
@@ -163,15 +167,17 @@ def test_the_overlay_lights_up_the_token_on_the_picture_and_keeps_its_shape():
 
 
 def test_a_picture_that_the_tokens_are_not_of_is_refused():
-    found = make_weights([[1.0]] * 32, (0,), image=range(32))  # 4 x 8
-    with pytest.raises(ValueError, match="32 tokens.*very picture"):
+    found = make_weights([[1.0]] * 32, (0,), range(32), ImageGrid(4, 8))
+    with pytest.raises(ValueError, match="8 x 4 tokens.*very picture"):
         overlay(found, torch.zeros(600, 100, 3))
     with pytest.raises(ValueError, match="image 2.*1 reference"):
         overlay(found, torch.zeros(200, 400, 3), index=1)
     with pytest.raises(ValueError, match="layer 7.*pools 0"):
         overlay(found, torch.zeros(200, 400, 3), layer=7)
-    with pytest.raises(ValueError, match="no image of InternVL"):
-        place(7, 100, 100, "internvl")
+    with pytest.raises(ValueError, match="64 x 16 tokens.*100 x 100 px"):
+        place(ImageGrid(16, 64, (1, 4), thumbnail=True), 100, 100)
+    with pytest.raises(ValueError, match="do not record the grid.*Encode again"):
+        overlay(make_weights([[1.0]] * 32, (0,), range(32)), torch.zeros(200, 400, 3))
 
 
 # ---- nodes

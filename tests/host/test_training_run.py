@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, load_dla, save_dla
 from subject_dla.loaders.dla import load_dla as load_node_dla
 from subject_dla.loaders.host import load_vae
-from subject_dla.loaders.mllm.base import load_mllm
+from subject_dla.loaders.mllm import load_mllm
 from subject_dla.tests.small.dit import tiny_flux
 from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe

@@ -92,5 +92,5 @@ def prepare(session: nox.Session) -> environment.Environment:
     """The host and its environment; a problem with them ends the session."""
     try:
         return environment.prepare()
-    except environment.EnvironmentProblem as problem:
+    except environment.SetupError as problem:
         session.error(str(problem))

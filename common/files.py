@@ -39,7 +39,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         save_file(tensors, temporary, metadata)
 
 
-def save_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file."""
+def save_bytes(path: Path, data: bytes) -> None:
+    """Writes a file."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file; halves of surrogate pairs, which UTF-8 has no form for, are escaped."""
+    save_bytes(path, text.encode("utf-8", "backslashreplace"))

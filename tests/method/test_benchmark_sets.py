@@ -324,7 +324,7 @@ def test_places_that_are_linked_or_missing():
     linked["11"] = {"class_type": "PrimitiveString", "inputs": {"value": "words"}}
     filled = Template(linked, INFO).fill(case_of(), ["a.png", "b.png"], "out")
     assert filled["10"]["inputs"]["value"] == 77 and filled["11"]["inputs"]["value"] == "a toy"
-    assert Template(graph(), INFO, "6").places == [("6", "text")]
+    assert Template(graph(), INFO, "6").texts == [("6", "text")]
     for wrong, words in ((graph(_8={"seed": ["5", 0]}), "no seed"), (graph(_8={"positive": ["1", 0]}), "positive")):
         with pytest.raises(ValueError, match=words):
             Template(wrong, INFO)

@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 from subject_dla.tests.small.prompts import of_type, run
-from subject_dla.tools.comfy_client.server import WorkflowProblem
+from subject_dla.tools.comfy_client.client import WorkflowError
 
 NODES = {
     "SubjectLoadMLLM", "SubjectMLLMFromCLIP", "SubjectLoadDLA", "SubjectLoadPipeline", "SubjectEncode",
@@ -113,6 +113,6 @@ WRONG = {
 def test_wrong_input_is_named(server, prompt, case):
     damage, words = WRONG[case]
     damage(prompt)
-    with pytest.raises(WorkflowProblem) as problem:
+    with pytest.raises(WorkflowError) as problem:
         run(server, prompt)
     assert all(word.lower() in str(problem.value).lower() for word in words), problem.value

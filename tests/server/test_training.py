@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from subject_dla.demo.family import layout as small
 from subject_dla.tests.small.prompts import run
 from subject_dla.tests.small.training import paint_subjects
-from subject_dla.tools.comfy_client.server import WorkflowProblem
+from subject_dla.tools.comfy_client.client import WorkflowError
 
 STEPS = 8
 SETTINGS = """
@@ -142,7 +142,7 @@ def test_a_run_stopped_in_the_middle_ends_as_one_that_was_not(server, training):
     run(server, training)
     training["2"]["inputs"]["name"] = "stopped"
     ears = Ears(server, stop_at=2)
-    with pytest.raises(WorkflowProblem, match="interrupted"):
+    with pytest.raises(WorkflowError, match="interrupted"):
         ears.run(training)
     folder = server.base / "output" / "subject_dla" / "runs" / "stopped"
     [checkpoint] = folder.glob("checkpoint-*")
@@ -162,7 +162,7 @@ def test_a_run_stopped_in_the_middle_ends_as_one_that_was_not(server, training):
         assert equal(found, weights(server, "whole")[kind]), kind
 
     with pytest.raises(
-        WorkflowProblem, match="training.stage = 2, now it is 1"
+        WorkflowError, match="training.stage = 2, now it is 1"
     ):  # told in the editor, before any loading
         training["2"]["inputs"]["stage"] = "1: MLLM tokens"
         server.client.queue(training)
@@ -192,6 +192,6 @@ def test_wrong_settings_are_named_before_anything_is_loaded(server, new_dlas, tr
     mine = server.base / "models" / "dla" / "mine.safetensors"
     mine.write_bytes((new_dlas / "dla" / "new.safetensors").read_bytes())
     training["2"]["inputs"] |= changes
-    with pytest.raises(WorkflowProblem) as problem:
+    with pytest.raises(WorkflowError) as problem:
         server.client.queue(training)
     assert all(word in str(problem.value) for word in words), problem.value

@@ -1,10 +1,12 @@
-"""Runs a benchmark on any ComfyUI, and makes the paper's table from score files. From the pack's folder:
+"""Runs a benchmark on any ComfyUI, and makes the paper's table from score files.
+
+From the pack's folder:
 
     python tools/benchmark run SET --workflow FILE --server http://127.0.0.1:8188 --out FOLDER
     python tools/benchmark score NAME=PATH ... [--paper]
 
 SET is DreamBench's folder, a list as UNO's or XVerseBench's, or a folder of one's own subjects with --prompts.
-The same command goes on where a stopped run was. The last line of standard output is one JSON object.
+The same command continues a stopped run. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,59 +25,67 @@ if not __package__:  # started by its path, as `python tools/benchmark`
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         prog="python tools/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="draws a benchmark's pictures")
+    run = commands.add_parser("run", help="generates a benchmark's pictures")
     run.add_argument("set", type=Path, metavar="SET", help="folder, or .json or .jsonl list")
     run.add_argument("--workflow", type=Path, required=True, metavar="FILE", help="from the editor or in API format")
     run.add_argument("--server", default="http://127.0.0.1:8188", metavar="ADDRESS", help="default: %(default)s")
     run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="pictures and ledger.jsonl")
-    run.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; {subject} is the subject's class")
-    run.add_argument("--images", type=Path, metavar="FOLDER", help="what a list's paths are relative to")
-    run.add_argument("--references", type=count, default=1, metavar="N", help="pictures of the subject a prompt (1)")
-    run.add_argument("--seeds", type=count, default=1, metavar="N", help="pictures of each prompt (1)")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other pictures (0)")
-    run.add_argument("--limit", type=count, default=0, metavar="N", help="only the first N prompts")
-    run.add_argument("--prompt-node", metavar="ID", help="where the prompt goes, if it is not found by itself")
-    run.add_argument("--ahead", type=count, default=3, metavar="N", help="jobs in the server's queue at a time (3)")
     run.add_argument(
-        "--patience", type=float, default=3600, metavar="SECONDS", help="wait for a server gone away (3600)"
+        "--prompts", type=Path, metavar="FILE", help="a prompt on each line; {subject} is the subject's class"
     )
+    run.add_argument("--images", type=Path, metavar="FOLDER", help="where a list's paths start")
+    run.add_argument(
+        "--references", type=positive, default=1, metavar="N", help="pictures of the subject with each prompt (1)"
+    )
+    run.add_argument("--seeds", type=positive, default=1, metavar="N", help="pictures of each prompt (1)")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other pictures (0)")
+    run.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N prompts")
+    run.add_argument("--prompt-node", metavar="ID", help="node of the prompt, if it is not found by itself")
+    run.add_argument("--ahead", type=positive, default=3, metavar="N", help="jobs in the server's queue at a time (3)")
+    run.add_argument("--patience", type=float, default=3600, metavar="SECONDS", help="wait for a lost server (3600)")
     score = commands.add_parser("score", help="the paper's table with 95 %% intervals")
     score.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="score files and folders of runs")
     score.add_argument("--paper", action="store_true", help="adds the rows of the paper's table")
     return parser.parse_args(given)
 
 
-def count(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's number, at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"is {text}, expected 1 or more")
     return int(text)
 
 
 def main(given: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
     options = arguments(given)
-    from ..comfy_client.server import HostProblem, WorkflowProblem
+    from ...common.console import say
+    from ..comfy_client.client import HostError, WorkflowError
 
     for number in (signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
-        signal.signal(number, signal.default_int_handler)  # a plain kill leaves nothing in the server's queue either
+        signal.signal(number, signal.default_int_handler)  # a plain kill clears the server's queue, too
     try:
         result = run(options) if options.command == "run" else score(options.sources, options.paper)
-    except (ValueError, OSError, HostProblem, WorkflowProblem) as problem:
-        say(f"\n{problem}")
+    except (ValueError, OSError, HostError, WorkflowError) as error:
+        say(f"\n{error}")
         return 1
     except KeyboardInterrupt:
-        say("\nStopped; the pictures made are there. The same command goes on from here.")
+        say("\nStopped; the pictures so far are kept. The same command continues the run.")
         return 130
     print(json.dumps(result), flush=True)
     return 1 if result.get("failed") else 0
 
 
 def run(options: argparse.Namespace) -> dict:
+    """Generates the pictures; returns counts, and the scores where the workflow measures."""
+    from ...common.console import say
     from ..comfy_client import workflow
-    from ..comfy_client.server import Client
+    from ..comfy_client.client import Client
     from .ledger import RunError
     from .runner import Benchmark
     from .sets import cases, read_set
@@ -94,24 +104,12 @@ def run(options: argparse.Namespace) -> dict:
     most = len(template.loaders)
     if all(len(case.item.references) > most for case in wanted):
         raise RunError(f"{options.workflow.name} has {most} Load Image nodes, fewer than any prompt has references.")
-    facts = {
-        "workflow": options.workflow.name,
-        "set": str(options.set.resolve()),
-        "layout": found.layout,
-        "host": client.version(),
-    }
+    facts = {"workflow": options.workflow.name, "set": str(options.set.resolve()), "layout": found.layout}
+    facts["host"] = client.version()
     say(f"{found.layout}: {len(wanted)} pictures by {options.workflow.stem}")
     say(f"on ComfyUI {facts['host']} at {client.address}")
-    benchmark = Benchmark(
-        client,
-        template,
-        options.out,
-        root=found.root,
-        facts=facts,
-        ahead=options.ahead,
-        patience=options.patience,
-        say=say,
-    )
+    more = {"prefetch": options.ahead, "patience": options.patience, "say": say}
+    benchmark = Benchmark(client, template, options.out, root=found.root, facts=facts, **more)
     result = benchmark.run(wanted)
     say(f"{result['pictures']} of {result['cases']} pictures in {options.out}, {result['failed']} failed")
     if (options.out / "scores").is_dir():
@@ -122,15 +120,13 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def score(sources: list[str], paper: bool = False) -> dict:
+    """Prints the table; returns its values."""
+    from ...common.console import say
     from .score_table import as_json, read_systems, score_table
 
     systems = read_systems(sources)
     say(score_table(systems, paper))
     return as_json(systems)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

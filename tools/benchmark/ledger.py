@@ -1,5 +1,6 @@
-"""The folder of a run: pictures that say which case they show, `ledger.jsonl` with a line for each case, and `run.json`
-with the workflow that they come from. Whatever kills the run, what lies here is whole, or known not to be.
+"""The folder of a run, whose files are complete, or known not to be, however the run ends.
+
+It holds pictures that name their case, `ledger.jsonl` with a line for each case, and `run.json` about the workflow.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
+from ...common.files import save_text
 from .sets import Case
 
-MARK = "subject_benchmark"  # the case, among a PNG's texts
+MARK = "subject_benchmark"  # key of the case among a PNG's texts
 LEDGER, RUN = "ledger.jsonl", "run.json"
 
 
@@ -26,12 +28,16 @@ class RunError(ValueError):
 
 
 class Ledger:
-    """A line for each case, appended at once and whole; the last line of a name counts."""
+    """A line for each case, appended at once and whole; the last line of a name counts.
+
+    Args:
+        folder: Of the run.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LEDGER
         self.lines: dict[str, dict] = {}
-        self.damaged = 0
+        self.damaged = 0  # lines that cannot be read
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:
                 entry = json.loads(line) if line.strip() else None
@@ -41,6 +47,7 @@ class Ledger:
                 self.damaged += 1
 
     def add(self, entry: dict) -> None:
+        """Appends a line. Raises OSError where it was not written whole."""
         self.lines[entry["name"]] = entry
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -52,23 +59,24 @@ class Ledger:
             os.close(file)
 
     def keep_done(self, wanted: Sequence[Case]) -> None:
-        """Leaves one line for each picture that is there: failures are to be tried again, lost pictures made again, and
-        a picture of a wanted case that no line speaks of, since its run was killed in between, gets its line."""
-        kept = {name: entry for name, entry in self.lines.items() if self.picture(entry)}
+        """Leaves one line for each picture that is there, so that failures and lost pictures are tried again.
+
+        A picture of a wanted case without a line, since its run was killed in between, gets its line.
+        """
+        done = {name: entry for name, entry in self.lines.items() if self._has_picture(entry)}
         for case in wanted:
             path = self.folder / f"{case.name}.png"
-            if case.name not in kept and (found := read_mark(path)):
-                kept[case.name] = found | {"status": "done", "picture": path.name}
-        self.lines = kept
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept.values())
-        write(self.path, text.encode("utf-8", "backslashreplace"))
+            if case.name not in done and (found := read_mark(path)):
+                done[case.name] = found | {"status": "done", "picture": path.name}
+        self.lines = done
+        save_text(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in done.values()))
 
-    def picture(self, entry: dict) -> bool:
+    def _has_picture(self, entry: dict) -> bool:
         name = entry.get("picture")
         return entry.get("status") == "done" and isinstance(name, str) and (self.folder / Path(name).name).is_file()
 
     @contextmanager
-    def alone(self):
+    def alone(self) -> Iterator[None]:
         """Refuses a second run in the same folder."""
         try:
             import fcntl
@@ -79,19 +87,19 @@ class Ledger:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(f"{self.folder}: another run writes here; wait for it, or use another --out.") from None
+                raise RunError(f"{self.folder}: another run writes to it; wait for it, or use another --out.") from None
             yield
 
 
 def check_run(out: Path, facts: dict) -> None:
-    """One folder holds the pictures of one workflow. Raises RunError for another one's."""
+    """Writes run.json, since one folder holds the pictures of one workflow. Raises RunError for another one's."""
     path = out / RUN
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["workflow_digest"] != facts["workflow_digest"]:
             raise RunError(
                 f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')}). Use "
-                f"another --out, or remove {path.name} if they may lie together."
+                f"another --out, or remove {path.name} if they may be mixed."
             )
     except FileNotFoundError:
         pass
@@ -99,22 +107,15 @@ def check_run(out: Path, facts: dict) -> None:
         raise RunError(
             f"{path}: is damaged ({error}). Remove it if the folder's pictures are this workflow's."
         ) from None
-    write(path, json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    work = path.with_name(f".{path.name}.part")
-    with open(work, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
+    save_text(path, json.dumps(facts, indent=1, ensure_ascii=False))
 
 
 def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
-    """A PNG with these texts where it has none of that name (a server may be told to save none). Raises ValueError for
-    what is no whole PNG."""
+    """The PNG with these texts, where it has none of that name (a server may be set to save none).
+
+    Raises:
+        ValueError: It is no whole PNG.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -133,11 +134,11 @@ def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
 
 
 def read_mark(path: Path) -> dict | None:
-    """The case that a picture says it shows; None for no such picture."""
+    """The case that a picture names; None where there is none."""
     try:
         with Image.open(path) as picture:
             picture.load()
             found = json.loads(picture.text[MARK])
-    except Exception:  # not there, cut off, or somebody else's: it is made again
+    except Exception:  # missing, truncated, or somebody else's: it is generated again
         return None
     return found if isinstance(found, dict) and found.get("name") == path.stem else None

@@ -1,9 +1,8 @@
-"""The paper's table from score files: what the nodes wrote, joined by system. What was not measured stays empty.
+"""The paper's table from score files, a row for each system. What was not measured stays empty.
 
-Read are the JSON and CSV of Copy-Paste Report, the JSON of Identity Scores, and .csv or .jsonl of one's own with a line
-for each picture and any of the columns azimuth_difference, polar_difference, counted, DINO-I, CLIP-I, CLIP-T, backbone.
-
-Cosines of two backbones do not compare, so a figure is never pooled over them: a file that was measured by two at once
+Score files are the JSON and CSV of Copy-Paste Report, the JSON of Identity Scores, and .csv or .jsonl of one's own with
+a row for each picture and any of the columns azimuth_difference, polar_difference, counted, DINO-I, CLIP-I, CLIP-T,
+backbone. Cosines of two backbones do not compare, so a metric is never pooled over them: a file with two backbones
 gives a row for each, and files of one name that were measured by different ones are refused.
 """
 
@@ -16,15 +15,13 @@ from dataclasses import dataclass, field
 from math import isfinite, isnan
 from pathlib import Path
 
-import torch
-
 from ...common.intervals import mean_interval
 from ...common.markdown import markdown
-from ...evaluation.copy_paste.metrics import copy_paste_report
+from ...evaluation.copy_paste.metrics import copy_paste_from_differences
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 POSE, IDENTITY = ("azimuth", "polar", "average_recall"), ("DINO-I", "CLIP-I", "CLIP-T")
-FIGURES = (*POSE, *IDENTITY)
+METRICS = (*POSE, *IDENTITY)
 OTHERS = ("ledger.jsonl", "run.json")  # of a run's folder
 # The paper's own table, of which we have a transcription by a third party.
 PAPER = {
@@ -35,7 +32,7 @@ PAPER = {
     "UNO": (None, None, None, 0.7484, 0.8354, 0.3040),
     "the paper": (25.7, 10.4, 0.349, 0.7482, 0.8443, 0.3010),
 }
-Figure = tuple[float, float, float]  # mean and 95 % interval; NaN where it is unknown
+Metric = tuple[float, float, float]  # mean and 95 % interval; NaN where it is unknown
 
 
 class ScoreError(ValueError):
@@ -47,53 +44,61 @@ class System:
     """The values of one row's pictures."""
 
     name: str
-    pose: list[tuple[float, float, bool]] = field(
-        default_factory=list
-    )  # azimuth and polar difference; whether it counts
+    pose: list[tuple[float, float, bool]] = field(default_factory=list)  # azimuth, polar difference; whether it counts
     identity: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in IDENTITY})
-    measured_by: dict[str, dict[str, str]] = field(default_factory=dict)  # what measured each figure, as files say it
-    first: dict[str, str] = field(default_factory=dict)  # the file that said so
+    measured_by: dict[str, dict[str, str]] = field(default_factory=dict)  # what measured each metric, as recorded
+    first: dict[str, str] = field(default_factory=dict)  # the file that records it
     beside: dict[str, System] = field(default_factory=dict)  # rows of further backbones in the same files
 
-    def by(self, figure: str, what: dict[str, str], where: str) -> None:
-        """Notes what measured a figure. Raises ScoreError where the values so far come from something else."""
-        known, there = self.measured_by.setdefault(figure, what), self.first.setdefault(figure, where)
+    def measured(self, metric: str, what: dict[str, str], where: str) -> None:
+        """Records what measured a metric. Raises ScoreError where its values so far come from something else."""
+        known, there = self.measured_by.setdefault(metric, what), self.first.setdefault(metric, where)
         parts = [key for key in {**known, **what} if known.get(key) != what.get(key)]
         if parts:
             found, expected = (
                 ", ".join(f"{key} {of.get(key) or 'not recorded'}" for key in parts) for of in (what, known)
             )
             raise ScoreError(
-                f"{where}: {figure} of {self.name} was measured by another model or in another way: {found}; expected "
+                f"{where}: {metric} of {self.name} was measured by another model or in another way: {found}; expected "
                 f"{expected}, as in {there}. Such values do not compare: give these files a name of their own "
                 "(NAME=PATH)."
             )
 
-    def add(self, figure: str, values: Sequence[float], what: dict[str, str], where: str, seen: dict) -> None:
-        """Adds an identity figure's values. seen: the first backbone of each figure in this file; values by another
-        one go to a row of their own."""
-        row = self
-        if seen.setdefault(figure, what) != what:
-            row = self.beside.setdefault(_label(what), System(f"{self.name}, by {_label(what)}"))
-        row.by(figure, what, where)
-        row.identity[figure] += values
+    def add(self, metric: str, values: Sequence[float], what: dict[str, str], where: str, seen: dict) -> None:
+        """Adds an identity metric's values; those by another backbone than the file's first get a row of their own.
 
-    def figures(self) -> dict[str, Figure]:
+        Args:
+            metric: One of IDENTITY.
+            values: A cosine for each picture.
+            what: The backbone, see `_backbone`.
+            where: The file, for errors.
+            seen: The first backbone of each metric in this file.
+        """
+        row = self
+        if seen.setdefault(metric, what) != what:
+            row = self.beside.setdefault(_label(what), System(f"{self.name}, by {_label(what)}"))
+        row.measured(metric, what, where)
+        row.identity[metric] += values
+
+    def metrics(self) -> dict[str, Metric]:
         """Those that were measured."""
         found = {name: mean_interval(values) for name, values in self.identity.items() if values}
         if self.pose:
-            differences = torch.tensor([row[:2] for row in self.pose], dtype=torch.float64)
-            counted = torch.tensor([float(row[2]) for row in self.pose])
-            report = copy_paste_report(torch.zeros_like(differences), differences, counted)
+            report = copy_paste_from_differences(*zip(*self.pose))
             if report.count:
                 found |= {name: (getattr(report, name), *report.intervals[name]) for name in POSE}
         return found
 
 
 def read_systems(sources: Sequence[str]) -> list[System]:
-    """A system for each name, followed by one for each further backbone in its files. sources: NAME=PATH, or PATH,
-    named as itself; PATH is a score file or a run's folder. Raises ScoreError for damaged files, and where files of one
-    name hold a figure that was measured in different ways."""
+    """A system for each name, followed by one for each further backbone in its files.
+
+    Args:
+        sources: NAME=PATH, or PATH, which then gives the name; PATH is a score file or a run's folder.
+
+    Raises:
+        ScoreError: A file is damaged, or files of one name hold a metric that was measured in different ways.
+    """
     systems: dict[str, System] = {}
     for source in sources:
         name, equals, path = source.partition("=")
@@ -104,7 +109,7 @@ def read_systems(sources: Sequence[str]) -> list[System]:
             raise ScoreError(f"{path}: holds no score file, expected {', '.join(SUFFIXES)} of the score nodes.")
         system = systems.setdefault(name, System(name))
         for file in files:
-            read_file(file, system)
+            _read_file(file, system)
     return [row for system in systems.values() for row in (system, *system.beside.values())]
 
 
@@ -113,17 +118,17 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ScoreError(f"{path}: there is no such file or folder.")
-    found = sorted(f for home in (path, path / "scores") if home.is_dir() for f in home.iterdir())
+    found = sorted(f for folder in (path, path / "scores") if folder.is_dir() for f in folder.iterdir())
     found = [f for f in found if f.suffix.lower() in SUFFIXES and f.name not in OTHERS and f.name[0] != "."]
     return [f for f in found if f.suffix != ".csv" or f.with_suffix(".json") not in found]  # the same report twice
 
 
-def read_file(path: Path, system: System) -> None:
+def _read_file(path: Path, system: System) -> None:
     """Adds a score file's values to a system."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            read_report(json.loads(text), str(path), system)
+            _read_report(json.loads(text), str(path), system)
             return
         if path.suffix.lower() == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -132,33 +137,32 @@ def read_file(path: Path, system: System) -> None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ScoreError(f"{path}: cannot be read as scores ({error}).") from None
     seen = {}
-    if not sum(read_row(row, f"{path} line {number}", system, seen) for number, row in enumerate(rows, 1)):
+    if not sum(_read_row(row, f"{path} line {number}", system, seen) for number, row in enumerate(rows, 1)):
         raise ScoreError(
             f"{path}: has no column of {', '.join(['azimuth_difference', 'polar_difference', *IDENTITY])}."
         )
 
 
-def read_report(report: object, where: str, system: System) -> None:
+def _read_report(report: object, where: str, system: System) -> None:
     """Adds a JSON report of Copy-Paste Report or Identity Scores."""
     if isinstance(report, dict) and isinstance(report.get("pairs"), list):
         what = {"orientation model": report.get("orientation_model"), "threshold": report.get("threshold")}
         for number, row in enumerate(report["pairs"], 1):
-            read_row(row, f"{where} pair {number}", system, {}, _told(what))
+            _read_row(row, f"{where} pair {number}", system, {}, _recorded(what))
     elif isinstance(report, dict) and isinstance(report.get("figures"), list):
         seen = {}
         for row in report["figures"]:
             name = row.get("figure") if isinstance(row, dict) else None
             if name in IDENTITY:
-                what = backbone_of(row.get("backbone"), row.get("preprocessing"))
+                what = _backbone(row.get("backbone"), row.get("preprocessing"))
                 values = [_number(value, f"{where} {name}") for value in row.get("per_output", ())]
                 system.add(name, values, what, where, seen)
     else:
-        raise ScoreError(f"{where}: holds no figures, expected the JSON of Copy-Paste Report or of Identity Scores.")
+        raise ScoreError(f"{where}: holds no metrics, expected the JSON of Copy-Paste Report or of Identity Scores.")
 
 
-def read_row(row: object, where: str, system: System, seen: dict, pose_by: dict[str, str] | None = None) -> bool:
-    """Adds one picture's values; whether there were any. seen: see System.add. pose_by: what measured the angles, where
-    it is known."""
+def _read_row(row: object, where: str, system: System, seen: dict, pose_by: dict[str, str] | None = None) -> bool:
+    """Adds one picture's values; whether there were any. pose_by: what measured the angles, where it is recorded."""
     if not isinstance(row, dict):
         raise ScoreError(f"{where}: is {type(row).__name__}, expected columns with names.")
     row = {_plain(key): value for key, value in row.items() if value not in (None, "")}
@@ -169,8 +173,8 @@ def read_row(row: object, where: str, system: System, seen: dict, pose_by: dict[
         pose = [_number(row[key], where) for key in ("azimuthdifference", "polardifference")]
         if not (0 <= pose[0] <= 180 and 0 <= pose[1] <= 180):
             raise ScoreError(f"{where}: differences are {pose}, expected degrees from 0 to 180.")
-        for figure in POSE:
-            system.by(figure, pose_by or {}, where)
+        for metric in POSE:
+            system.measured(metric, pose_by or {}, where)
         system.pose.append((*pose, _number(row.get("counted", 1), where) > 0))
         found = True
     for name in IDENTITY:
@@ -178,7 +182,7 @@ def read_row(row: object, where: str, system: System, seen: dict, pose_by: dict[
             value = _number(row[_plain(name)], where)
             if not -1 <= value <= 1:
                 raise ScoreError(f"{where}: {name} is {value}, expected a cosine (100 times as much in some tables).")
-            system.add(name, [value], backbone_of(row.get("backbone"), row.get("preprocessing")), where, seen)
+            system.add(name, [value], _backbone(row.get("backbone"), row.get("preprocessing")), where, seen)
             found = True
     return found
 
@@ -187,60 +191,54 @@ def score_table(systems: Sequence[System], paper: bool = False) -> str:
     """Markdown: a row for each system, cells "mean (low to high)", empty where nothing was measured."""
     lines = [["", "azimuth", "polar", "average recall", *IDENTITY, "pictures"]]
     for system in systems:
-        figures = system.figures()
+        metrics = system.metrics()
         counts = {sum(counted for _, _, counted in system.pose), *(len(values) for values in system.identity.values())}
-        counts = sorted(counts - {0})
-        cells = [_cell(name, figures.get(name)) for name in FIGURES]
-        lines.append(
-            [system.name, *cells, " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"]
-        )
+        counts = sorted(counts - {0}) or [0]
+        cells = [_cell(name, metrics.get(name)) for name in METRICS]
+        lines.append([system.name, *cells, " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))])
     if paper:
         for name, values in PAPER.items():
-            cells = ["" if value is None else f"{value:.{_digits(key)}f}" for key, value in zip(FIGURES, values)]
+            cells = ["" if value is None else f"{value:.{_digits(key)}f}" for key, value in zip(METRICS, values)]
             lines.append([f"{name}, as published", *cells, ""])
-    text = [
-        markdown(lines),
-        "",
-        "Azimuth and polar difference in degrees, higher: more varied; recall, lower: less copied.",
-    ]
+    text = [markdown(lines), ""]
+    text.append("Azimuth and polar difference in degrees, higher: more varied; recall, lower: less copied.")
     text.append("95 % intervals in brackets; they take the pictures to be independent. Empty: not measured.")
     for system in systems:
         labels: dict[str, list[str]] = {}
-        for figure, what in system.measured_by.items():
+        for metric, what in system.measured_by.items():
             if what:
-                labels.setdefault(_label(what), []).append(figure.replace("_", " "))
-        by = [f"{', '.join(figures)} by {label}" for label, figures in labels.items()]
-        pairs = len(system.pose)
-        if pairs:
-            by.append(f"{sum(row[2] for row in system.pose)} of {pairs} pairs count for azimuth, polar and recall")
+                labels.setdefault(_label(what), []).append(metric.replace("_", " "))
+        by = [f"{', '.join(metrics)} by {label}" for label, metrics in labels.items()]
+        if system.pose:
+            counted = sum(row[2] for row in system.pose)
+            by.append(f"{counted} of {len(system.pose)} pairs count for azimuth, polar and recall")
         text += [f"{system.name}: {'; '.join(by)}."] if by else []
     if paper:
-        text.append("As published: arXiv 2605.26111 (identity figures: DreamBench), in a third party's transcription.")
+        text.append("As published: arXiv 2605.26111 (identity metrics: DreamBench), in a third party's transcription.")
     return "\n".join(text)
 
 
 def as_json(systems: Sequence[System]) -> dict:
-    """{system: {figure: {mean, low, high}}}; an unknown bound is null."""
+    """{system: {metric: {mean, low, high}}}; an unknown bound is null."""
     return {
         system.name: {
-            name: {key: None if isnan(v) else v for key, v in zip(("mean", "low", "high"), figure)}
-            for name, figure in system.figures().items()
+            name: {key: None if isnan(v) else v for key, v in zip(("mean", "low", "high"), metric)}
+            for name, metric in system.metrics().items()
         }
         for system in systems
     }
 
 
-def backbone_of(backbone: object, preprocessing: object = None) -> dict[str, str]:
-    """What tells one backbone from another, by name: the record of loaders/embedders.py, that of its text tower as
-    "text ...", and the preprocessing. A text is taken as the name; empty where nothing is recorded."""
+def _backbone(backbone: object, preprocessing: object = None) -> dict[str, str]:
+    """What identifies a backbone: the record of loaders/embedders.py, with keys "text ..." for its text tower."""
     record = dict(backbone) if isinstance(backbone, dict) else {"name": backbone}
     text = record.pop("text", None)
     parts = record | {f"text {key}": value for key, value in (text if isinstance(text, dict) else {"": text}).items()}
-    return _told(parts | {"preprocessing": preprocessing})
+    return _recorded(parts | {"preprocessing": preprocessing})
 
 
-def _told(parts: dict) -> dict[str, str]:
-    """Without what is not said."""
+def _recorded(parts: dict) -> dict[str, str]:
+    """Without what is not recorded."""
     return {key.strip(): str(value) for key, value in parts.items() if value not in (None, "")}
 
 
@@ -253,11 +251,11 @@ def _label(what: dict[str, str]) -> str:
     return ", ".join(names or what.values()) or "a backbone that is not recorded"
 
 
-def _cell(name: str, figure: Figure | None) -> str:
-    if figure is None:
+def _cell(name: str, metric: Metric | None) -> str:
+    if metric is None:
         return ""
-    mean, low, high = (f"{value:.{_digits(name)}f}" for value in figure)
-    return mean if isnan(figure[1]) else f"{mean} ({low} to {high})"
+    mean, low, high = (f"{value:.{_digits(name)}f}" for value in metric)
+    return mean if isnan(metric[1]) else f"{mean} ({low} to {high})"
 
 
 def _digits(name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a case asks of the server: a workflow with its references, prompt and seed put in their places."""
+"""The workflow of a case: a template with its references, prompt and seed filled in."""
 
 from __future__ import annotations
 
@@ -7,58 +7,68 @@ import json
 from collections.abc import Sequence
 
 from ..comfy_client import workflow
-from ..comfy_client.server import title
+from ..comfy_client.client import title
 from ..comfy_client.workflow import WorkflowFileError
 from .sets import Case
 
 
 class Template:
-    """A workflow in API format with places for a case's references, prompt and seed.
+    """A workflow in API format whose references, prompt and seed are each case's own.
 
-    prompt: see tools/comfy_client/workflow.py's to_api. object_info: the server's. prompt_node: id of the node that holds the prompt,
-    where the choice of tools/comfy_client/workflow.py's text_inputs is not wanted.
+    Args:
+        prompt: The workflow, as tools/comfy_client/workflow.py's `to_api` returns it.
+        object_info: The server's /object_info.
+        prompt_node: Id of the node that holds the prompt; None: as `text_inputs` of that module finds it.
+
+    Raises:
+        WorkflowFileError: There is no seed, no prompt or no Save Image node.
     """
 
     def __init__(self, prompt: dict, object_info: dict, prompt_node: str | None = None):
         self.prompt, self.object_info, self.titles = prompt, object_info, workflow.titles(prompt)
         if prompt_node is None:
-            self.places = workflow.text_inputs(prompt)
+            self.texts = workflow.text_inputs(prompt)
         elif prompt_node not in prompt:
             raise WorkflowFileError(f"--prompt-node is {prompt_node}, expected one of {', '.join(prompt)}.")
         else:
             names = [name for name in workflow.TEXTS if name in prompt[prompt_node]["inputs"]]
             if not names:
                 raise WorkflowFileError(f"--prompt-node: {title(prompt_node, prompt, self.titles)} has no text.")
-            self.places = [workflow.text_source(prompt, prompt_node, name) for name in names]
-        self.seeds = seed_inputs(prompt)
+            self.texts = [workflow.text_source(prompt, prompt_node, name) for name in names]
+        self.seeds = _seed_inputs(prompt)
         if not self.seeds:
-            raise WorkflowFileError("This workflow has no seed, so its pictures could not be told apart.")
-        self.loaders = sorted(
-            (key for key, n in prompt.items() if n["class_type"] == "LoadImage"), key=workflow.by_number
-        )
-        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
+            raise WorkflowFileError("This workflow has no seed, so its pictures could not be distinguished.")
+        self.loaders = workflow.nodes_of(prompt, "LoadImage")
+        if not workflow.nodes_of(prompt, "SaveImage"):
             raise WorkflowFileError("This workflow has no Save Image node, so there is no picture to collect.")
-        self.used = upstream(prompt)
+        self.used = _upstream(prompt)
 
     @property
     def digest(self) -> str:
-        """Of nodes, links and settings, whatever stands in the places."""
+        """Hash of nodes, links and settings, without what belongs to a case."""
         prompt = self._fill("", [""] * len(self.loaders), 0, "")
         return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
     def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
-        """The case's own workflow. images: names of its references on the server. Load Image nodes without a reference
-        are taken out, as if they were bypassed. Raises WorkflowFileError where there are too few of them: nothing would
-        be drawn, or something that a reference has no part in."""
+        """The case's own workflow.
+
+        Args:
+            case: The picture to be generated.
+            images: Names of its references on the server; Load Image nodes left over are bypassed.
+            folder: Of the picture on the server.
+
+        Raises:
+            WorkflowFileError: With so few references nothing would be drawn, or a picture without one of them.
+        """
         prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
         for loader in self.loaders[len(images) :]:
-            bypass(prompt, loader, self.object_info)
-        if not any(node["class_type"] == "SaveImage" for node in prompt.values()):
+            _bypass(prompt, loader, self.object_info)
+        if not workflow.nodes_of(prompt, "SaveImage"):
             raise WorkflowFileError(
                 f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
                 "nodes and needs them all. Give more (--references), or take nodes out."
             )
-        left = upstream(prompt)
+        left = _upstream(prompt)
         lost = [key for key in self.loaders[: len(images)] if key in self.used and key not in left]
         if lost:
             raise WorkflowFileError(
@@ -70,17 +80,16 @@ class Template:
 
     def _fill(self, text: str, images: Sequence[str], seed: int, file: str) -> dict:
         prompt = workflow.put_in(self.prompt, list(images))
-        for key, name in self.places:
+        for key, name in self.texts:
             prompt[key]["inputs"][name] = text
         for key, name in self.seeds:
             prompt[key]["inputs"][name] = seed
-        for node in prompt.values():
-            if node["class_type"] == "SaveImage":
-                node["inputs"]["filename_prefix"] = file
+        for key in workflow.nodes_of(prompt, "SaveImage"):
+            prompt[key]["inputs"]["filename_prefix"] = file
         return prompt
 
 
-def seed_inputs(prompt: dict) -> list[tuple[str, str]]:
+def _seed_inputs(prompt: dict) -> list[tuple[str, str]]:
     """(node, input) pairs where the workflow's seeds are written, through the links to them."""
     found = []
     for key, node in prompt.items():
@@ -94,9 +103,9 @@ def seed_inputs(prompt: dict) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def upstream(prompt: dict) -> set[str]:
+def _upstream(prompt: dict) -> set[str]:
     """Ids of the nodes that saved pictures are made from."""
-    wanted, found = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"], set()
+    wanted, found = workflow.nodes_of(prompt, "SaveImage"), set()
     while wanted:
         key = wanted.pop()
         if key in prompt and key not in found:
@@ -106,9 +115,8 @@ def upstream(prompt: dict) -> set[str]:
     return found
 
 
-def bypass(prompt: dict, key: str, object_info: dict) -> None:
-    """Takes a node out, as the editor's bypass does: what it handed on comes from its own input of that type, if there
-    is one. A node that needs what is then missing is bypassed too."""
+def _bypass(prompt: dict, key: str, object_info: dict) -> None:
+    """Removes a node as the editor's bypass does, an input of the same type in its output's stead; dependents too."""
     node = prompt.pop(key)
     info = object_info[node["class_type"]]
     types = {
@@ -126,5 +134,5 @@ def bypass(prompt: dict, key: str, object_info: dict) -> None:
                 continue
             del prompt[other]["inputs"][name]
             if name in object_info[prompt[other]["class_type"]]["input"].get("required", {}):
-                bypass(prompt, other, object_info)
+                _bypass(prompt, other, object_info)
                 break

@@ -1,6 +1,6 @@
 """Runs a command until it ends or this process's standard input closes, then ends its whole process group.
 
-The parent holds the other end of that pipe, so however the parent ends, nothing that the command started stays behind.
+The parent holds the other end of that pipe, so however the parent ends, nothing that the command started survives.
 """
 
 import os
@@ -10,19 +10,18 @@ import sys
 import threading
 
 POSIX = os.name == "posix"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if POSIX else ()
 
 
 def keep(command: list[str]) -> int:
-    """Runs `command` until it ends or standard input closes, which happens however our parent ends; then ends the
-    whole group."""
-    if POSIX:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-    restore = (
-        (lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
-        if POSIX
-        else None
-    )
+    """Runs a command as this module describes; returns its exit code."""
+
+    def handle_signals(how: signal.Handlers) -> None:
+        for number in SIGNALS:
+            signal.signal(number, how)
+
+    handle_signals(signal.SIG_IGN)
+    restore = (lambda: handle_signals(signal.SIG_DFL)) if POSIX else None
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=restore)
 
     def watch() -> None:

@@ -1,8 +1,9 @@
-"""Workflow files: from the editor's format to the one that the queue takes, and one's own pictures and words put in."""
+"""Workflow files: from the editor's format to the queue's (API), with one's own pictures and prompt."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
@@ -18,6 +19,7 @@ class WorkflowFileError(ValueError):
 
 
 def read(path: Path) -> dict:
+    """A workflow file in either format. Raises WorkflowFileError."""
     try:
         workflow = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -30,21 +32,28 @@ def read(path: Path) -> dict:
 
 
 def is_api(workflow: dict) -> bool:
+    """Whether a workflow is in API format."""
     return "nodes" not in workflow and all(
         isinstance(node, dict) and "class_type" in node for node in workflow.values()
     )
 
 
 def titles(prompt: dict) -> dict[str, str]:
-    """What the nodes of a workflow in API format are called, by id."""
+    """The titles of the nodes of a workflow in API format, by id."""
     return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in prompt.items()}
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The queue's format (id -> class_type, inputs) of a workflow in either format.
 
-    object_info: the server's /object_info: it tells which inputs are widgets, in which order their values are saved.
-    Muted nodes are left out, bypassed ones hand their input through, reroutes vanish. Subgraphs are refused.
+    Muted nodes are left out, bypassed ones pass their input on, reroutes vanish.
+
+    Args:
+        workflow: As `read` returns it.
+        object_info: The server's /object_info: which inputs are widgets, and the order in which their values are saved.
+
+    Raises:
+        WorkflowFileError: It has subgraphs, nodes that the server lacks, or widgets without a value.
     """
     if is_api(workflow):
         return workflow
@@ -84,7 +93,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     for node in nodes.values():
         if node["type"] in (*NOTES, "Reroute") or node.get("mode", ALWAYS) in (MUTED, BYPASSED):
             continue
-        inputs = widget_values(node, object_info[node["type"]])
+        inputs = _widget_values(node, object_info[node["type"]])
         for socket in node.get("inputs", []):
             found = source(socket.get("link"))
             if found:
@@ -94,14 +103,13 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     return prompt
 
 
-def widget_values(node: dict, info: dict) -> dict:
-    """Values of a node's widgets by name. They are saved as a list, in the schema's order, with the editor's own in
-    between."""
+def _widget_values(node: dict, info: dict) -> dict:
+    """Values of a node's widgets by name; saved is a list in the schema's order, with the editor's own in between."""
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
         return dict(saved)
     values, position = {}, 0
-    for name, kind, options in widgets(info):
+    for name, kind, options in _widgets(info):
         if position >= len(saved):
             if "default" not in options:
                 raise WorkflowFileError(
@@ -120,7 +128,7 @@ def widget_values(node: dict, info: dict) -> dict:
     return values
 
 
-def widgets(info: dict):
+def _widgets(info: dict) -> Iterator[tuple[str, str, dict]]:
     """(name, kind, options) of the inputs that are widgets, in order."""
     for group in ("required", "optional"):
         given = info["input"].get(group, {})
@@ -132,12 +140,18 @@ def widgets(info: dict):
 
 
 def put_in(prompt: dict, images: list[str] | None = None, text: str | None = None) -> dict:
-    """The workflow with one's own pictures in its LoadImage nodes, in the order of their ids, and one's own prompt.
+    """A copy of a workflow in API format with one's own pictures and prompt.
 
-    images: names on the server. More of them than LoadImage nodes is an error; nodes left over keep their picture.
+    Args:
+        prompt: The workflow.
+        images: Names on the server, for its Load Image nodes in the order of their ids; other nodes keep their picture.
+        text: The prompt.
+
+    Raises:
+        WorkflowFileError: It has too few Load Image nodes, or no input for the prompt.
     """
     prompt = {key: {**node, "inputs": dict(node["inputs"])} for key, node in prompt.items()}
-    loaders = sorted((key for key, node in prompt.items() if node["class_type"] == "LoadImage"), key=by_number)
+    loaders = nodes_of(prompt, "LoadImage")
     if images and len(images) > len(loaders):
         raise WorkflowFileError(
             f"{len(images)} images were given, but this workflow has {len(loaders)} Load Image nodes. "
@@ -152,10 +166,12 @@ def put_in(prompt: dict, images: list[str] | None = None, text: str | None = Non
 
 
 def text_inputs(prompt: dict) -> list[tuple[str, str]]:
-    """(node, input) pairs that hold the prompt: Encode Subject's own, else those of the text node that a sampler's or
-    guider's positive condition comes from. Where another node brings the text in, that node's."""
-    encoders = sorted((key for key, node in prompt.items() if node["class_type"] == "SubjectEncode"), key=by_number)
-    found = [(encoders[0], "prompt")] if encoders else positive_texts(prompt)
+    """(node, input) pairs that hold the prompt, where another node supplies the text, that node's.
+
+    They are Encode Subject's, else those of the text node that a sampler's or guider's positive condition comes from.
+    """
+    encoders = nodes_of(prompt, "SubjectEncode")
+    found = [(encoders[0], "prompt")] if encoders else _positive_texts(prompt)
     if not found:
         raise WorkflowFileError(
             "A prompt was given, but this workflow has no Encode Subject node to put it in, and no text node that a "
@@ -164,13 +180,13 @@ def text_inputs(prompt: dict) -> list[tuple[str, str]]:
     return [text_source(prompt, *place) for place in found]
 
 
-def positive_texts(prompt: dict) -> list[tuple[str, str]]:
+def _positive_texts(prompt: dict) -> list[tuple[str, str]]:
     """Text inputs of the nearest node with any, upstream of what a sampler or guider calls its positive condition."""
     starts = [
         prompt[key]["inputs"].get(name)
         for name in POSITIVE
-        for key in sorted(prompt, key=by_number)
-        if name != "conditioning" or "Guider" in prompt[key]["class_type"]  # other nodes hand theirs on
+        for key in sorted(prompt, key=_by_number)
+        if name != "conditioning" or "Guider" in prompt[key]["class_type"]  # other nodes pass theirs on
     ]
     for start in (link for link in starts if isinstance(link, list)):
         wanted, seen = [start], set()
@@ -199,5 +215,10 @@ def text_source(prompt: dict, key: str, name: str) -> tuple[str, str]:
     return key, name
 
 
-def by_number(key: str) -> tuple:
+def nodes_of(prompt: dict, kind: str) -> list[str]:
+    """Ids of the nodes of a class, in their order."""
+    return sorted((key for key, node in prompt.items() if node["class_type"] == kind), key=_by_number)
+
+
+def _by_number(key: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in key.split(":"))

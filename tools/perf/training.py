@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from ...common.bootstrap import start_host
+from ...common.console import say
 
 
 def main(given: list[str]) -> None:
@@ -48,10 +48,6 @@ def main(given: list[str]) -> None:
 
 class Stop(Exception):
     """Ends a run in the middle, as an interrupt does."""
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def gradient_error(family: str) -> float:

@@ -1,7 +1,7 @@
-"""Identity and prompt figures: DINO-I, CLIP-I and CLIP-T, all cosines between embeddings.
+"""Identity and prompt metrics: DINO-I, CLIP-I and CLIP-T, all cosines between embeddings.
 
 DreamBench's pairing: every output with every reference of its subject (DreamBooth, section 4.2), and with its own
-prompt. An output's figure is the mean over its pairs, and the mean over outputs carries the 95 % interval, since pairs
+prompt. An output's score is the mean over its pairs, and the mean over outputs carries the 95 % interval, since pairs
 of one output are not independent (our choice; with equally many references per subject it is the mean over pairs).
 """
 
@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from math import fsum, isfinite
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 from ..common.intervals import mean_interval
 from ..common.markdown import markdown
@@ -31,53 +30,11 @@ COMPARABLE = (
 
 
 class IdentityError(ValueError):
-    """Embeddings that give no figure, and what to do about it."""
+    """Embeddings that give no metric, and what to do about it."""
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """Published preprocessing: the shorter side scaled to `resize` px (bicubic, antialiased, rounded to 8 bits as in
-    a picture file), the `crop` x `crop` px at the centre, mean and standard deviation of the training set."""
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    normalisation: str
-
-    def __str__(self):
-        return (
-            f"shorter side to {self.resize} px (bicubic, antialiased), centre {self.crop} x {self.crop} px,"
-            f" {self.normalisation} mean and deviation"
-        )
-
-
-DINO = Pixels(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet")  # DINO's and DINOv2's evaluation
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_pixels(size: int) -> Pixels:
-    """CLIP's: the shorter side to the model's input size, and the square at its centre."""
-    return Pixels(size, size, CLIP_MEAN, CLIP_STD, "CLIP's")
-
-
-def prepare(image: Tensor, pixels: Pixels) -> Tensor:
-    """(H, W, 3) in 0..1 to (3, crop, crop) float32, as torchvision's Resize, CenterCrop and Normalize would."""
-    height, width = image.shape[:2]
-    short = min(height, width)
-    size = (pixels.resize * height // short, pixels.resize * width // short)
-    image = rearrange(image.float(), "h w c -> 1 c h w")
-    if size != (height, width):
-        image = interpolate(image, size=size, mode="bicubic", antialias=True)
-    top, left = (round((side - pixels.crop) / 2) for side in size)
-    image = image[0, :, top : top + pixels.crop, left : left + pixels.crop]
-    image = (image.clamp(0, 1) * 255).round() / 255
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
-    return (image - mean) / std
-
-
-@dataclass(frozen=True)
-class Figure:
+class IdentityMetric:
     """One row of the report: a mean cosine, its interval, and all that it was made of."""
 
     name: str  # "DINO-I", "CLIP-I", "CLIP-T", or one of the first two with ", references"
@@ -91,19 +48,29 @@ class Figure:
     by_subject: dict[str, float] = field(default_factory=dict)  # mean over the outputs of each subject
 
 
-def image_figure(
+def image_metric(
     name: str,
     outputs: Tensor,
     references: Tensor,
     subjects: Sequence[str] | None = None,
     reference_subjects: Sequence[str] | None = None,
     **about,
-) -> Figure:
-    """Cosine of every output (N, D) with every reference (M, D) of its subject.
+) -> IdentityMetric:
+    """Cosine of every output with every reference of its subject.
 
-    subjects, reference_subjects: a label for each output and each reference; None for both: all are of one subject.
-    about: `backbone` and `preprocessing` to record. Raises IdentityError where an output has no reference, and where
-    widths differ or an embedding is zero or not finite.
+    Args:
+        name: "DINO-I" or "CLIP-I".
+        outputs: (N, D) embeddings.
+        references: (M, D) embeddings.
+        subjects: A label for each output; None for both: all are of one subject.
+        reference_subjects: A label for each reference.
+        **about: `backbone` and `preprocessing` to record.
+
+    Returns:
+        The metric, N outputs.
+
+    Raises:
+        IdentityError: An output has no reference, widths differ, or an embedding is zero or not finite.
     """
     subjects, reference_subjects = _labels(subjects, len(outputs)), _labels(reference_subjects, len(references))
     same = torch.tensor([[a == b for b in reference_subjects] for a in subjects]).reshape(len(outputs), len(references))
@@ -112,29 +79,60 @@ def image_figure(
             f"{name}: output {number + 1} shows {subjects[number]!r}, which no reference shows. References are of: "
             f"{', '.join(sorted(set(reference_subjects))) or 'nothing'}. Write the same label for both."
         )
-    return _figure(name, _cosines(name, outputs, references), same, subjects, about)
+    return _metric(name, _cosines(name, outputs, references), same, subjects, about)
 
 
-def reference_figure(name: str, references: Tensor, subjects: Sequence[str] | None = None, **about) -> Figure | None:
-    """Cosine of every reference with the other references of its subject: what real pictures of one subject reach
-    (DreamBooth's row "real images"). None where no subject has two references."""
+def reference_metric(
+    name: str, references: Tensor, subjects: Sequence[str] | None = None, **about
+) -> IdentityMetric | None:
+    """Cosine of every reference with the others of its subject: what real pictures of one subject reach.
+
+    Args:
+        name: "DINO-I" or "CLIP-I".
+        references: (M, D) embeddings.
+        subjects: A label for each; None: all are of one subject.
+        **about: `backbone` and `preprocessing` to record.
+
+    Returns:
+        The metric; None where no subject has two references.
+
+    Raises:
+        IdentityError: An embedding is zero or not finite.
+
+    Source:
+        DreamBooth's row "real images".
+    """
     labels = _labels(subjects, len(references))
     other = torch.tensor([[a == b and i != j for j, b in enumerate(labels)] for i, a in enumerate(labels)])
     if not bool(other.any()):
         return None
-    return _figure(f"{name}, references", _cosines(name, references, references), other, labels, about)
+    return _metric(f"{name}, references", _cosines(name, references, references), other, labels, about)
 
 
-def text_figure(
+def text_metric(
     name: str,
     outputs: Tensor,
     texts: Tensor,
     prompts: Sequence[int] | None = None,
     subjects: Sequence[str] | None = None,
     **about,
-) -> Figure:
-    """Cosine of every output (N, D) with its prompt's embedding, texts (P, D). prompts: (N,) which text belongs to
-    each output; None: the first to the first, and so on. Not scaled (CLIPScore's factor 2.5 is left out)."""
+) -> IdentityMetric:
+    """Cosine of every output with its prompt, not scaled (CLIPScore's factor 2.5 is left out).
+
+    Args:
+        name: "CLIP-T".
+        outputs: (N, D) embeddings.
+        texts: (P, D) embeddings.
+        prompts: (N,) which text belongs to each output; None: the first to the first, and so on.
+        subjects: A label for each output; None: all are of one subject.
+        **about: `backbone` and `preprocessing` to record.
+
+    Returns:
+        The metric, N outputs.
+
+    Raises:
+        IdentityError: Not one text for each output, widths differ, or an embedding is zero or not finite.
+    """
     prompts = list(range(len(outputs))) if prompts is None else list(prompts)
     if len(prompts) != len(outputs) or not all(0 <= prompt < len(texts) for prompt in prompts):
         raise IdentityError(
@@ -143,47 +141,47 @@ def text_figure(
         )
     own = torch.zeros(len(outputs), len(texts), dtype=torch.bool)
     own[range(len(outputs)), prompts] = True
-    return _figure(name, _cosines(name, outputs, texts), own, _labels(subjects, len(outputs)), about)
+    return _metric(name, _cosines(name, outputs, texts), own, _labels(subjects, len(outputs)), about)
 
 
-def text_report(figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
-    """Figures as a markdown table, means by subject where there are several, preprocessing and notes."""
+def text_report(metrics: Sequence[IdentityMetric], notes: Sequence[str] = ()) -> str:
+    """Metrics as a markdown table, means by subject where there are several, preprocessing and notes."""
     rows = [("figure", "mean", "95 % interval", "pictures", "pairs", "backbone")]
-    for figure in figures:
-        interval = f"{figure.low:.4f} to {figure.high:.4f}" if isfinite(figure.low) else "unknown (one picture)"
-        count = (str(len(figure.per_output)), str(len(figure.pairs)))
-        rows.append((figure.name, f"{figure.mean:.4f}", interval, *count, _backbone(figure.backbone)))
+    for metric in metrics:
+        interval = f"{metric.low:.4f} to {metric.high:.4f}" if isfinite(metric.low) else "unknown (one picture)"
+        count = (str(len(metric.per_output)), str(len(metric.pairs)))
+        rows.append((metric.name, f"{metric.mean:.4f}", interval, *count, _backbone(metric.backbone)))
     text = [markdown(rows)]
-    shown = [figure for figure in figures if len(figure.by_subject) > 1]
+    shown = [metric for metric in metrics if len(metric.by_subject) > 1]
     if shown:
-        names = sorted({subject for figure in shown for subject in figure.by_subject})
-        head = ("subject", *(_short(figure) for figure in shown))
+        names = sorted({subject for metric in shown for subject in metric.by_subject})
+        head = ("subject", *(_short(metric) for metric in shown))
         values = [
-            (name, *(f"{f.by_subject[name]:.4f}" if name in f.by_subject else "-" for f in shown)) for name in names
+            (name, *(f"{m.by_subject[name]:.4f}" if name in m.by_subject else "-" for m in shown)) for name in names
         ]
         text.append(markdown([head, *values]))
-    how = dict.fromkeys(f"{_short(figure)}: {figure.preprocessing}." for figure in figures if figure.preprocessing)
+    how = dict.fromkeys(f"{_short(metric)}: {metric.preprocessing}." for metric in metrics if metric.preprocessing)
     text.append("\n".join([*how, COPYING, COMPARABLE, *notes]))
     return "\n\n".join(text)
 
 
-def captions(figures: Sequence[Figure]) -> list[str]:
-    """What to write below each output: its own figures."""
-    columns = [[f"{figure.name} {value:.3f}" for value in figure.per_output] for figure in figures]
+def captions(metrics: Sequence[IdentityMetric]) -> list[str]:
+    """What to write below each output: its own scores."""
+    columns = [[f"{metric.name} {value:.3f}" for value in metric.per_output] for metric in metrics]
     return [", ".join(row) for row in zip(*columns, strict=True)]
 
 
-def json_report(figures: Sequence[Figure], notes: Sequence[str] = (), **more) -> str:
-    """Everything in the figures as JSON; an unknown interval is null. more: values to put beside them."""
+def json_report(metrics: Sequence[IdentityMetric], notes: Sequence[str] = (), **more) -> str:
+    """Everything in the metrics as JSON; an unknown interval is null. more: values to put beside them."""
     rows = []
-    for figure in figures:
-        row = {"figure": figure.name, "mean": figure.mean, "low": _known(figure.low), "high": _known(figure.high)}
-        row |= {"backbone": figure.backbone, "preprocessing": figure.preprocessing, "by_subject": figure.by_subject}
-        rows.append(row | {"per_output": figure.per_output, "pairs": figure.pairs})
+    for metric in metrics:
+        row = {"figure": metric.name, "mean": metric.mean, "low": _known(metric.low), "high": _known(metric.high)}
+        row |= {"backbone": metric.backbone, "preprocessing": metric.preprocessing, "by_subject": metric.by_subject}
+        rows.append(row | {"per_output": metric.per_output, "pairs": metric.pairs})
     return json.dumps({"figures": rows, "notes": [COPYING, COMPARABLE, *notes], **more}, ensure_ascii=False)
 
 
-def _figure(name: str, cosines: Tensor, paired: Tensor, subjects: Sequence[str], about: dict) -> Figure:
+def _metric(name: str, cosines: Tensor, paired: Tensor, subjects: Sequence[str], about: dict) -> IdentityMetric:
     table, mask = cosines.tolist(), paired.tolist()
     own = [[(j, row[j]) for j, yes in enumerate(line) if yes] for row, line in zip(table, mask, strict=True)]
     rows = [number for number, pairs in enumerate(own) if pairs]
@@ -192,7 +190,7 @@ def _figure(name: str, cosines: Tensor, paired: Tensor, subjects: Sequence[str],
     groups: dict[str, list[float]] = {}
     for row, value in zip(rows, values, strict=True):
         groups.setdefault(subjects[row], []).append(value)
-    return Figure(
+    return IdentityMetric(
         name,
         mean,
         low,
@@ -238,9 +236,9 @@ def _backbone(backbone: dict) -> str:
     return ", ".join(parts)
 
 
-def _short(figure: Figure) -> str:
-    name = figure.backbone.get("name")
-    return f"{figure.name} ({name})" if name else figure.name
+def _short(metric: IdentityMetric) -> str:
+    name = metric.backbone.get("name")
+    return f"{metric.name} ({name})" if name else metric.name
 
 
 def _known(value: float) -> float | None:

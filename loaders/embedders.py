@@ -1,7 +1,7 @@
-"""Pictures and prompts to the embeddings that identity figures compare: CLIP and DINO, by models the host loads or by
-Hugging Face folders in models/clip_vision. Each embedder says which backbone it is and how it prepares pictures.
+"""Pictures and prompts to the embeddings that identity metrics compare: CLIP and DINO.
 
-Pictures go through one at a time, so that no figure depends on the others of a batch.
+They are models that the host loads, or Hugging Face folders in models/clip_vision. Each embedder says which backbone it
+is and how it prepares pictures. Pictures go through one at a time, so that no metric depends on the others of a batch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import comfy.model_patcher
 import folder_paths
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..evaluation.identity import DINO, IdentityError, Pixels, clip_pixels, prepare
+from ..common.safetensors_header import read_header
+from .preprocessing import DINO, Preprocessing, clip_preprocessing, preprocess
 
 SIZES = {
     (12, 384): "ViT-S",
@@ -33,11 +33,15 @@ FOLDERS = {"dino": ("vit", "dinov2", "dinov2_with_registers"), "clip": ("clip",)
 WHOLE_CLIP = "openai/clip-vit-large-patch14's model.safetensors holds both towers and both projections"
 
 
+class EmbedderError(ValueError):
+    """A model that gives no embeddings to compare, and what to do about it."""
+
+
 class Embedder:
-    """`backbone`: model class, name, file, layers, width, patch, embedding width; `pixels`: the preprocessing."""
+    """`backbone`: model class, name, file, layers, width, patch, embedding width; `preprocessing`: of the pictures."""
 
     backbone: dict
-    pixels: Pixels
+    preprocessing: Preprocessing
 
     def image(self, image: Tensor) -> Tensor:
         """(H, W, 3) in 0..1 to (D,) float32 on the CPU; each class below has its own."""
@@ -51,76 +55,83 @@ class HostCLIP(Embedder):
         model = clip_vision.model
         tower = getattr(model, "vision_model", None)
         if tower is None or _siglip(tower):
-            raise IdentityError(
-                f"clip_vision holds {describe(clip_vision)}, expected a CLIP with its projection (ViT-L/14, ViT-H/14,"
+            raise EmbedderError(
+                f"clip_vision holds {_describe(clip_vision)}, expected a CLIP with its projection (ViT-L/14, ViT-H/14,"
                 " ViT-bigG/14). DINOv2 belongs to dino; SigLIP is loaded by the host without its pooling head. "
                 f"{WHOLE_CLIP}: put it into models/clip_vision and load it with Load CLIP Vision."
             )
-        check_projection(
+        _check_projection(
             "clip_vision", files, ("clip_vision", "checkpoints"), ("visual_projection.weight", "visual.proj"),
             model.visual_projection,
         )  # fmt: skip
         conv, projection = tower.embeddings.patch_embedding, model.visual_projection
-        self.clip_vision, self.pixels = clip_vision, clip_pixels(clip_vision.image_size)
-        self.backbone = record(
+        self.clip_vision, self.preprocessing = clip_vision, clip_preprocessing(clip_vision.image_size)
+        self.backbone = _record(
             "CLIP", model, len(tower.encoder.layers), conv, projection.out_features, clip_vision.image_size, files
         )
 
-    def image(self, image):
+    def image(self, image: Tensor) -> Tensor:
+        """By the host."""
         return self.clip_vision.encode_image(image[None])["image_embeds"][0].float().cpu()
 
 
 class HostDINO(Embedder):
-    """A CLIP_VISION that is a DINOv2: its class token. The host feeds it 518 px; published figures are of 256/224 px,
-    so the position table is interpolated here to 16 x 16 patches as transformers does, and the model left as it is."""
+    """A CLIP_VISION that is a DINOv2: its class token, at 256/224 px as published.
 
-    pixels = DINO
+    The host feeds it 518 px, so the position table is interpolated here to 16 x 16 patches, as transformers does it;
+    the model stays as it is.
+    """
+
+    preprocessing = DINO
 
     def __init__(self, clip_vision, files: Sequence[str] = ()):
         model = clip_vision.model
         if not hasattr(getattr(model, "embeddings", None), "position_embeddings") or not hasattr(model, "layernorm"):
-            raise IdentityError(
-                f"dino holds {describe(clip_vision)}, expected a DINOv2 (facebook/dinov2-large's or -giant's"
+            raise EmbedderError(
+                f"dino holds {_describe(clip_vision)}, expected a DINOv2 (facebook/dinov2-large's or -giant's"
                 " model.safetensors in models/clip_vision, loaded with Load CLIP Vision). A CLIP belongs to"
                 " clip_vision."
             )
         conv = model.embeddings.patch_embeddings.projection
         self.clip_vision = clip_vision
-        self.backbone = record(
-            "DINOv2", model, len(model.encoder.layer), conv, conv.out_channels, self.pixels.crop, files
+        self.backbone = _record(
+            "DINOv2", model, len(model.encoder.layer), conv, conv.out_channels, self.preprocessing.crop, files
         )
 
     @torch.no_grad()
-    def image(self, image):
+    def image(self, image: Tensor) -> Tensor:
+        """The class token, at 16 x 16 patches."""
         comfy.model_management.load_model_gpu(self.clip_vision.patcher)
         model, table = self.clip_vision.model, self.clip_vision.model.embeddings
         device = self.clip_vision.load_device
-        patches = table.patch_embeddings(prepare(image.to(device), self.pixels)[None])
+        patches = table.patch_embeddings(preprocess(image.to(device), self.preprocessing)[None])
         positions = table.position_embeddings.to(device, torch.float32)
         grid, side = round((positions.shape[1] - 1) ** 0.5), round(patches.shape[1] ** 0.5)
-        places = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=grid)
-        places = interpolate(places, size=(side, side), mode="bicubic", align_corners=False)
-        patches = patches + rearrange(places, "1 c h w -> 1 (h w) c")
+        grown = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=grid)
+        grown = interpolate(grown, size=(side, side), mode="bicubic", align_corners=False)
+        patches = patches + rearrange(grown, "1 c h w -> 1 (h w) c")
         states = torch.cat((table.cls_token.to(patches) + positions[:, :1], patches), dim=1)
         return model.layernorm(model.encoder(states)[0])[0, 0].float().cpu()
 
 
-class Held(nn.Module):
-    """Holds a library model, because the host sets `.device`, which the library's makes read-only."""
+class _Wrapped(nn.Module):
+    """Around a library model, because the host sets `.device`, which the library's makes read-only."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
 
-class Folder(Embedder):
-    """A Hugging Face folder of models/clip_vision run by transformers in fp32: `kind` "dino" (DINO, DINOv2: class
-    token) or "clip" (both towers with their projections)."""
+class FolderEmbedder(Embedder):
+    """A Hugging Face folder of models/clip_vision, run by transformers in fp32.
+
+    `kind`: "dino" (DINO, DINOv2: class token) or "clip" (both towers with their projections).
+    """
 
     def __init__(self, name: str, kind: str):
         import transformers  # takes seconds
 
-        folder = find_folder(name, kind)
+        folder = _find_folder(name, kind)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         type_ = config["model_type"]
         classes = {"vit": "ViTModel", "dinov2": "Dinov2Model", "clip": "CLIPModel"}
@@ -131,15 +142,15 @@ class Folder(Embedder):
                 str(folder), local_files_only=True, output_loading_info=True, **options
             )
             model = model.float().eval().requires_grad_(False)
-        if found["missing_keys"]:  # the library would go on with random weights
-            raise IdentityError(
+        if found["missing_keys"]:  # the library would use random weights
+            raise EmbedderError(
                 f"{folder} lacks {len(found['missing_keys'])} weights of {class_.__name__}, such as"
                 f" {sorted(found['missing_keys'])[0]}. Download the whole folder again."
             )
         self.kind, self.folder, self.model = kind, folder, model
         vision = model.vision_model if kind == "clip" else model
         sizes = vision.config
-        self.pixels = clip_pixels(sizes.image_size) if kind == "clip" else DINO
+        self.preprocessing = clip_preprocessing(sizes.image_size) if kind == "clip" else DINO
         conv = next(module for module in vision.modules() if isinstance(module, nn.Conv2d))
         family = (
             "CLIP" if kind == "clip" else "DINOv2" if type_ != "vit" else "DINO" if "dino" in name.lower() else "ViT"
@@ -148,11 +159,11 @@ class Folder(Embedder):
         self.interpolate = (
             {"interpolate_pos_encoding": True} if type_ == "vit" and sizes.image_size != DINO.crop else {}
         )
-        self.backbone = record(
-            family, model, sizes.num_hidden_layers, conv, embedding, self.pixels.crop, [f"{name} (folder)"]
+        self.backbone = _record(
+            family, model, sizes.num_hidden_layers, conv, embedding, self.preprocessing.crop, [f"{name} (folder)"]
         )
         self.patcher = comfy.model_patcher.ModelPatcher(
-            Held(model),
+            _Wrapped(model),
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
@@ -164,8 +175,9 @@ class Folder(Embedder):
         return self.patcher.load_device
 
     @torch.no_grad()
-    def image(self, image):
-        pixels = prepare(image.to(self._load()), self.pixels)[None]
+    def image(self, image: Tensor) -> Tensor:
+        """The class token, or the projected embedding."""
+        pixels = preprocess(image.to(self._load()), self.preprocessing)[None]
         if self.kind == "clip":
             embedding = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)[0]
         else:
@@ -174,6 +186,7 @@ class Folder(Embedder):
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
+        """(D,) float32 on the CPU; of a prompt that is too long the beginning counts."""
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
@@ -185,8 +198,10 @@ class Folder(Embedder):
 
 
 class HostText:
-    """The text tower of a CLIP whose projection is as wide as the picture's: CLIP-L, also when it is one of two text
-    encoders and hands over its unprojected state there (FLUX), CLIP-H or CLIP-G."""
+    """The text tower of a CLIP whose projection is as wide as the picture's: CLIP-L, CLIP-H or CLIP-G.
+
+    CLIP-L also where it is one of two text encoders and the host reads its unprojected state (FLUX).
+    """
 
     def __init__(self, clip, width: int, files: Sequence[str] = ()):
         children = dict(clip.cond_stage_model.named_children())
@@ -199,15 +214,16 @@ class HostText:
         if not fits:
             there = ", ".join(f"{name} of width {projection.out_features}" for name, projection in towers.items())
             there = there or f"no CLIP text tower ({', '.join(children)})"
-            raise IdentityError(
+            raise EmbedderError(
                 f"CLIP-T: clip holds {there}, expected one whose"
                 f" projection is {width} wide as that of clip_vision is: CLIP-L with ViT-L/14 (768), CLIP-H with"
                 " ViT-H/14 (1024), CLIP-G with ViT-bigG/14 (1280). Connect the text encoder of the same CLIP, or leave"
                 " clip open."
             )
         self.clip, self.name, projection = clip, fits[0], towers[fits[0]]
-        check_projection("clip", files, ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight"),
-                         projection)  # fmt: skip
+        _check_projection(
+            "clip", files, ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight"), projection
+        )
         self.backbone = {
             "model": type(children[self.name].transformer).__name__,
             "layers": children[self.name].num_layers,
@@ -219,8 +235,10 @@ class HostText:
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
-        """(D,) float32 on the CPU: the projected state at the end token. Parentheses are text here, not emphasis; of
-        a prompt longer than 77 tokens the first 77 count, as published."""
+        """(D,) float32 on the CPU: the projected state at the end token.
+
+        Parentheses are text here, not emphasis; of a prompt longer than 77 tokens the first 77 count, as published.
+        """
         clip, model = self.clip, self.clip.cond_stage_model
         tower = getattr(model, self.name)
         tokens = getattr(clip.tokenizer, self.name).tokenize_with_weights(prompt, disable_weights=True)
@@ -228,7 +246,7 @@ class HostText:
         model.reset_clip_options()
         try:
             clip.load_model()
-            # the latter is what newer hosts want to be told, and older ones pass over
+            # newer hosts need the execution device, older ones ignore it
             tower.set_clip_options({"projected_pooled": True, "execution_device": clip.patcher.load_device})
             pooled = tower.encode_token_weights(tokens[:1])[1]
         finally:
@@ -236,8 +254,8 @@ class HostText:
         return pooled[0].float().cpu()
 
 
-def record(family: str, model: nn.Module, layers: int, conv, embedding: int, size: int, files: Sequence[str]) -> dict:
-    """What is written beside a figure. The name is by size alone: CLIP ViT-L/14 may be anybody's training of it."""
+def _record(family: str, model: nn.Module, layers: int, conv, embedding: int, size: int, files: Sequence[str]) -> dict:
+    """What is written beside a metric. The name is by size alone: CLIP ViT-L/14 may be anybody's training of it."""
     width, patch = conv.out_channels, conv.kernel_size[0]
     name = f"{family} {SIZES.get((layers, width), f'ViT {layers} x {width}')}/{patch}"
     if family == "CLIP" and size != 224:
@@ -254,7 +272,7 @@ def record(family: str, model: nn.Module, layers: int, conv, embedding: int, siz
     }
 
 
-def describe(clip_vision) -> str:
+def _describe(clip_vision) -> str:
     model = getattr(clip_vision, "model", clip_vision)
     tower = getattr(model, "vision_model", None)
     kind = "SigLIP, " if tower is not None and _siglip(tower) else ""
@@ -265,26 +283,23 @@ def _siglip(tower: nn.Module) -> bool:
     return getattr(tower.embeddings, "class_embedding", None) is None
 
 
-def check_projection(
+def _check_projection(
     socket: str, files: Sequence[str], kinds: Sequence[str], endings: tuple[str, ...], projection: nn.Module
 ):
-    """Raises IdentityError for a projection that the file did not bring: the host warns at most, and goes on with
-    memory as it found it. Known from the file's header where it is a safetensors file, else from the values."""
+    """Raises EmbedderError for a projection that the file lacks: the host at most warns, and uses memory as it is."""
     paths = [path for name in files for kind in kinds if (path := folder_paths.get_full_path(kind, name))]
     headers = [path for path in paths if path.endswith(".safetensors")]
     found = hasattr(projection, "in_features")  # newer hosts put an identity in place of a missing one at pictures
-    if found and headers and len(paths) == len(files) == len(headers):
-        shapes = []
-        for path in headers:
-            with safe_open(path, framework="pt") as file:
-                shapes += [set(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(endings)]
+    if found and headers and len(paths) == len(files) == len(headers):  # the headers say it, else the values
+        tensors = [item for path in headers for item in read_header(path).tensors.items()]
+        shapes = [set(tensor.shape) for key, tensor in tensors if key.endswith(endings)]
         found = {projection.in_features, projection.out_features} in shapes
     elif found:
         weight = projection.weight.float().cpu()
         identity = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight)))
         found = bool(weight.isfinite().all()) and bool(weight.any()) and not identity
     if not found:
-        raise IdentityError(
+        raise EmbedderError(
             f"{socket}: {', '.join(files) or 'the file'} holds no {endings[0]}, without which pictures and texts cannot"
             f" be compared (FLUX's clip_l.safetensors lacks it). {WHOLE_CLIP}: use it in models/text_encoders and"
             " models/clip_vision."
@@ -305,10 +320,10 @@ def folder_names(kind: str) -> list[str]:
     return sorted(found, key=str.lower)
 
 
-def find_folder(name: str, kind: str) -> Path:
-    """The folder of that name; raises IdentityError where it is not, or no longer, one of `folder_names`."""
+def _find_folder(name: str, kind: str) -> Path:
+    """The folder of that name; raises EmbedderError where it is not one of `folder_names`, or no longer."""
     if name not in (there := folder_names(kind)):
-        raise IdentityError(
+        raise EmbedderError(
             f"models/clip_vision has no {kind.upper()} folder {name!r}; it holds: {', '.join(there) or 'none'}. A"
             f" Hugging Face folder (config.json, model.safetensors) is expected, with model_type"
             f" {' or '.join(FOLDERS[kind])}."

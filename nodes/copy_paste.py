@@ -1,4 +1,4 @@
-"""How much of the references' pose went into the outputs: the copy-paste figures over a batch or a whole queue."""
+"""How much of the references' pose went into the outputs: the copy-paste metrics over a batch or a whole queue."""
 
 from comfy_api.latest import io, ui
 
@@ -88,18 +88,14 @@ class SubjectCopyPasteReport(io.ComfyNode):
     def execute(
         cls, orientation_model, references, images, min_confidence, filename_prefix, reference_masks=None, masks=None
     ) -> io.NodeOutput:
-        from ..common.drawing.sheet import to_tensor
-        from ..evaluation.copy_paste.measure import measure
-        from ..evaluation.copy_paste.plot import report_plot
-        from ..evaluation.copy_paste.report import captions, report_csv, report_json, report_text
+        from ..evaluation.copy_paste.measure import copy_paste
 
-        model = orientation_model[0]  # the host hands every input over as a list
-        outputs, floor = measure(model, references, images, reference_masks, masks, min_confidence[0])
-        text, json = report_text(outputs, floor, model.name), report_json(outputs, floor, model.name)
-        save_reports(filename_prefix[0], csv=report_csv(outputs, floor), json=json)
-        plot = to_tensor(report_plot(outputs, floor, model.name))
-        shown = ui.PreviewImage(plot, cls=cls).as_dict()
-        return io.NodeOutput(text, plot, json, captions(outputs), ui={**shown, "text": (text,)})
+        found = copy_paste(  # the host hands every input over as a list
+            orientation_model[0], references, images, reference_masks, masks, threshold=min_confidence[0]
+        )
+        save_reports(filename_prefix[0], csv=found.csv, json=found.json)
+        shown = ui.PreviewImage(found.plot, cls=cls).as_dict()
+        return io.NodeOutput(found.text, found.plot, found.json, found.captions, ui={**shown, "text": (found.text,)})
 
 
 NODES = [SubjectCopyPasteReport]

@@ -1,4 +1,4 @@
-"""Which way a subject faces: Orient Anything V1, for the figures of copy-paste."""
+"""Which way a subject faces: Orient Anything V1, for the copy-paste metrics."""
 
 from comfy_api.latest import io, ui
 
@@ -13,8 +13,8 @@ class SubjectLoadOrientation(io.ComfyNode):
             node_id="SubjectLoadOrientation",
             display_name="Load Orientation Model",
             description=(
-                "Loads Orient Anything V1 (small, base or large, told by the file), which reads from a picture which"
-                " way its subject faces."
+                "Loads Orient Anything V1 (small, base or large, by the file's shapes), which reads from a picture"
+                " which way its subject faces."
             ),
             search_aliases=["orient anything", "pose estimation", "azimuth", "load orientation"],
             inputs=[
@@ -124,15 +124,11 @@ class SubjectOrientation(io.ComfyNode):
 
     @classmethod
     def execute(cls, orientation_model, image, mask=None, min_confidence=0.5) -> io.NodeOutput:
-        from ..evaluation import orientation
+        from ..evaluation.orientation_report import orientation_report
 
-        images, masks = orientation.pictures(image, mask)
-        angles = orientation_model.estimate(images, masks)
-        notes = orientation.notes(images, masks)
-        text = orientation.table(angles, threshold=min_confidence, notes=notes)
-        drawn = orientation.overlays(images, angles, masks, threshold=min_confidence)
-        columns = (angles.azimuth, angles.polar, angles.rotation, angles.confidence)
-        return io.NodeOutput(drawn, text, *(c.tolist() for c in columns), ui=ui.PreviewImage(drawn, cls=cls))
+        found = orientation_report(orientation_model, image, mask, min_confidence)
+        columns = (column.tolist() for column in vars(found.angles).values())
+        return io.NodeOutput(found.overlay, found.text, *columns, ui=ui.PreviewImage(found.overlay, cls=cls))
 
 
 NODES = [SubjectLoadOrientation, SubjectOrientation]

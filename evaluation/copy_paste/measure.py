@@ -1,23 +1,48 @@
-"""From pictures to the copy-paste figures, through any orientation model."""
+"""From pictures to the copy-paste metrics and their report, through any orientation model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from ..orientation import SUBJECT, fit_mask, pictures, subject_box
+from ...common.drawing.sheet import to_tensor
+from ...common.images import ImageError
+from ...common.masks import SUBJECT, fit_mask, split_batch, subject_box
 from .metrics import Pairs, compare
+from .plot import report_plot
+from .report import captions, report_csv, report_json, report_text
 
 CROP = 0.9  # of each side stays in the floor's copy of a reference (our choice)
 SCALE = 0.75  # and is scaled by so much, as no output shows its subject at the reference's scale (our choice)
 
 
-class PictureError(ValueError):
-    """Pictures or masks that do not fit together, and what to do about it."""
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What Copy-Paste Report gives: texts, a caption for each output, and a plot (1, h, w, 3) in 0..1."""
+
+    text: str
+    csv: str
+    json: str
+    captions: list[str]
+    plot: Tensor
+
+
+def copy_paste(orientation, *pictures, threshold: float = 0.5) -> Report:
+    """`measure` of these pictures as a report; `orientation.name` says whose angles they are."""
+    outputs, floor = measure(orientation, *pictures, threshold=threshold)
+    about = (outputs, floor, orientation.name)
+    return Report(
+        report_text(*about),
+        report_csv(outputs, floor),
+        report_json(*about),
+        captions(outputs),
+        to_tensor(report_plot(*about)),
+    )
 
 
 def measure(
@@ -28,21 +53,32 @@ def measure(
     masks: Sequence[Tensor] | None = None,
     threshold: float = 0.5,
 ) -> tuple[Pairs, Pairs]:
-    """(outputs, floor): references against outputs, and against their own mirrored, re-cropped selves.
+    """Compares references with outputs, and with their own mirrored, re-cropped selves.
 
-    orientation.estimate(images, masks) gives azimuth, polar (degrees) and confidence, each (N,), of (H, W, 3) pictures
-    and their masks or None. references, images: IMAGE batches (B, H, W, 3 or 4), one after the other; one reference
-    for all images, or one each. Masks: MASK batches (B, h, w) of any size, 1 where the subject is,
-    one for all or one each; left out, alpha is the mask. Raises PictureError.
+    Args:
+        orientation: Its `estimate(images, masks)` gives azimuth, polar (degrees) and confidence, each (N,), of N
+            pictures (H, W, 3) and their masks or None.
+        references: IMAGE batches (B, H, W, 3 or 4), one after the other; one reference for all images, or one each.
+        images: IMAGE batches of the outputs.
+        reference_masks: MASK batches (B, h, w) of any size, 1 where the subject is, one for all or one each; left out,
+            alpha is the mask.
+        masks: Likewise, of `images`.
+        threshold: A pair counts where both confidences are at least this.
+
+    Returns:
+        (outputs, floor): the pairs of references and outputs, and of references and their own changed selves.
+
+    Raises:
+        ImageError: Pictures or masks do not fit together.
     """
-    originals, original_masks = gather("references", references, "reference_masks", reference_masks or ())
-    outputs, output_masks = gather("images", images, "masks", masks or ())
+    originals, original_masks = _gather("references", references, "reference_masks", reference_masks or ())
+    outputs, output_masks = _gather("images", images, "masks", masks or ())
     if len(originals) not in (1, len(outputs)):
-        raise PictureError(
+        raise ImageError(
             f"references holds {len(originals)} pictures and images {len(outputs)}, expected one reference for all "
             "images, or one for each, in the same order. Repeat a reference with the host's RepeatImageBatch node."
         )
-    changed, changed_masks = zip(*map(mirrored_crop, originals, original_masks))
+    changed, changed_masks = zip(*map(_mirrored_crop, originals, original_masks))
 
     found = _angles(orientation, [*originals, *changed, *outputs], [*original_masks, *changed_masks, *output_masks])
     reference, copies, generated = found.split([len(originals), len(originals), len(outputs)])
@@ -51,15 +87,15 @@ def measure(
     return compare(reference.expand(len(outputs), -1), generated, threshold), floor
 
 
-def mirrored_crop(image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def _mirrored_crop(image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(H, W, 3) and its mask, mirrored, cropped about the subject (the middle, where no mask shows one) and reduced."""
     image, shape = image.float(), image.shape[:2]
     height, width = (round(CROP * side) for side in shape)
     mask = None if mask is None else fit_mask(mask, image)
     found = mask is not None and bool((mask > SUBJECT).any())
     top, bottom, left, right = subject_box(mask) if found else (0, shape[0], 0, shape[1])
-    top = _begin(top, bottom, height, shape[0])
-    left = _begin(left, right, width, shape[1])
+    top = _start(top, bottom, height, shape[0])
+    left = _start(left, right, width, shape[1])
     planes = rearrange(image, "h w c -> 1 c h w")
     if mask is not None:
         planes = torch.cat([planes, mask[None, None].to(planes)], dim=1)
@@ -69,33 +105,32 @@ def mirrored_crop(image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Te
     return rearrange(planes[:3], "c h w -> h w c").contiguous(), None if mask is None else planes[3]
 
 
-def gather(
+def _gather(
     name: str, batches: Sequence[Tensor], mask_name: str, masks: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The pictures of IMAGE batches, and for each its mask: of the MASK batches, else its alpha, else None. Raises
-    PictureError, naming the socket."""
+    """The pictures of IMAGE batches, and for each its mask: of the MASK batches, else its alpha, else None."""
     found: list[Tensor] = []
     found_masks: list[Tensor | None] = []
     for batch in batches:
         try:
-            images, alpha = pictures(batch)
-        except ValueError as error:
-            raise PictureError(f"{name}: {error}") from None
+            images, alpha = split_batch(batch)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from None
         found += images
         found_masks += alpha or [None] * len(images)
     if not found:
-        raise PictureError(f"{name} holds no picture, expected at least one. Connect an IMAGE output.")
+        raise ImageError(f"{name} holds no picture, expected at least one. Connect an IMAGE output.")
     given = [mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])]
     if len(given) not in (0, 1, len(found)):
-        raise PictureError(
+        raise ImageError(
             f"{mask_name} holds {len(given)} masks, {name} {len(found)} pictures: expected one for all or one "
             "for each, in the same order."
         )
     return found, (given if len(given) == len(found) else given * len(found)) or found_masks
 
 
-def _begin(first: int, last: int, length: int, side: int) -> int:
-    """Where a crop of `length` out of `side` begins, so that first..last lie in its middle if they can."""
+def _start(first: int, last: int, length: int, side: int) -> int:
+    """Where a crop of `length` out of `side` begins, so that first..last are in its middle if they can be."""
     return min(max(0, round((first + last - length) / 2)), side - length)
 
 

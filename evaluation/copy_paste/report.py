@@ -1,4 +1,4 @@
-"""The copy-paste figures as text, CSV and JSON: outputs and floor, with and without gating."""
+"""The copy-paste metrics as text, CSV and JSON: outputs and floor, with and without gating."""
 
 from __future__ import annotations
 
@@ -41,20 +41,21 @@ def report_text(outputs: Pairs, floor: Pairs, model: str) -> str:
     """Coverage, the table in markdown, and what a reader must know to read it."""
     report = outputs.report
     lines = [["", "azimuth", "polar", "average recall", *(f"recall@{k}" for k in RECALL), "pairs"]]
-    for name, figures in rows(outputs, floor):
-        lines.append([name, *(cell(figures, key) for key in figures.intervals), str(figures.count)])
+    for name, metrics in rows(outputs, floor):
+        lines.append([name, *(cell(metrics, key) for key in metrics.intervals), str(metrics.count)])
     return "\n".join(
         [
             f"Orientation by {model}. {coverage(outputs)}.",
             "",
             markdown(lines),
             "",
-            *notes(outputs, floor, report.threshold),
+            *_notes(outputs, floor, report.threshold),
         ]
     )
 
 
 def coverage(outputs: Pairs) -> str:
+    """Which share of the pairs counts, in words."""
     report = outputs.report
     _, low, high = share_interval(report.counted.double())
     return (
@@ -63,20 +64,16 @@ def coverage(outputs: Pairs) -> str:
     )
 
 
-def value(figures: CopyPasteMetrics, key: str) -> float:
-    """A figure by its name in `intervals`."""
-    return figures.recall[int(key.split("@")[1])] if "@" in key else getattr(figures, key)
-
-
-def cell(figures: CopyPasteMetrics, key: str) -> str:
-    mean, (low, high) = value(figures, key), figures.intervals[key]
+def cell(metrics: CopyPasteMetrics, key: str) -> str:
+    """A metric by its name in `intervals`, with its interval, as text."""
+    mean, (low, high) = _value(metrics, key), metrics.intervals[key]
     if isnan(mean):
         return "NaN"
     digits = 3 if "recall" in key else 1
     return f"{mean:.{digits}f}" + ("" if isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})")
 
 
-def notes(outputs: Pairs, floor: Pairs, threshold: float) -> list[str]:
+def _notes(outputs: Pairs, floor: Pairs, threshold: float) -> list[str]:
     """Sentences under the table, those that apply first."""
     report, base, found = outputs.report, floor.report, []
     empty = int(((outputs.reference[:, 2] == 0) | (outputs.generated[:, 2] == 0)).sum())
@@ -109,7 +106,7 @@ def notes(outputs: Pairs, floor: Pairs, threshold: float) -> list[str]:
     ]
 
 
-def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
+def _records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
     """A dict by COLUMNS for each pair of outputs and floor."""
     for name, pairs in (("outputs", outputs), ("floor", floor)):
         report = pairs.report
@@ -120,15 +117,15 @@ def records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
             report.polar_difference.tolist(),
             report.counted.tolist(),
         )
-        for number, (reference, generated, azimuth, polar, kept) in enumerate(columns, 1):
-            yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(kept))))
+        for number, (reference, generated, azimuth, polar, counted) in enumerate(columns, 1):
+            yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(counted))))
 
 
 def captions(outputs: Pairs) -> list[str]:
     """What to write below each output: its differences, and whether its angles can be trusted."""
     report = outputs.report
     columns = zip(report.azimuth_difference.tolist(), report.polar_difference.tolist(), report.counted.tolist())
-    return [f"azimuth {a:.0f}, polar {p:.0f}" + ("" if kept else " (no clear front)") for a, p, kept in columns]
+    return [f"azimuth {a:.0f}, polar {p:.0f}" + ("" if counted else " (no clear front)") for a, p, counted in columns]
 
 
 def report_csv(outputs: Pairs, floor: Pairs) -> str:
@@ -136,25 +133,30 @@ def report_csv(outputs: Pairs, floor: Pairs) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records(outputs, floor))
+    writer.writerows(_records(outputs, floor))
     return text.getvalue()
 
 
 def report_json(outputs: Pairs, floor: Pairs, model: str) -> str:
-    """Figures with intervals, settings, and every pair. What is undefined is null."""
+    """Metrics with intervals, settings, and every pair, as JSON; what is undefined is null."""
     report = outputs.report
     content = {
         "orientation_model": model,
         "threshold": report.threshold,
-        "coverage": _figure(*share_interval(report.counted.double())),
+        "coverage": _with_interval(*share_interval(report.counted.double())),
         "figures": {
-            name: {"pairs": f.count, **{key: _figure(value(f, key), *f.intervals[key]) for key in f.intervals}}
-            for name, f in rows(outputs, floor)
+            name: {"pairs": m.count} | {key: _with_interval(_value(m, key), *m.intervals[key]) for key in m.intervals}
+            for name, m in rows(outputs, floor)
         },
-        "pairs": list(records(outputs, floor)),
+        "pairs": list(_records(outputs, floor)),
     }
     return json.dumps(content, indent=1, allow_nan=False)
 
 
-def _figure(*values: float) -> dict[str, float | None]:
+def _value(metrics: CopyPasteMetrics, key: str) -> float:
+    """A metric by its name in `intervals`."""
+    return metrics.recall[int(key.split("@")[1])] if "@" in key else getattr(metrics, key)
+
+
+def _with_interval(*values: float) -> dict[str, float | None]:
     return {key: None if isnan(v) else v for key, v in zip(("mean", "low", "high"), values)}

@@ -7,7 +7,7 @@ import json
 import folder_paths
 import pytest
 import torch
-from subject_dla.evaluation.orientation import Angles
+from subject_dla.loaders.orient_anything.network import Angles
 from subject_dla.nodes import SubjectExtension
 
 NODE = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}["SubjectCopyPasteReport"]

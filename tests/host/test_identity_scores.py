@@ -14,8 +14,9 @@ import torch
 import transformers
 from comfy_api.latest._io import HiddenHolder
 from safetensors.torch import load_file, save_file
-from subject_dla.evaluation.identity import DINO, IdentityError, clip_pixels, prepare
-from subject_dla.loaders.embedders import Folder, HostCLIP, HostDINO, HostText
+from subject_dla.evaluation.identity_scores import spread
+from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder, HostCLIP, HostDINO, HostText
+from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 from subject_dla.nodes.identity import SubjectIdentityScores
 
 from .conftest import COMFYUI
@@ -24,6 +25,7 @@ TEXT = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermed
 SMALL = TEXT | dict(hidden_act="quick_gelu")
 VISION = dict(hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=48, patch_size=14)
 PROMPTS = ["a (red:1.5) cat in the snow", "the same cat, seen from behind", "word " * 90]
+FILE = "clip/model.safetensors"
 REAL = comfy.clip_vision.ClipVisionModel
 
 
@@ -95,19 +97,19 @@ def close(a, b):
 @torch.no_grad()
 def test_clip_vision_is_the_librarys_with_its_own_image_processor(world, monkeypatch):
     root, models = world
-    embedder, model = HostCLIP(load_vision(world, monkeypatch, "clip"), ["clip/model.safetensors"]), models["clip"]
+    embedder, model = HostCLIP(load_vision(world, monkeypatch, "clip"), [FILE]), models["clip"]
     image = pictures(1, 0, 224, 224)[0]  # no resize: Pillow's and torch's differ by a grey level
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     pixels = torch.as_tensor(processor([(image * 255).round().byte().numpy()], return_tensors="pt")["pixel_values"])
     close(embedder.image(image), model.visual_projection(model.vision_model(pixels.float()).pooler_output)[0])
     large = pictures(1, 1, 300, 420)[0]
-    own = prepare(large, clip_pixels(224))[None]  # which tests/method holds against Pillow
+    own = preprocess(large, clip_preprocessing(224))[None]  # which tests/method holds against Pillow
     expected = model.visual_projection(model.vision_model(own).pooler_output)[0]
     assert torch.cosine_similarity(embedder.image(large), expected, dim=0) > 0.9999
     record = embedder.backbone
     assert (record["model"], record["layers"], record["width"]) == ("CLIPVisionModelProjection", 24, 32)
     assert (record["embedding"], record["patch"], record["input"]) == (64, 14, 224)
-    assert record["file"] == "clip/model.safetensors" and str(embedder.pixels).startswith("shorter side to 224 px")
+    assert record["file"] == FILE and str(embedder.preprocessing).startswith("shorter side to 224 px")
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def test_dinov2_is_the_librarys_at_256_224(world, monkeypatch):
     embedder = HostDINO(vision)
     before = {key: value.clone() for key, value in vision.get_sd().items()}
     image = pictures(1, 2)[0]
-    expected = models["dinov2"](prepare(image, DINO)[None]).last_hidden_state[0, 0]
+    expected = models["dinov2"](preprocess(image, DINO)[None]).last_hidden_state[0, 0]
     close(embedder.image(image), expected)
     after = vision.get_sd()
     assert all(torch.equal(value, after[key]) for key, value in before.items())  # the host's node goes on as it was
@@ -155,7 +157,7 @@ def test_the_tower_that_fits_is_taken_from_a_pair_and_what_the_host_encodes_stay
         for parameter in pair.cond_stage_model.clip_g.parameters():
             parameter.zero_()  # no file for it here
     close(HostText(pair, 64).text("a cat"), alone)
-    with pytest.raises(IdentityError, match="clip_l of width 64, clip_g of width 48.*1280 wide"):
+    with pytest.raises(EmbedderError, match="clip_l of width 64, clip_g of width 48.*1280 wide"):
         HostText(pair, 1280)
 
 
@@ -163,10 +165,11 @@ def test_the_tower_that_fits_is_taken_from_a_pair_and_what_the_host_encodes_stay
 def test_folders_run_the_librarys_models(world, listed):
     root, models = world
     image = pictures(1, 3)[0]
-    clip, dino, dinov2 = Folder("clip", "clip"), Folder("dino-vits16", "dino"), Folder("dinov2", "dino")
-    close(dino.image(image), models["dino"](prepare(image, DINO)[None]).last_hidden_state[0, 0])
-    close(dinov2.image(image), models["dinov2"](prepare(image, DINO)[None]).last_hidden_state[0, 0])
-    pixels = prepare(image, clip_pixels(224))[None]
+    dino, dinov2 = FolderEmbedder("dino-vits16", "dino"), FolderEmbedder("dinov2", "dino")
+    clip = FolderEmbedder("clip", "clip")
+    close(dino.image(image), models["dino"](preprocess(image, DINO)[None]).last_hidden_state[0, 0])
+    close(dinov2.image(image), models["dinov2"](preprocess(image, DINO)[None]).last_hidden_state[0, 0])
+    pixels = preprocess(image, clip_preprocessing(224))[None]
     close(clip.image(image), models["clip"].visual_projection(models["clip"].vision_model(pixels).pooler_output)[0])
     host = HostText(load_text(root / "clip" / "model.safetensors"), 64)
     for prompt in PROMPTS:
@@ -177,10 +180,10 @@ def test_folders_run_the_librarys_models(world, listed):
     (root / "torn").mkdir(exist_ok=True)
     (root / "torn" / "config.json").write_bytes((root / "dino-vits16" / "config.json").read_bytes())
     save_file(weights, root / "torn" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(IdentityError, match="torn.*layernorm.weight"):
-        Folder("torn", "dino")
-    with pytest.raises(IdentityError, match="'gone'.*dino-vits16"):
-        Folder("gone", "dino")
+    with pytest.raises(EmbedderError, match="torn.*layernorm.weight"):
+        FolderEmbedder("torn", "dino")
+    with pytest.raises(EmbedderError, match="'gone'.*dino-vits16"):
+        FolderEmbedder("gone", "dino")
 
 
 def run(tmp_path, monkeypatch, **inputs):
@@ -220,8 +223,6 @@ def test_identical_pictures_give_1_and_order_is_of_no_account(world, listed, mon
 
 
 def test_prompts_and_labels_may_be_one_for_all_or_one_for_each_item_of_the_list(world, monkeypatch, tmp_path):
-    from subject_dla.nodes.identity import spread
-
     batches = [torch.zeros(2, 8, 8, 3), torch.zeros(1, 8, 8, 3)]
     assert spread("prompts", ["a cat"], batches) == ["a cat"] * 3
     assert spread("prompts", ["a\n\n b \n"], batches) == ["a", "a", "b"]
@@ -236,22 +237,22 @@ def test_what_does_not_fit_is_refused_with_what_would(world, listed, monkeypatch
     root = world[0]
     clip, dino = load_vision(world, monkeypatch, "clip"), load_vision(world, monkeypatch, "dinov2")
     text = load_text(root / "clip" / "model.safetensors")
-    with pytest.raises(IdentityError, match="dino holds a CLIPVisionModelProjection.*DINOv2.*clip_vision"):
+    with pytest.raises(EmbedderError, match="dino holds a CLIPVisionModelProjection.*DINOv2.*clip_vision"):
         HostDINO(clip)
-    with pytest.raises(IdentityError, match="clip_vision holds a Dinov2Model.*ViT-L/14"):
+    with pytest.raises(EmbedderError, match="clip_vision holds a Dinov2Model.*ViT-L/14"):
         HostCLIP(dino)
-    with pytest.raises(IdentityError, match="1280 wide.*leave clip open"):
+    with pytest.raises(EmbedderError, match="1280 wide.*leave clip open"):
         HostText(text, 1280)
     weights = load_file(root / "clip" / "model.safetensors")
     for name in ("text_projection.weight", "visual_projection.weight"):
         save_file({key: value for key, value in weights.items() if key != name}, root / f"no_{name[:4]}.safetensors")
-    with pytest.raises(IdentityError, match="no_text.*no text_projection.*clip_l.safetensors"):
+    with pytest.raises(EmbedderError, match="no_text.*no text_projection.*clip_l.safetensors"):
         HostText(load_text(root / "no_text.safetensors"), 64, ["no_text.safetensors"])
     bare = load_vision(world, monkeypatch, "clip", root / "no_visu.safetensors")
-    with pytest.raises(IdentityError, match="no_visu.*no visual_projection"):
+    with pytest.raises(EmbedderError, match="no_visu.*no visual_projection"):
         HostCLIP(bare, ["no_visu.safetensors"])
     text.cond_stage_model.clip_l.transformer.text_projection.weight.data.zero_()
-    with pytest.raises(IdentityError, match="the file holds no text_projection"):
+    with pytest.raises(EmbedderError, match="the file holds no text_projection"):
         HostText(text, 64)
     image = pictures(1, 0)
     with pytest.raises(ValueError, match="no model is connected"):

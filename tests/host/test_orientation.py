@@ -11,20 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from subject_dla.evaluation.orientation import (
-    MEAN,
-    STD,
-    Angles,
-    axes,
-    decode,
-    fit_mask,
-    overlay,
-    overlays,
-    pictures,
-    prepare,
-    subject_box,
-    table,
-)
+from subject_dla.common.masks import fit_mask, split_batch, subject_box
+from subject_dla.evaluation.orientation_overlay import axes, overlay, overlays
+from subject_dla.evaluation.orientation_report import table
+from subject_dla.loaders.orient_anything.network import SIZES, Angles, decode
+from subject_dla.loaders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocess_subject
 from subject_dla.tests.small.measure import published_state
 
 LAYOUTS = {"small": (384, 12, 180), "base": (768, 3, 180), "large": (1024, 2, 180), "ronormsigma1": (1024, 2, 360)}
@@ -78,10 +69,8 @@ def published_logits(state: dict[str, torch.Tensor], layers: int, pixels: torch.
 
 
 def shorten(monkeypatch, width: int, layers: int) -> str:
-    from subject_dla.loaders.orient_anything import model as orientation
-
-    name = orientation.SIZES[width][0]
-    monkeypatch.setitem(orientation.SIZES, width, (name, layers))
+    name = SIZES[width][0]
+    monkeypatch.setitem(SIZES, width, (name, layers))
     return name
 
 
@@ -127,7 +116,7 @@ def test_estimate_is_prepare_network_decode_for_any_number_of_pictures_of_any_si
     images = [torch.rand(60 + 7 * n, 90, 3, generator=generator) for n in range(count)]
     masks = [None if n % 2 else blob(60 + 7 * n, 90) for n in range(count)]
     found = model.estimate(images, masks)
-    expected = decode(published_logits(tiny, 1, torch.stack([prepare(i, m) for i, m in zip(images, masks)])))
+    expected = decode(published_logits(tiny, 1, torch.stack([preprocess_subject(i, m) for i, m in zip(images, masks)])))
     for name in ("azimuth", "polar", "rotation"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     assert torch.allclose(found.confidence, expected.confidence, atol=1e-5) and len(found) == count
@@ -182,7 +171,7 @@ def prepared_by_pillow(image: torch.Tensor, mask: torch.Tensor | None) -> numpy.
     resized = numpy.stack([numpy.asarray(channel) for channel in channels], -1)
     left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
     resized = numpy.clip(numpy.round(resized[top : top + 224, left : left + 224] * 255), 0, 255) / 255
-    return ((resized - numpy.array(MEAN)) / numpy.array(STD)).transpose(2, 0, 1)
+    return ((resized - numpy.array(IMAGENET_MEAN)) / numpy.array(IMAGENET_STD)).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("size", [(300, 500), (97, 64), (224, 224), (512, 511)])
@@ -194,10 +183,10 @@ def test_the_picture_is_prepared_as_published(size, masked):
     ).clamp(0, 1)[0]
     image = image.permute(1, 2, 0).contiguous()
     mask = blob(*size) if masked else None
-    found = prepare(image, mask).numpy()
+    found = preprocess_subject(image, mask).numpy()
     assert found.shape == (3, 224, 224)
     off = numpy.abs(found - prepared_by_pillow(image, mask))
-    step = 1 / 255 / min(STD)
+    step = 1 / 255 / min(IMAGENET_STD)
     assert off.max() < 1.01 * step and (off > 0.01 * step).mean() < 0.01  # some values round to the other side
 
 
@@ -205,7 +194,10 @@ def test_the_cut_out_subject_lies_on_black_in_the_middle_at_its_size():
     image = torch.ones(400, 300, 3)
     mask = torch.zeros(400, 300)
     mask[37:137, 201:261] = 1  # 100 high, 60 wide
-    shown = prepare(image, mask) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    shown = (
+        preprocess_subject(image, mask) * torch.tensor(IMAGENET_STD)[:, None, None]
+        + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    )
     ys, xs = (shown[0] > 0.5).nonzero(as_tuple=True)
     height, width = int(ys.max() - ys.min()) + 1, int(xs.max() - xs.min()) + 1
     assert abs(height - 256 * 100 / 117) <= 1 and abs(width - 256 * 60 / 117) <= 1  # 117 = int(100 / 0.85)
@@ -214,31 +206,31 @@ def test_the_cut_out_subject_lies_on_black_in_the_middle_at_its_size():
     # what lies outside the mask does not matter, nor does the mask's own size
     other = image.clone()
     other[mask == 0] = torch.rand(int((mask == 0).sum()), 3)
-    assert torch.equal(prepare(other, mask), prepare(image, mask))
+    assert torch.equal(preprocess_subject(other, mask), preprocess_subject(image, mask))
     half = torch.nn.functional.interpolate(mask[None, None], scale_factor=2, mode="nearest")[0, 0]
     assert subject_box(torch.zeros(8, 8).index_fill_(0, torch.tensor(3), 1)) == (3, 4, 0, 8)
     off = torch.tensor(subject_box(fit_mask(half, image))) - torch.tensor(subject_box(mask))
     assert off.abs().max() <= 1
     with pytest.raises(ValueError, match="shows no subject"):
-        prepare(image, torch.zeros(400, 300))
+        preprocess_subject(image, torch.zeros(400, 300))
 
 
 def test_batches_with_one_mask_with_several_and_with_alpha():
     images = torch.rand(3, 40, 50, 4, generator=torch.Generator().manual_seed(5))
-    found, masks = pictures(images)
+    found, masks = split_batch(images)
     assert len(found) == 3 and found[0].shape == (40, 50, 3) and torch.equal(masks[2], images[2, ..., 3])
     one = torch.rand(20, 20)
-    assert all(torch.equal(mask, one) for mask in pictures(images, one)[1])
+    assert all(torch.equal(mask, one) for mask in split_batch(images, one)[1])
     several = torch.rand(3, 40, 50)
-    assert torch.equal(torch.stack(pictures(images, several)[1]), several)
-    assert pictures(images[..., :3])[1] is None
+    assert torch.equal(torch.stack(split_batch(images, several)[1]), several)
+    assert split_batch(images[..., :3])[1] is None
     with pytest.raises(ValueError, match=r"\(2, 40, 50\) for 3 picture"):
-        pictures(images, several[:2])
+        split_batch(images, several[:2])
     with pytest.raises(ValueError, match="expected an IMAGE"):
-        pictures(images[0])
+        split_batch(images[0])
     images[1, 2, 3, 0] = math.nan
     with pytest.raises(ValueError, match="Picture 2 of 3 holds values that are NaN"):
-        pictures(images)
+        split_batch(images)
 
 
 # --- the angles ---
@@ -314,7 +306,8 @@ class Runs:
 
 
 def test_code_in_a_pt_is_refused_and_not_run(root, tiny):
-    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     mark = root / "ran"
     torch.save(tiny | {"extra": Runs(mark)}, root / "zip.pt")
@@ -356,7 +349,8 @@ def damaged(tiny):
 
 @pytest.mark.parametrize("what", damaged({"dinov2.encoder.layer.0.attention.attention.query.weight": torch.ones(1)}))
 def test_damaged_and_foreign_files_are_named(root, tiny, what):
-    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     name, content, message = damaged(tiny)[what]
     if isinstance(content, bytes):
@@ -373,7 +367,8 @@ def test_damaged_and_foreign_files_are_named(root, tiny, what):
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
-    from subject_dla.loaders.orient_anything.model import OrientationCheckpointError, load_orientation
+    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     (torch.save if name.endswith("pt") else save_file)(tiny, root / name)
     whole = (root / name).read_bytes()
@@ -388,7 +383,7 @@ def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
 
 def test_any_length_of_the_header_is_read(root, tiny):
     """The first two bytes of a .safetensors are the header's length, which may look like the start of other files."""
-    from subject_dla.loaders.orient_anything.model import read_state
+    from subject_dla.loaders.orient_anything.checkpoint import read_state
 
     for magic in (b"\x80\x02", b" <"):
         size, padding = 0, ""
@@ -432,13 +427,14 @@ def test_a_copy_is_not_written_over_another_file_and_a_full_disk_costs_nothing(r
 
 
 def test_files_are_listed_and_names_stay_inside(root):
-    from subject_dla.loaders.orient_anything.model import list_orientations, load_orientation
+    from subject_dla.loaders.folders import files
+    from subject_dla.loaders.orient_anything.model import load_orientation
 
     (root / "croplargeEX2").mkdir()
     for name in ("croplargeEX2/dino_weight.pt", "b.safetensors", "c.ckpt"):
         (root / name).write_bytes(b"0")
     (root.parent / "secret.pt").write_bytes(b"0")
-    assert list_orientations() == ["b.safetensors", "croplargeEX2/dino_weight.pt"]
+    assert files("orientation") == ["b.safetensors", "croplargeEX2/dino_weight.pt"]
     with pytest.raises(ValueError, match="no name in models/orientation"):
         load_orientation("../secret.pt")
     with pytest.raises(ValueError, match="'c.ckpt' is no orientation file: expected the extension .safetensors or .pt"):

@@ -11,7 +11,8 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from subject_dla.evaluation.orientation import Angles, axes
+from subject_dla.evaluation.orientation_overlay import axes
+from subject_dla.loaders.orient_anything.network import Angles
 from subject_dla.nodes import SubjectExtension
 
 RENDER = Path(__file__).parents[1] / "small" / "render.py"

@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from subject_dla.common.list_files import Example
-from subject_dla.evaluation.identity import DINO, clip_pixels, prepare
+from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.prompts import of_type, two_references
 from subject_dla.tests.small.training import paint_subjects
@@ -214,8 +214,8 @@ def cosines(out: Path, references: Path, models: Path) -> dict[str, list[float]]
     for entry in lines(out):
         drawn = (pixels(out / entry["picture"]) + 0.5 / 255).clamp(max=1)  # the host cuts off what 8 bits don't hold
         pair = [drawn, pixels(references / entry["references"][0])]
-        faces = [dino(prepare(image, DINO)[None]).last_hidden_state[:, 0] for image in pair]
-        seen = [clip.vision_model(prepare(image, clip_pixels(224))[None]).pooler_output for image in pair]
+        faces = [dino(preprocess(image, DINO)[None]).last_hidden_state[:, 0] for image in pair]
+        seen = [clip.vision_model(preprocess(image, clip_preprocessing(224))[None]).pooler_output for image in pair]
         seen = [clip.visual_projection(state) for state in seen]
         said = clip.text_model(**tokenizer(entry["prompt"], return_tensors="pt")).pooler_output
         pairs = {"DINO-I": faces, "CLIP-I": seen, "CLIP-T": (seen[0], clip.text_projection(said))}

@@ -1,0 +1,163 @@
+"""A subject's axes drawn over its picture, from its orientation (see loaders/orient_anything/network.py)."""
+
+from __future__ import annotations
+
+from math import cos, hypot, radians, sin
+
+import numpy
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..common.drawing.palette import AXES, INK, MID, PAPER, typeface
+from ..common.masks import SUBJECT, fit_mask, subject_box
+from ..loaders.orient_anything.network import Angles
+
+CLEAR = 0.5  # confidence below this: no meaningful front (published)
+OVERLAY = (512, 1024)  # px; least and most of an overlay's longest side
+FINE = 2  # drawn at so many times the size and reduced, since Pillow's lines have jagged edges
+UNCLEAR = ": no clear front"
+
+
+def axes(azimuth: float, polar: float, rotation: float) -> Tensor:
+    """The subject's axes as the camera sees them, in parallel projection.
+
+    Args:
+        azimuth: Degrees; 0 faces the camera, 90 the left of the picture.
+        polar: Degrees that the camera is above the subject.
+        rotation: Degrees that the picture is turned, counter-clockwise.
+
+    Returns:
+        (3, 3): front, its own right and top (rows), each as how far it points to the right of the picture, up in it,
+        and towards the camera (columns).
+    """
+    a, p, r = map(radians, (azimuth, polar, rotation))
+    upright = torch.tensor(
+        [
+            [-sin(a), -cos(a) * sin(p), cos(a) * cos(p)],
+            [-cos(a), sin(a) * sin(p), -sin(a) * cos(p)],
+            [0.0, cos(p), sin(p)],
+        ]
+    )
+    turn = torch.tensor([[cos(r), sin(r), 0.0], [-sin(r), cos(r), 0.0], [0.0, 0.0, 1.0]])  # counter-clockwise
+    return upright @ turn
+
+
+def overlay(
+    image: Tensor,
+    angles: tuple[float, float, float, float],
+    mask: Tensor | None = None,
+    *,
+    threshold: float = CLEAR,
+) -> Image.Image:
+    """The axes over the picture: red to the subject's front, green to its own right, blue to its top; angles below.
+
+    A dot is an arrow that points at the camera, a cross one that points away. Pictures of one size give overlays of one
+    size.
+
+    Args:
+        image: (H, W, 3) in 0..1.
+        angles: Azimuth, polar, rotation in degrees, confidence.
+        mask: (h, w) of any size, 1 = subject; the axes begin in the middle of what it shows.
+        threshold: Grey axes where the confidence is below this.
+
+    Returns:
+        RGB, its longest side from 512 to 1024 px without the lines of text.
+    """
+    azimuth, polar, rotation, confidence = angles
+    height, width, _ = image.shape
+    scale = min(max(1.0, OVERLAY[0] / max(height, width)), OVERLAY[1] / max(height, width)) * FINE
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    pixels, (top, bottom, left, right) = _darkened(image, mask)
+    text = 15 * FINE
+    font = typeface(text)
+    lines = [f"azimuth {azimuth:.0f}, polar {polar:.0f}, rotation {rotation:.0f}"]
+    lines += [f"confidence {confidence:.2f}" + (UNCLEAR if confidence < threshold else "")]
+    longest = f"azimuth 000, polar -00, rotation -000, confidence 0.00{UNCLEAR}"  # as many lines for all pictures
+    if font.getlength(longest) < size[0] - text:
+        lines = [", ".join(lines)]
+    result = Image.new("RGB", (size[0], size[1] + int(text * (0.6 + 1.25 * len(lines)))), PAPER)
+    result.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    pen = ImageDraw.Draw(result)
+    centre = (left + right) / 2 * scale, (top + bottom) / 2 * scale
+    length = max(0.45 * max(bottom - top, right - left) * scale, 40 * FINE)
+    length = min(length, 0.42 * min(size))  # stays inside
+    arrows = list(zip(axes(azimuth, polar, rotation).tolist(), AXES.items()))
+    arrows.sort(key=lambda arrow: (_seen(arrow[0]) < 0.15, arrow[0][2]))  # farthest first, those along the view last
+    for (x, y, near), (_, colour) in arrows:
+        tip = centre[0] + x * length, centre[1] - y * length
+        _arrow(pen, centre, tip, near, length, colour if confidence >= threshold else MID)
+    for axis, (name, _) in arrows:
+        x, y = axis[0] * length, axis[1] * length
+        beyond = 1 + 0.12 / max(_seen(axis), 0.4)
+        label = centre[0] + x * beyond, centre[1] - y * beyond + (1.3 * text if _seen(axis) < 0.15 else 0)
+        label = tuple(min(max(at, 1.5 * text), side - 1.5 * text) for at, side in zip(label, size))
+        pen.text(label, name, PAPER, font, anchor="mm", stroke_width=2 * FINE, stroke_fill=INK)
+    for number, line in enumerate(lines):
+        pen.text((text // 2, size[1] + text * (0.4 + 1.25 * number)), line, INK, font)
+    return result.reduce(FINE)
+
+
+def overlays(images: list[Tensor], angles: Angles, masks: list[Tensor] | None = None, **options) -> Tensor:
+    """`overlay` of N pictures of one size as an IMAGE.
+
+    Args:
+        images: N pictures (H, W, 3) in 0..1.
+        angles: Of their subjects.
+        masks: One for each, or None.
+        **options: See `overlay`.
+
+    Returns:
+        (N, h, w, 3) float32 in 0..1.
+    """
+    drawn = [
+        numpy.asarray(overlay(image, found, mask, **options))
+        for image, found, mask in zip(images, angles.rows(), masks or [None] * len(images))
+    ]
+    return torch.from_numpy(numpy.stack(drawn)).float() / 255
+
+
+def _darkened(image: Tensor, mask: Tensor | None) -> tuple[numpy.ndarray, tuple[int, int, int, int]]:
+    """8-bit pixels, darker where the mask cuts away, and the (top, bottom, left, right) of what is left."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    box = (0, image.shape[0], 0, image.shape[1])
+    if mask is not None:
+        shown = fit_mask(mask.cpu(), image.cpu())
+        pixels = (pixels * (0.35 + 0.65 * shown[..., None].numpy())).astype(numpy.uint8)
+        if bool((shown > SUBJECT).any()):
+            box = subject_box(shown)
+    return pixels, box
+
+
+def _seen(axis: list[float]) -> float:
+    """Length of a unit axis in the picture."""
+    return hypot(axis[0], axis[1])
+
+
+def _arrow(pen: ImageDraw.ImageDraw, start, end, near: float, length: float, colour) -> None:
+    """An arrow of full length `length`, seen shortened, edged in white; a disc where it points along the view."""
+    thick = max(length * 0.045, 2.5 * FINE)
+    x, y = end[0] - start[0], end[1] - start[1]
+    seen = (x * x + y * y) ** 0.5
+    head = 3.2 * thick
+    if seen < head:
+        for radius, fill in ((2.0 * thick, PAPER), (1.7 * thick, colour)):
+            pen.ellipse((end[0] - radius, end[1] - radius, end[0] + radius, end[1] + radius), fill)
+        arm = 0.6 * thick
+        if near > 0:
+            pen.ellipse((end[0] - arm, end[1] - arm, end[0] + arm, end[1] + arm), PAPER)
+        else:
+            for sign in (1, -1):
+                line = (end[0] - arm, end[1] - sign * arm, end[0] + arm, end[1] + sign * arm)
+                pen.line(line, PAPER, round(0.4 * thick))
+        return
+    x, y = x / seen, y / seen
+    for edge, fill in ((0.3 * thick, PAPER), (0.0, colour)):
+        neck = end[0] - head * x, end[1] - head * y
+        half = 1.5 * thick + 1.6 * edge
+        tip = end[0] + 1.8 * edge * x, end[1] + 1.8 * edge * y
+        back = neck[0] - edge * x, neck[1] - edge * y
+        wings = [(back[0] - sign * half * y, back[1] + sign * half * x) for sign in (1, -1)]
+        pen.line((*start, *neck), fill, round(thick + 2 * edge))
+        pen.ellipse([at + sign * (thick / 2 + edge) for sign in (-1, 1) for at in start], fill)
+        pen.polygon([tip, *wings], fill)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,21 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..common.dtypes import UNQUANTIZED
 from ..common.files import save_tensors
+from ..common.safetensors_header import SafetensorsError, SafetensorsHeader, TensorHeader, read_header
 from .aggregator import DualLayerAggregator
 from .config import DLAConfig
 from .features import describe_layers
 
 METADATA_KEY = "subject_dla"
-FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# First bytes of other files that are often met under the name .safetensors.
-STARTS = (
-    (b"PK\x03\x04", "a zip archive, probably a pickled .pt or .pth that was renamed"),
-    (b"\x80\x02", "a pickle, probably a .pt or .ckpt that was renamed"),
-    (b"GGUF", "a GGUF file that was renamed"),
-    (b"version https://git-lfs", "a Git LFS pointer instead of the file itself"),
-    (b"<", "a web page, probably of a download that needed a login"),
-)
 
 
 class DLACheckpointError(ValueError):
@@ -55,10 +49,12 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
 
     Raises DLACheckpointError.
     """
-    header = _read_header(path)
-    metadata = header.pop("__metadata__", None) or {}
-    config = _parse_config(path, metadata, header)
-    _check_keys(path, config, header)
+    try:
+        header = read_header(path)
+    except SafetensorsError as error:
+        raise DLACheckpointError(path, error.problem) from None
+    config = _parse_config(path, header)
+    _check_keys(path, config, header.tensors)
     return config
 
 
@@ -114,53 +110,12 @@ def describe(config: DLAConfig) -> str:
     return "\n".join(lines)
 
 
-def _read_header(path: str | os.PathLike) -> dict:
-    """The header of a .safetensors file, which is an unsigned 64 bit length, that many bytes of JSON, the data."""
-    path = Path(path)
-    if path.is_dir():
-        raise DLACheckpointError(path, "is a folder, expected one .safetensors file.")
-    if not path.is_file():
-        raise DLACheckpointError(path, "does not exist.")
-    size = path.stat().st_size
-    if size == 0:
-        raise DLACheckpointError(path, "is empty (0 bytes). Download or save it again.")
-    with open(path, "rb") as file:
-        start = file.read(64)
-        length = int.from_bytes(start[:8], "little")
-        if not (size >= 9 and start[8:9] == b"{" and length <= 100_000_000):  # the format's own limit
-            for magic, what in STARTS:
-                if start.lstrip().startswith(magic):
-                    raise DLACheckpointError(
-                        path, f"is {what}, expected a .safetensors file. Download or save it again."
-                    )
-            raise DLACheckpointError(path, f"is not a .safetensors file: it begins with {start[:8]!r}.")
-        if 8 + length > size:
-            raise DLACheckpointError(
-                path,
-                f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again.",
-            )
-        file.seek(8)
-        text = file.read(length)
+def _parse_config(path, header: SafetensorsHeader) -> DLAConfig:
+    if METADATA_KEY not in header.metadata:
+        kind = _guess_kind(header.tensors)
+        raise DLACheckpointError(path, f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {kind}")
     try:
-        header = json.loads(text)
-        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
-        for key, entry in header.items():
-            if key != "__metadata__":
-                str(entry["dtype"]), list(entry["shape"])
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DLACheckpointError(path, f"has a damaged .safetensors header ({error}). Download it again.") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        cut = "is cut off" if size < expected else "has bytes too many at its end"
-        raise DLACheckpointError(path, f"{cut}: {size} bytes, expected {expected}. Download or save it again.")
-    return header
-
-
-def _parse_config(path, metadata: dict, keys: dict) -> DLAConfig:
-    if METADATA_KEY not in metadata:
-        raise DLACheckpointError(path, f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {_what_is_it(keys)}")
-    try:
-        values = json.loads(metadata[METADATA_KEY])
+        values = json.loads(header.metadata[METADATA_KEY])
     except ValueError as error:
         raise DLACheckpointError(
             path, f"metadata entry {METADATA_KEY!r} is not JSON ({error}). Save the DLA again with save_dla."
@@ -176,10 +131,10 @@ def _parse_config(path, metadata: dict, keys: dict) -> DLAConfig:
         raise DLACheckpointError(path, str(error)) from None
 
 
-def _check_keys(path, config: DLAConfig, found: dict) -> None:
+def _check_keys(path, config: DLAConfig, found: dict[str, TensorHeader]) -> None:
     """Raises unless keys, shapes and dtypes are those of the config."""
     with torch.device("meta"):
-        expected = {key: list(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}
     for prefix in {key[: -len(end) - 1] for key in found for end in expected if key.endswith("." + end)}:
         if {key.removeprefix(prefix + ".") for key in found} == set(expected):
             raise DLACheckpointError(
@@ -197,7 +152,7 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
         raise DLACheckpointError(
             path,
             f"key {missing[0]!r} is missing ({len(missing)} of {len(expected)} are), expected with shape "
-            f"{expected[missing[0]]}. The file is incomplete, or its config is of another DLA: save it again.",
+            f"{list(expected[missing[0]])}. The file is incomplete, or its config is of another DLA: save it again.",
         )
     if extra:
         raise DLACheckpointError(
@@ -206,21 +161,21 @@ def _check_keys(path, config: DLAConfig, found: dict) -> None:
             f"({config.modalities}, {config.pooling}, {config.blocks} block(s)) has. Save it again.",
         )
     for key, shape in expected.items():
-        if found[key]["shape"] != shape:
+        if found[key].shape != shape:
             raise DLACheckpointError(
                 path,
-                f"{key} has shape {found[key]['shape']}, expected {shape} for MLLM width {config.mllm.width}, "
+                f"{key} has shape {list(found[key].shape)}, expected {list(shape)} for MLLM width {config.mllm.width}, "
                 f"{len(config.pooled_layers)} layers and context width {config.context_width}. Weights and config are "
                 "of different DLAs: save it again.",
             )
-        if found[key]["dtype"] not in FLOATING:
+        if found[key].dtype not in UNQUANTIZED:
             raise DLACheckpointError(
                 path,
-                f"{key} has dtype {found[key]['dtype']}, expected {', '.join(FLOATING)}. Save it again in one of them.",
+                f"{key} has dtype {found[key].dtype}, expected {', '.join(UNQUANTIZED)}. Save it again in one of them.",
             )
 
 
-def _what_is_it(keys: dict) -> str:
+def _guess_kind(keys: Iterable[str]) -> str:
     """A guess, by its keys, at the kind of a file without DLA config."""
     if any("lora" in key.lower() for key in keys):
         return "It looks like a LoRA: put it into models/loras."

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from ...common.dtypes import UNQUANTIZED
+from ...common.safetensors_header import SafetensorsError, TensorHeader, read_header
 from ...dla.features import MLLMInfo
 from .base import MLLMError
 from .families import FAMILIES, FOLDER_FAMILIES
 
-FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Headers = dict[str, tuple[Path, TensorHeader]]  # of every key: its file, its dtype and shape
 
 
 def read_config(folder: Path) -> dict:
@@ -52,16 +49,7 @@ def read_info(folder: Path) -> MLLMInfo:
     return FAMILIES[config["model_type"]].info(folder.name, text["num_hidden_layers"], text["hidden_size"])
 
 
-@dataclass(frozen=True)
-class Header:
-    """Where a tensor is stored, and its safetensors dtype and shape."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_headers(folder: Path) -> dict[str, Header]:
+def read_headers(folder: Path) -> Headers:
     """Header of every key, from model.safetensors or the shards of its index. Raises MLLMError for incomplete files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -88,28 +76,10 @@ def read_headers(folder: Path) -> dict[str, Header]:
             raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
     headers = {}
     for path in files:
-        headers.update(read_header(path))
-    return headers
-
-
-def read_header(path: Path) -> dict[str, Header]:
-    """Header of one safetensors file, checked against the file's size."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(f"header of {length} bytes")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        headers = {key: Header(path, entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise MLLMError(
-            f"{path} is no safetensors file, or cut off in its header ({error}). Download it again."
-        ) from error
-    if size < end:
-        raise MLLMError(f"{path} is {size} bytes, expected {end}: the download was cut off. Download it again.")
+        try:
+            headers |= {key: (path, header) for key, header in read_header(path).tensors.items()}
+        except SafetensorsError as error:
+            raise MLLMError(str(error)) from None
     return headers
 
 
@@ -126,7 +96,7 @@ def rename(key: str) -> str | None:
     return re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.", key)
 
 
-def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[str]:
+def check_keys(headers: Headers, expected: dict[str, tuple]) -> list[str]:
     """The checkpoint's keys that are used.
 
     Args:
@@ -137,7 +107,7 @@ def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[s
         MLLMError: For a key that is missing, unknown, of another shape, or quantised.
     """
     found, used = {}, []
-    for key, header in headers.items():
+    for key, (path, header) in headers.items():
         name = rename(key)
         if name is None:
             continue
@@ -145,23 +115,23 @@ def check_keys(headers: dict[str, Header], expected: dict[str, tuple]) -> list[s
             hint = "Weights and config.json do not belong together: download both from one repository."
             if re.search(r"scale|qweight|qzeros|absmax", key):
                 hint = "Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one."
-            raise MLLMError(f"{header.path}: unknown key {key!r} {header.shape}. {hint}")
+            raise MLLMError(f"{path}: unknown key {key!r} {header.shape}. {hint}")
         if header.shape != expected[name]:
             raise MLLMError(
-                f"{header.path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
+                f"{path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
                 " and config.json do not belong together: download both from one repository."
             )
-        if header.dtype not in FILE_DTYPES:
+        if header.dtype not in UNQUANTIZED:
             raise MLLMError(
-                f"{header.path}: {key!r} is {header.dtype}, expected one of {', '.join(FILE_DTYPES)}. Take the"
+                f"{path}: {key!r} is {header.dtype}, expected one of {', '.join(UNQUANTIZED)}. Take the"
                 " unquantised repository; weight_dtype makes it fp8 while loading."
             )
         found[name] = key
         used.append(key)
     missing = [name for name in expected if name not in found]
     if missing:
-        files = ", ".join(sorted({header.path.name for header in headers.values()}))
-        where = next(iter(headers.values())).path.parent if headers else ""
+        files = ", ".join(sorted({path.name for path, _ in headers.values()}))
+        where = next(iter(headers.values()))[0].parent if headers else ""
         raise MLLMError(
             f"{where}: {files} lack {len(missing)} of {len(expected)} keys, first {missing[0]!r}, expected shape"
             f" {expected[missing[0]]}. Download all shards."

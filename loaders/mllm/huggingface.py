@@ -19,21 +19,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
 from .base import MLLM, MLLMError
 from .cast_layers import ParametersOnMeta, swap_layers
-from .checkpoint import FILE_DTYPES, check_keys, read_config, read_headers, read_tokenizer, rename
+from .checkpoint import check_keys, read_config, read_headers, read_tokenizer, rename
 from .families import FAMILIES
 from .vision import Vision, internvl_grid, internvl_tiles, mrope_positions, qwen_grid, qwen_pixels, to_area
-
-WEIGHT_DTYPES = {
-    "default": None,  # as in the file
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "fp32": torch.float32,
-}
 
 
 class _StopForward(Exception):
@@ -201,8 +193,8 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         MLLMError: With file, value found, value expected and remedy.
     """
     folder = Path(folder)
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise MLLMError(f"weight_dtype is {weight_dtype!r}, expected one of {', '.join(WEIGHT_DTYPES)}.")
+    if weight_dtype not in ("default", *DTYPES):
+        raise MLLMError(f"weight_dtype is {weight_dtype!r}, expected one of default, {', '.join(DTYPES)}.")
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
     headers = read_headers(folder)
@@ -235,8 +227,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     names = check_keys(headers, expected)
 
     device = comfy.model_management.text_encoder_device()
-    weights = (FILE_DTYPES.get(headers[key].dtype) for key in names)
-    storage, compute = _pick_dtypes(weight_dtype, next(dtype for dtype in weights if dtype is not None), device)
+    storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[names[0]][1].dtype], device)
     model = model.eval().requires_grad_(False)
     swap_layers(model)
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -245,7 +236,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     table = "language_model.embed_tokens.weight"
 
     state_dict = {}
-    for path in dict.fromkeys(header.path for header in headers.values()):
+    for path in dict.fromkeys(path for path, _ in headers.values()):
         for key, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
             name = rename(key)
             if name not in expected:
@@ -276,7 +267,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
 
 def _pick_dtypes(weight_dtype: str, file_dtype: torch.dtype, device) -> tuple[torch.dtype, torch.dtype]:
     """(storage, compute); compute is fp32 on the CPU, on a GPU the 16-bit type asked for, else bf16 where supported."""
-    storage = WEIGHT_DTYPES[weight_dtype] or file_dtype
+    storage = DTYPES.get(weight_dtype, file_dtype)
     if comfy.model_management.is_device_cpu(device):
         return storage, torch.float32
     if weight_dtype in ("fp32", "fp16"):

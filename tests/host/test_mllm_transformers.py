@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from einops import rearrange
+from subject_dla.common.dtypes import DTYPES
 from subject_dla.dla.features import ImageGrid, Modality
 from subject_dla.loaders.mllm import huggingface as backend
 from subject_dla.loaders.mllm.base import MLLMError
@@ -201,7 +202,7 @@ def test_storage_type(folders, family, weight_dtype):
     reference = load_folder(folders[family]).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
     mllm = load_folder(folders[family], weight_dtype)
     layer = mllm.backbone.model.language_model.layers[0]
-    assert layer.mlp.up_proj.weight.dtype == backend.WEIGHT_DTYPES[weight_dtype]
+    assert layer.mlp.up_proj.weight.dtype == DTYPES[weight_dtype]
     assert layer.input_layernorm.weight.dtype == torch.float32
     found = mllm.encode("a fox", [picture(60, 100)], image_size=84).hidden_states
     assert found.isfinite().all()
@@ -271,7 +272,7 @@ DAMAGES = {
     ),
     "truncated shard": (
         lambda d: (d / "model-00001-of-00002.safetensors").open("r+b").truncate(100_000),
-        ["model-00001-of-00002.safetensors is 100000 bytes", "cut off"],
+        ["model-00001-of-00002.safetensors is cut off: 100000 bytes, expected", "Download"],
     ),
     "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], ["no *.safetensors"]),
     "only pickles": (

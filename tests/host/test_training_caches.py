@@ -1,7 +1,9 @@
 """Latents and features of a run, from the host's VAEs and real MLLM folders: what comes from the disk is what was
 encoded, and both are fit for a backward pass."""
 
+import json
 import os
+from dataclasses import asdict, replace
 from itertools import count
 
 import comfy.ldm.wan.vae
@@ -9,6 +11,8 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from subject_dla.common.picture_files import load_picture
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
 from subject_dla.loaders.mllm.huggingface import load_folder
@@ -101,7 +105,7 @@ def assert_trainable(tensor):
 
 def same(first, second):
     one, two = first.features, second.features
-    assert (one.layers, one.info, one.prefix) == (two.layers, two.info, two.prefix)
+    assert (one.layers, one.info, one.prefix, one.grids) == (two.layers, two.info, two.prefix, two.grids)
     assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in FIELDS)
     assert (first.pooled is None) == (second.pooled is None)
     assert first.pooled is None or torch.equal(first.pooled, second.pooled)
@@ -213,6 +217,7 @@ def test_features_are_the_mllms_and_hit_equals_miss(mllm, clip, pictures, tmp_pa
     assert same(miss, hit) and same(miss, again)
     assert all(torch.equal(getattr(miss.features, name), getattr(expected, name)) for name in FIELDS)
     assert miss.features.prefix == expected.prefix and miss.features.info == mllm.info
+    assert miss.features.grids == expected.grids and len(expected.grids[0]) == 2
     assert miss.pooled.shape == (1, 768) and torch.equal(miss.pooled, pooled)
     for encoded in (miss, again):
         assert_trainable(encoded.features.hidden_states)
@@ -234,6 +239,22 @@ def test_damaged_features_are_encoded_again_and_replaced(mllm, pictures, tmp_pat
         file.write_bytes(damage)
         assert same(get(), first)
         assert file.read_bytes() == whole
+
+
+def test_features_that_0_1_0_wrote_are_read(mllm, pictures, tmp_path, monkeypatch):
+    """They record no token grids."""
+    first = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[1],)).features
+    (file,) = files(tmp_path)
+    with safe_open(file, "pt") as opened:
+        tensors, facts = (
+            {key: opened.get_tensor(key) for key in opened.keys()},
+            json.loads(opened.metadata()["features"]),
+        )
+    assert facts.pop("grids") == [asdict(first.grids[0][0])]
+    save_file(tensors, file, {"features": json.dumps(facts)})
+    encodings = calls(monkeypatch, mllm, "encode")
+    again = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[1],)).features
+    assert not encodings and again.grids is None and torch.equal(again.hidden_states, first.hidden_states)
 
 
 def test_features_belong_to_prompt_pictures_layers_size_and_models(mllm, clip, pictures, tmp_path):
@@ -314,8 +335,11 @@ def test_stacked_prompts_are_padded_on_the_right(mllm, pictures):
     lengths = [part.attention_mask.shape[1] for part in parts]
     assert len(set(lengths)) == 3
     batch = stack(parts)
-    assert batch.hidden_states.shape == (3, 2, max(lengths), 64) and batch.hidden_states.dtype == parts[0].hidden_states.dtype  # fmt: skip
+    assert batch.hidden_states.shape == (3, 2, max(lengths), 64)
+    assert batch.hidden_states.dtype == parts[0].hidden_states.dtype
     assert batch.prefix == tuple(part.prefix[0] for part in parts) and batch.layers == (0, 2)
+    assert batch.grids == tuple(part.grids[0] for part in parts) and [len(grids) for grids in batch.grids] == [1, 4, 0]
+    assert stack([parts[0], replace(parts[1], grids=None)]).grids is None
     for row, (part, length) in enumerate(zip(parts, lengths)):
         assert torch.equal(batch.hidden_states[row, :, :length], part.hidden_states[0])
         for name in ("modality", "image_index", "attention_mask"):
@@ -346,7 +370,7 @@ def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeyp
 def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
     draw = torch.Generator().manual_seed(0)
     info = MLLMInfo("small", "qwen2_5_vl", 3, 32)
-    T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE
+    T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE  # noqa: E741
     prompts = [[M, M, T, I, I, T, M], [M, M, T], [M, M, I, I, I, I, T, T, T, T, M, M], [M, M, M]]
     parts = []
     for row in prompts:

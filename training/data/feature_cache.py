@@ -1,4 +1,4 @@
-"""MLLM features of prompts and references, computed as they are needed or kept on disk."""
+"""MLLM features of prompts and references, computed when needed, or read from a cache on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ...common.files import save_tensors
 from ...common.picture_files import load_picture
-from ...dla.features import Features, MLLMInfo, Modality
+from ...dla.features import Features, ImageGrid, MLLMInfo, Modality
+from ...loaders.mllm.base import MLLM
+from ...loaders.protocols import CLIP
 from .latent_cache import fingerprint
 
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")
@@ -25,39 +27,49 @@ Prompt = tuple[str, tuple[Path, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    features: Features  # of one prompt, on the CPU
+class EncodedPrompt:
+    """What the text encoders give for one prompt and its references."""
+
+    features: Features  # of batch 1, on the CPU
     pooled: Tensor | None  # (1, p), CLIP-L's where there is one
 
 
 class FeatureSource:
-    """mllm: loaders.mllm.MLLM; one that reads text only gets no references. layers: numbers that are wanted, None = all.
-    images: False keeps the references from the MLLM. clip: a host CLIP for the pooled vector. folder: where to keep
-    features; None = nowhere, beside the `keep` last used in memory. image_size: of MLLM.encode."""
+    """Features of prompts, encoded once: the last used are kept in memory, all of them on disk if there is a folder.
+
+    Args:
+        mllm: Reads prompts and references; one that reads text only gets the prompts alone.
+        layers: Layer numbers wanted; None = all.
+        clip: Text encoder that gives the pooled vector; None = none is wanted.
+        folder: Of one file for each prompt; None = keep nothing on disk.
+        image_size: See MLLM.encode.
+        images: False = the MLLM reads the prompts alone.
+        keep: How many prompts stay in memory.
+    """
 
     def __init__(
         self,
-        mllm,
+        mllm: MLLM,
         *,
-        layers=None,
-        clip=None,
+        layers: Sequence[int] | None = None,
+        clip: CLIP | None = None,
         folder: Path | None = None,
         image_size: int = 0,
         images: bool = True,
         keep: int = 64,
     ):
         self.mllm, self.layers, self.clip = mllm, layers, clip
-        self.eyes = images and mllm.reads_images
+        self.reads_images = images and mllm.reads_images
         self.folder, self.image_size, self.keep = folder, image_size, keep
-        self._memory: OrderedDict[str, Encoded] = OrderedDict()
+        self._memory: OrderedDict[str, EncodedPrompt] = OrderedDict()
         self._models = ""
 
     # Not inference mode, for the reasons of LatentCache.get.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, prompt: str, references: tuple[Path, ...]) -> Encoded:
-        """Of one prompt, read together with its references. Raises ImageError, MLLMError."""
-        references = references if self.eyes else ()
+    def get(self, prompt: str, references: tuple[Path, ...]) -> EncodedPrompt:
+        """Features of one prompt, read together with its references. Raises ImageError, MLLMError."""
+        references = references if self.reads_images else ()
         key = self._key(prompt, references)
         if key not in self._memory:
             self._memory[key] = self._read(key) or self._encode(key, prompt, references)
@@ -67,7 +79,7 @@ class FeatureSource:
         return self._memory[key]
 
     def prefetch(self, wanted: Iterable[Prompt]) -> None:
-        """Encodes these in one go, so that the MLLM is loaded once for them."""
+        """Encodes these prompts one after the other, so that the MLLM is loaded once for them."""
         wanted = list(wanted)
         if self.folder is None:
             self.keep = max(self.keep, len(wanted))
@@ -75,9 +87,12 @@ class FeatureSource:
             self.get(*prompt)
 
     def size(self, wanted: Iterable[Prompt]) -> int:
-        """Bytes on disk that these will take, each once, from encoding one with the most pictures and from counting the
-        others' text tokens. Pictures are taken to have as many tokens as that one's on average."""
-        wanted = list(dict.fromkeys((prompt, references if self.eyes else ()) for prompt, references in wanted))
+        """Estimate of the bytes on disk that these prompts will take, each once.
+
+        One with the most images is encoded; of the others only text tokens are counted, and each image is taken to have
+        as many tokens as that one's on average.
+        """
+        wanted = list(dict.fromkeys((prompt, references if self.reads_images else ()) for prompt, references in wanted))
         if not wanted:
             return 0
 
@@ -92,21 +107,22 @@ class FeatureSource:
         fixed = HEADER + (0 if encoded.pooled is None else encoded.pooled.nbytes)
         return round(sum(token * (text_tokens(p, len(r)) + picture * len(r)) + fixed for p, r in wanted))
 
-    def _encode(self, key: str, prompt: str, references: tuple[Path, ...]) -> Encoded:
+    def _encode(self, key: str, prompt: str, references: tuple[Path, ...]) -> EncodedPrompt:
         pictures = [load_picture(path) for path in references]
         features = self.mllm.encode(prompt, pictures, image_size=self.image_size, layers=self.layers)
         tensors = {name: getattr(features, name).clone().cpu().contiguous() for name in FIELDS}
         if self.clip is not None:
             pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)[1]
             tensors["pooled"] = pooled.clone().cpu().contiguous()
-        facts = {"layers": features.layers, "info": asdict(features.info), "prefix": features.prefix}
+        facts = {name: getattr(features, name) for name in ("layers", "prefix")}
+        facts |= {"info": asdict(features.info), "grids": [asdict(grid) for grid in features.grids[0]]}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.folder / f"{key}.safetensors", tensors, {"features": json.dumps(facts)})
         return _assemble(tensors, facts)
 
-    def _read(self, key: str) -> Encoded | None:
-        """What is kept on disk; None where that is nothing, or damaged."""
+    def _read(self, key: str) -> EncodedPrompt | None:
+        """The prompt's file; None where there is none, or a damaged one."""
         if self.folder is None:
             return None
         try:
@@ -126,13 +142,13 @@ class FeatureSource:
 
 
 def _weights(patcher) -> str:
-    """Of a model under the host's model management; with patches, such as a LoRA's, of this session alone."""
+    """Fingerprint of a model's weights; with patches, such as a LoRA's, it holds for this session alone."""
     patches = patcher.patches_uuid if patcher.patches else ""
     return f"{fingerprint(patcher.model)} {patcher.load_device.type} {patches}"
 
 
 def stack(features: Sequence[Features]) -> Features:
-    """One batch of prompts of unequal length, padded on the right."""
+    """One batch of prompts of unequal length, padded on the right; all from one MLLM, with the same layers."""
     tokens = max(f.hidden_states.shape[2] for f in features)
 
     def rows(name: str, value: float) -> Tensor:
@@ -140,7 +156,10 @@ def stack(features: Sequence[Features]) -> Features:
         sides = [(0, 0, 0, tokens - p.shape[2]) if p.ndim == 4 else (0, tokens - p.shape[1]) for p in parts]
         return torch.cat([F.pad(part, side, value=value) for part, side in zip(parts, sides)])
 
-    prefix = None if any(f.prefix is None for f in features) else tuple(p for f in features for p in f.prefix)
+    def joined(name: str) -> tuple | None:
+        parts = [getattr(f, name) for f in features]
+        return None if None in parts else tuple(one for part in parts for one in part)
+
     return Features(
         rows("hidden_states", 0),
         features[0].layers,
@@ -148,12 +167,20 @@ def stack(features: Sequence[Features]) -> Features:
         rows("image_index", -1),
         rows("attention_mask", False),
         features[0].info,
-        prefix,
+        joined("prefix"),
+        joined("grids"),
     )
 
 
-def _assemble(tensors: dict[str, Tensor], facts: dict) -> Encoded:
+def _assemble(tensors: dict[str, Tensor], facts: dict) -> EncodedPrompt:
     hidden, *rest = (tensors[name] for name in FIELDS)
-    prefix = tuple(facts["prefix"]) if facts["prefix"] is not None else None
-    features = Features(hidden, tuple(facts["layers"]), *rest, MLLMInfo(**facts["info"]), prefix)
-    return Encoded(features, tensors.get("pooled"))
+    prefix, grids = facts["prefix"], facts.get("grids")  # 0.1.0 wrote no grids
+    features = Features(
+        hidden,
+        tuple(facts["layers"]),
+        *rest,
+        MLLMInfo(**facts["info"]),
+        None if prefix is None else tuple(prefix),
+        None if grids is None else (tuple(ImageGrid(**grid) for grid in grids),),
+    )
+    return EncodedPrompt(features, tensors.get("pooled"))

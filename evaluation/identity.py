@@ -20,11 +20,11 @@ from ..common.intervals import mean_interval
 from ..common.markdown import markdown
 
 COPYING = (
-    "High DINO-I and CLIP-I also come from copying the reference as it is: read them beside the copy-paste figures"
+    "High DINO-I and CLIP-I also come from copying the reference as it is: read them beside the copy-paste metrics"
     " (Copy-Paste Report)."
 )
 COMPARABLE = (
-    "Only figures of the same backbone and preprocessing compare. Published DreamBench tables mostly use DINO ViT-S/16"
+    "Only metrics of the same backbone and preprocessing compare. Published DreamBench tables mostly use DINO ViT-S/16"
     " and CLIP ViT-B/32."
 )
 
@@ -146,7 +146,7 @@ def text_metric(
 
 def text_report(metrics: Sequence[IdentityMetric], notes: Sequence[str] = ()) -> str:
     """Metrics as a markdown table, means by subject where there are several, preprocessing and notes."""
-    rows = [("figure", "mean", "95 % interval", "pictures", "pairs", "backbone")]
+    rows = [("metric", "mean", "95 % interval", "pictures", "pairs", "backbone")]
     for metric in metrics:
         interval = f"{metric.low:.4f} to {metric.high:.4f}" if isfinite(metric.low) else "unknown (one picture)"
         count = (str(len(metric.per_output)), str(len(metric.pairs)))

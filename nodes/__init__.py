@@ -1,4 +1,4 @@
-"""The pack's nodes: one file per topic, each node a schema and one call into a room (see docs/architecture.md)."""
+"""The pack's nodes: one file per topic, each node a schema and one call (see docs/architecture.md)."""
 
 from comfy_api.latest import ComfyExtension
 

@@ -73,7 +73,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
                     "plot", display_name="plot", tooltip="Where the subjects face, how far they turned, and the table."
                 ),
                 io.String.Output(
-                    "json", display_name="json", tooltip="Every figure with its interval, and every pair."
+                    "json", display_name="json", tooltip="Every metric with its interval, and every pair."
                 ),
                 io.String.Output(
                     "figures",

@@ -113,7 +113,7 @@ class SubjectIdentityScores(io.ComfyNode):
                 io.String.Output(
                     "json",
                     display_name="json",
-                    tooltip="Every figure with its pairs, backbone and preprocessing, as JSON.",
+                    tooltip="Every metric with its pairs, backbone and preprocessing, as JSON.",
                 ),
                 io.String.Output(
                     "figures",

@@ -105,7 +105,7 @@ class SubjectOrientation(io.ComfyNode):
                     "polar",
                     display_name="polar",
                     is_output_list=True,
-                    tooltip="A list of degrees, -90 to 90: how far the camera stands above the subject.",
+                    tooltip="A list of degrees, -90 to 90: how far the camera is above the subject.",
                 ),
                 io.Float.Output(
                     "rotation",

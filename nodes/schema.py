@@ -5,6 +5,8 @@ from dataclasses import fields
 
 from comfy_api.latest import io
 
+from ..common.dtypes import DTYPES
+
 CATEGORY = "subject"
 
 MLLM = io.Custom("MLLM")
@@ -13,7 +15,7 @@ DLA = io.Custom("DLA")
 Stages = io.Custom("STAGES")
 Orientation = io.Custom("ORIENTATION_MODEL")
 
-WEIGHT_DTYPES = ["default", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp32"]
+WEIGHT_DTYPES = ["default", *DTYPES]
 NONE = "none"
 
 

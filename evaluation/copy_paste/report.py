@@ -87,7 +87,7 @@ def _notes(outputs: Pairs, floor: Pairs, threshold: float) -> list[str]:
         )
     elif report.coverage < 0.5:
         found.append(
-            f"Only {report.count} of {report.ungated.count} pairs count: the figures hold for these alone, and the "
+            f"Only {report.count} of {report.ungated.count} pairs count: the metrics hold for these alone, and the "
             "ungated ones contain angles of subjects without a visible front, noise that looks like variety."
         )
     if report.count and not base.count:

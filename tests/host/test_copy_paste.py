@@ -14,7 +14,7 @@ NODE = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_
 
 
 def picture(azimuth, polar=0.0, confidence=0.9, side=200):
-    """(1, side, side, 3): a spot whose place tells the angles; its place is mirrored and cropped with the picture."""
+    """(1, side, side, 3): a spot whose position gives the angles; it is mirrored and cropped with the picture."""
     image = torch.zeros(1, side, side, 3)
     x, y = side * (0.5 + ((azimuth + 180) % 360 - 180) / 360), side * (0.5 - polar / 180)
     image[:, round(y) - 1 : round(y) + 1, round(x) - 1 : round(x) + 1] = 1.0
@@ -46,27 +46,27 @@ def report(tmp_path, monkeypatch):
 
     def run(references, images, threshold=0.5, prefix="copy_paste/report", oracle=None, **masks):
         found = NODE.execute([oracle or Oracle()], references, images, [threshold], [prefix], **masks)
-        text, plot, content, figures = found.result
-        assert len(figures) == sum(len(batch) for batch in images)
+        text, plot, content, captions = found.result
+        assert len(captions) == sum(len(batch) for batch in images)
         return text, plot, json.loads(content), found.ui
 
     return run
 
 
-def test_known_angles_give_the_figures_and_the_floor_that_follow_from_them(report, tmp_path):
+def test_known_angles_give_the_metrics_and_the_floor_that_follow_from_them(report, tmp_path):
     references = torch.cat([picture(0), picture(90, 9), picture(-90, -18)])
     images = [torch.cat([picture(9), picture(90, 27)]), picture(108, -18)]  # a list of batches, as a queue gives
     text, plot, content, shown = report([references], images)
-    figures = content["figures"]
-    assert figures["outputs"]["azimuth"]["mean"] == pytest.approx((9 + 0 + 162) / 3, abs=1e-3)
-    assert figures["outputs"]["polar"]["mean"] == pytest.approx((0 + 18 + 0) / 3, abs=1e-3)
-    assert [figures["outputs"][f"recall@{k}"]["mean"] for k in (5, 10, 15, 20)] == pytest.approx(
+    metrics = content["figures"]
+    assert metrics["outputs"]["azimuth"]["mean"] == pytest.approx((9 + 0 + 162) / 3, abs=1e-3)
+    assert metrics["outputs"]["polar"]["mean"] == pytest.approx((0 + 18 + 0) / 3, abs=1e-3)
+    assert [metrics["outputs"][f"recall@{k}"]["mean"] for k in (5, 10, 15, 20)] == pytest.approx(
         [0, 1 / 3, 1 / 3, 2 / 3]
     )
-    assert figures["outputs"] == figures["outputs, ungated"] and content["coverage"]["mean"] == 1
-    # cropped to 0.9 about the middle, a place lies 1/0.9 times as far from it
-    assert figures["floor"]["azimuth"]["mean"] == pytest.approx((0 + 10 + 10) / 3, abs=0.05)
-    assert figures["floor"]["polar"]["mean"] == pytest.approx((0 + 1 + 2) / 3, abs=0.05)
+    assert metrics["outputs"] == metrics["outputs, ungated"] and content["coverage"]["mean"] == 1
+    # cropped to 0.9 about the middle, a spot is 1/0.9 times as far from it
+    assert metrics["floor"]["azimuth"]["mean"] == pytest.approx((0 + 10 + 10) / 3, abs=0.05)
+    assert metrics["floor"]["polar"]["mean"] == pytest.approx((0 + 1 + 2) / 3, abs=0.05)
     assert "oracle.safetensors" in text and "57.0" in text and plot.ndim == 4 and plot.shape[-1] == 3
     assert 0 <= float(plot.min()) and float(plot.max()) <= 1
     assert shown["text"] == (text,) and len(shown["images"]) == 1

@@ -122,7 +122,7 @@ def test_dinov2_is_the_librarys_at_256_224(world, monkeypatch):
     expected = models["dinov2"](preprocess(image, DINO)[None]).last_hidden_state[0, 0]
     close(embedder.image(image), expected)
     after = vision.get_sd()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())  # the host's node goes on as it was
+    assert all(torch.equal(value, after[key]) for key, value in before.items())  # the host's own node is left as it was
     assert embedder.backbone["name"] == "DINOv2 ViT 24 x 32/14" and embedder.backbone["embedding"] == 32
 
 

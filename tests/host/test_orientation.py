@@ -76,7 +76,7 @@ def shorten(monkeypatch, width: int, layers: int) -> str:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A published state of one layer, and the loader told to expect that."""
+    """A published state of one layer, and the loader made to expect that."""
     shorten(monkeypatch, 384, 1)
     return published_state(384, 1, 180)
 
@@ -190,7 +190,7 @@ def test_the_picture_is_prepared_as_published(size, masked):
     assert off.max() < 1.01 * step and (off > 0.01 * step).mean() < 0.01  # some values round to the other side
 
 
-def test_the_cut_out_subject_lies_on_black_in_the_middle_at_its_size():
+def test_the_cut_out_subject_is_on_black_in_the_middle_at_its_size():
     image = torch.ones(400, 300, 3)
     mask = torch.zeros(400, 300)
     mask[37:137, 201:261] = 1  # 100 high, 60 wide
@@ -203,7 +203,7 @@ def test_the_cut_out_subject_lies_on_black_in_the_middle_at_its_size():
     assert abs(height - 256 * 100 / 117) <= 1 and abs(width - 256 * 60 / 117) <= 1  # 117 = int(100 / 0.85)
     assert abs(int(ys.min()) + height / 2 - 112) <= 2 and abs(int(xs.min()) + width / 2 - 112) <= 2
     assert shown[:, :, :40].abs().max() < 1e-6  # black, not grey: normalised after
-    # what lies outside the mask does not matter, nor does the mask's own size
+    # what is outside the mask does not matter, nor does the mask's own size
     other = image.clone()
     other[mask == 0] = torch.rand(int((mask == 0).sum()), 3)
     assert torch.equal(preprocess_subject(other, mask), preprocess_subject(image, mask))

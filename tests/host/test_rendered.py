@@ -1,4 +1,4 @@
-"""A rendered subject whose angles are known: the sign conventions of the axes, and exact figures from an oracle."""
+"""A rendered subject whose angles are known: the sign conventions of the axes, and exact metrics from an oracle."""
 
 import asyncio
 import json
@@ -57,7 +57,7 @@ class Oracle:
         return Angles(azimuth, polar, torch.zeros_like(azimuth), confidence)
 
 
-def test_an_oracle_gives_exact_figures(renders, tmp_path, monkeypatch):
+def test_an_oracle_gives_exact_metrics(renders, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     pictures = {}
@@ -68,8 +68,8 @@ def test_an_oracle_gives_exact_figures(renders, tmp_path, monkeypatch):
     references = torch.stack([pictures[view] for view in ((0, 0), (90, 0), (359, 10))])
     outputs = torch.stack([pictures[view] for view in ((33, 24), (90, 0), (1, 12))])
     found = node.execute([Oracle(pictures)], [references], [outputs], [0.5], ["report"])
-    figures = json.loads(found.result[2])["figures"]["outputs"]
-    assert figures["azimuth"]["mean"] == pytest.approx((33 + 0 + 2) / 3, abs=1e-4)  # 359 and 1 differ by 2
-    assert figures["polar"]["mean"] == pytest.approx((24 + 0 + 2) / 3, abs=1e-4)
+    metrics = json.loads(found.result[2])["figures"]["outputs"]
+    assert metrics["azimuth"]["mean"] == pytest.approx((33 + 0 + 2) / 3, abs=1e-4)  # 359 and 1 differ by 2
+    assert metrics["polar"]["mean"] == pytest.approx((24 + 0 + 2) / 3, abs=1e-4)
     assert found.result[3] == ["azimuth 33, polar 24", "azimuth 0, polar 0", "azimuth 2, polar 2"]
-    assert figures["average_recall"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert metrics["average_recall"]["mean"] == pytest.approx(2 / 3, abs=1e-6)

@@ -64,7 +64,7 @@ def test_a_pair_counts_where_both_pictures_have_a_front():
     assert copy_paste_report(reference, generated, [0.0] * 4, threshold=0).coverage == 1
 
 
-def test_no_front_anywhere_is_told_and_not_a_crash():
+def test_no_front_anywhere_is_reported_and_no_crash():
     report = copy_paste_report([[0, 0], [0, 0]], [[10, 0], [20, 0]], [0.4, 0.1])
     assert report.coverage == 0 and report.count == 0
     assert all(isnan(value) for value in (report.azimuth, report.polar, report.average_recall, *report.recall.values()))

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any, TypeGuard
 
 from .images import ImageError
 from .picture_files import shown_size, whole_pictures
@@ -49,7 +50,8 @@ class DataReader:
     """
 
     def __init__(self, hint: str = ""):
-        self.hint, self.problems = hint, []
+        self.hint = hint
+        self.problems: list[str] = []
         self._sizes: dict[Path, Size | str] = {}  # of each picture; a text says why it cannot be used
 
     def problem(self, source: str, text: str) -> None:
@@ -93,10 +95,10 @@ class DataReader:
                 self.problem(source, str(error))
         self._decode(path for *_, paths in found for path in paths)
         for source, subject, prompt, paths in found:
-            sizes = [self._size(path, source) for path in paths]
-            if all(sizes):
-                goal = (paths[0], sizes[0]) if target else (None, None)
-                yield Example(subject, prompt, tuple(paths[target:]), *goal, tuple(sizes[target:]), source)
+            sizes = [size for path in paths if (size := self._size(path, source))]
+            if len(sizes) == len(paths):
+                goal, goal_size = (paths[0], sizes[0]) if target else (None, None)
+                yield Example(subject, prompt, tuple(paths[target:]), goal, goal_size, tuple(sizes[target:]), source)
 
     def require(self, found: Collection, source: Path, purpose: str, expected: str) -> None:
         """Raises DataError with the first problems where nothing was found."""
@@ -135,8 +137,8 @@ class DataReader:
         if subject is not None and not is_text(subject):
             raise DataError(f"subject is {subject!r:.60}, expected text, or none")
         paths, first = [self._inside(name, root) for name in (*goal, *names)], PureWindowsPath(names[0])
-        first = paths[target].relative_to(root) if first.anchor else Path(*first.parts)
-        return subject or first.with_suffix("").as_posix(), prompt.strip(), paths
+        named = paths[target].relative_to(root) if first.anchor else Path(*first.parts)
+        return subject or named.with_suffix("").as_posix(), prompt.strip(), paths
 
     def _inside(self, name: str, root: Path) -> Path:
         """The path of a picture in `root`, which a list may write with either slash, through `..`, or absolute."""
@@ -166,9 +168,10 @@ class DataReader:
 
     def _size(self, path: Path, source: str) -> Size | None:
         found = self._sizes[path]
-        if isinstance(found, str):
-            return self.problem(source, found if os.path.exists(path) else f"{found}{self.hint}")
-        return found
+        if not isinstance(found, str):
+            return found
+        self.problem(source, found if os.path.exists(path) else f"{found}{self.hint}")
+        return None
 
 
 def is_list(source: Path) -> bool:
@@ -200,18 +203,18 @@ def read_json_list(path: Path) -> list:
     return found
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that is not blank and that UTF-8 can write (JSON may hold halves of surrogate pairs)."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def digest(*parts: object) -> str:
     """SHA-256 of the parts' texts, in hexadecimal digits."""
-    text = "\0".join(map(str, parts))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # file names need not be UTF-8
+    # surrogates: file names need not be UTF-8
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _xverse(modulation: object) -> object:
+def _xverse(modulation: Any) -> object:
     """The paths in an XVerseBench entry, or what is there instead."""
     try:
         return [source["image_path"] for part in modulation for source in part["src_inputs"]]

@@ -2,15 +2,21 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from subject_dla.common.list_files import DataError, Example
 from subject_dla.tools.benchmark.ledger import Ledger, read_mark, with_texts
+from subject_dla.tools.benchmark.runner import Benchmark
 from subject_dla.tools.benchmark.score_table import ScoreError, as_json, read_systems, score_table
 from subject_dla.tools.benchmark.sets import Case, cases, read_prompts, read_set
 from subject_dla.tools.benchmark.template import Template
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0"
 OBJECTS = ["'a {0} {1} in the jungle'", "'a {0} {1} on top of a mirror'", "'a red {0} {1}'"]
 ALIVE = ["'a {0} {1} wearing a red hat'", "'a wet {0} {1}'"]
 
@@ -142,7 +148,7 @@ def test_damaged_lists(tmp_path):
     found = read_set(path)
     assert [item.prompt for item in found.items] == ["fine"]
     assert len(found.problems) == len(bad)
-    for number, problem in enumerate(found.problems):
+    for problem in found.problems:
         assert "list.json entry" in problem and problem.isprintable(), problem
     for number in range(2, len(bad) + 2):
         assert has(found, f"entry {number}:"), f"nothing is said of entry {number}"
@@ -201,9 +207,7 @@ def test_ones_own_folder(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# comment\n{subject} at night\n\n  {other} {subject}, {0}  \n", encoding="utf-8-sig")
     found = read_set(tmp_path / "mine", prompts=prompts)
-    assert found.layout == "folder" and [problem for problem in found.problems] == [
-        "empty: 0 readable picture(s), expected 1"
-    ]
+    assert found.layout == "folder" and found.problems == ("empty: 0 readable picture(s), expected 1",)
     assert prompts_of(found, "my_toy") == ["my toy at night", "{other} my toy, {0}"]
     assert prompts_of(found, "cup-1")[0] == "mug at night" and len(prompts_of(found, "mine")) == 2
     assert found.items[-1].references[0].name == "a.webp"
@@ -383,6 +387,54 @@ def test_a_picture_says_which_case_it_shows(tmp_path):
             with_texts(bad, {})
 
 
+class Answers:
+    """A server that has generated a picture for whatever it was asked."""
+
+    address = id = "http://127.0.0.1:8188"
+
+    def __init__(self, picture):
+        self.picture, self.prompts = picture, []
+
+    def answers(self):
+        return True
+
+    def upload(self, path, name):
+        return name
+
+    def post(self, path, body, kind):
+        self.prompts.append(json.loads(body)["prompt"])
+        return json.loads(body)
+
+    def get(self, path):
+        image = {"filename": "a.png", "type": "output"}
+        return {} if path == "/queue" else {path.rsplit("/", 1)[1]: {"outputs": {"4": {"images": [image]}}}}
+
+    def fetch(self, image):
+        return self.picture
+
+
+def test_a_run_begun_by_0_1_0_is_continued(tmp_path):
+    """Two pictures are done, one failed, the run was killed before the fourth's line, and while writing the next."""
+    shutil.copytree(FIXTURES / "benchmark", tmp_path, dirs_exist_ok=True)
+    out, found = tmp_path / "run", read_set(tmp_path / "set" / "list.json")
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    facts = json.loads((out / "run.json").read_text())
+    template = Template(json.loads((tmp_path / "workflow.json").read_text()), {})
+    client = Answers((tmp_path / "set" / "cat" / "0.png").read_bytes())
+    wanted = cases(found.items)
+    result = Benchmark(client, template, out, root=found.root, facts=facts).run(wanted)
+    assert result == {"pictures": 5, "made": 2, "failed": 0, "cases": 5} and not found.problems
+    texts = [prompt["2"]["inputs"]["text"] for prompt in client.prompts]
+    assert texts == ["a cat that fails", "a cat to come"], "a picture that was there was generated again"
+    assert before == {name: (out / name).read_bytes() for name in before} and len(before) == 3
+    entries = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {entry["name"] for entry in entries} == {case.name for case in wanted}
+    assert [(entry["status"], entry["seed"]) for entry in entries[:2]] == [("done", case.seed) for case in wanted[:2]]
+    assert json.loads((out / "run.json").read_text()) == facts
+    [system] = read_systems([f"ours={out}"])
+    assert as_json([system])["ours"]["azimuth"]["mean"] == pytest.approx((5 + 6 + 8) / 3)
+
+
 # scores -------------------------------------------------------------------------------------------------------------
 
 
@@ -500,3 +552,11 @@ def test_angles_are_never_pooled_over_two_orientation_models(tmp_path):
     with pytest.raises(ScoreError, match="orientation model large; expected orientation model small"):
         read_systems([f"x={tmp_path / 'a.json'}", f"x={tmp_path / 'b.json'}"])
     assert len(read_systems([f"x={tmp_path / 'a.json'}", f"y={tmp_path / 'b.json'}"])) == 2
+
+
+def test_the_address_of_0_1_0():
+    """`python -m evaluation` from the pack's folder; elsewhere it is `python tools/benchmark`."""
+    command = [sys.executable, "-m", "evaluation", "score", f"ours={FIXTURES / 'benchmark' / 'run'}", "--paper"]
+    done = subprocess.run(command, cwd=FIXTURES.parents[2], text=True, capture_output=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["ours"]["azimuth"]["mean"] == 19 / 3, done.stderr
+    assert "3 of 3 pairs count" in done.stderr and "| UNO, as published" in done.stderr

@@ -64,11 +64,9 @@ def held_out(examples: Sequence[Example], share: float, seed: int, root: Path) -
     but one at least is, and one is not (of the lowest and highest hash). Subjects that share a picture go together, the
     largest such group is trained on; where there is but one group, subjects are split, and with one subject, targets.
     """
-    if share <= 0:
-        return [False] * len(examples)
     subjects = [example.subject for example in examples]
     targets = [example.target.relative_to(root).as_posix() for example in examples]
-    for names in (_linked(examples), subjects, targets):
+    for names in (_linked(examples), subjects, targets) if share > 0 else ():
         groups = sorted(set(names), key=lambda name: (_number(seed, name), name))
         if len(groups) > 1:
             sizes = Counter(name for name, _ in set(zip(names, subjects)))

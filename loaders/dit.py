@@ -1,5 +1,4 @@
-"""The DiT: loaded by the host, and the two facts about it that the rest of the pack asks for (its family, its context
-width)."""
+"""The DiT, loaded by the host, and what its file's header tells without reading weights."""
 
 from __future__ import annotations
 
@@ -9,25 +8,18 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
 
-FAMILIES = ("flux", "flux2", "qwen_image", "omnigen2")
+from .backbones import Backbone, backbone_of, backbone_of_keys
+
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
-# The layer whose input width is the context's, per family.
-CONTEXT_LAYERS = {
-    "flux": "txt_in",
-    "flux2": "txt_in",
-    "qwen_image": "txt_in",
-    "omnigen2": "time_caption_embed.caption_embedder.1",
-}
 DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 
 
 @dataclass(frozen=True)
 class DiTHeader:
-    """What a file's header tells: family ("" = not one of FAMILIES) and context width in channels (None = not
-    known)."""
+    """What a file's header tells: its family and the width of its context in channels; None = not known."""
 
-    family: str = ""
+    backbone: Backbone | None = None
     context_width: int | None = None
 
 
@@ -49,36 +41,17 @@ def read_header(path: str) -> DiTHeader:
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
-            prefix = next((prefix for prefix in PREFIXES[::-1] if family_of_keys(keys, prefix)), "")
-            family = family_of_keys(keys, prefix)
-            key = f"{prefix}{CONTEXT_LAYERS.get(family)}.weight"
+            found = ((backbone_of_keys(keys, prefix), prefix) for prefix in PREFIXES[::-1])
+            backbone, prefix = next(((backbone, prefix) for backbone, prefix in found if backbone), (None, ""))
+            key = f"{prefix}{backbone.context_layer}.weight" if backbone else ""
             # Packed 4-bit weights have half the columns: read plain matrices only.
-            plain = (
-                family
-                and key in keys
-                and file.get_slice(key).get_dtype() in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-            )
-            return DiTHeader(family, file.get_slice(key).get_shape()[1] if plain else None)
+            plain = key in keys and file.get_slice(key).get_dtype() in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+            return DiTHeader(backbone, file.get_slice(key).get_shape()[1] if plain else None)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: expected a safetensors file, but its header cannot be read ({error}). "
             "It is truncated, or another kind of file under this name: fetch it again."
         ) from error
-
-
-def family_of_keys(keys: set[str], prefix: str = "") -> str:
-    """Family of a state dict by the keys that only it has, as the host tells them apart; "" if none."""
-    if f"{prefix}time_caption_embed.timestep_embedder.linear_1.bias" in keys:
-        return "omnigen2"
-    if f"{prefix}txt_in.weight" not in keys:
-        return ""
-    if f"{prefix}double_stream_modulation_img.lin.weight" in keys:
-        return "flux2"
-    if f"{prefix}double_blocks.0.img_attn.qkv.weight" in keys and f"{prefix}img_in.weight" in keys:
-        return "flux"
-    if f"{prefix}txt_norm.weight" in keys and f"{prefix}transformer_blocks.0.attn.add_q_proj.weight" in keys:
-        return "qwen_image"
-    return ""
 
 
 def load_dit(name: str, weight_dtype: str = "default"):
@@ -167,22 +140,10 @@ def check_keys(model, state_dict: dict, path: str, dynamic: bool) -> None:
         )
 
 
-def dit_family(model) -> str:
-    """Family of a MODEL: one of FAMILIES, or "" where this pack does not know its token layout (Chroma, video models,
-    …)."""
-    config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
-    family = config.get("image_model")
-    if family is None:  # loaders of other packs may leave the config empty, but use the host's model class
-        family = {"Flux": "flux", "Flux2": "flux2", "QwenImage": "qwen_image", "Omnigen2": "omnigen2"}.get(
-            type(model.model).__name__, ""
-        )
-    return family if family in FAMILIES else ""
-
-
 def context_width(model) -> int | None:
     """Width of the context tokens that a MODEL reads, in channels; None where it cannot be known."""
-    layer = getattr(model.model, "diffusion_model", None)
-    for name in filter(None, CONTEXT_LAYERS.get(dit_family(model), "").split(".")):
+    layer, backbone = getattr(model.model, "diffusion_model", None), backbone_of(model)
+    for name in backbone.context_layer.split(".") if backbone else ():
         layer = getattr(layer, name, None)  # nn.Sequential, too, has its parts under "0", "1", …
     width = getattr(layer, "in_features", None)
     if width is None:

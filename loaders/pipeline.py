@@ -53,11 +53,11 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
     except ValueError as error:
         raise ValueError(f"DLA {dla!r} and MLLM {mllm!r} do not belong together: {error}") from None
     if dit.context_width not in (None, config.context_width) or (
-        config.dit and dit.family and dit.family != config.dit
+        config.dit and dit.backbone and dit.backbone.name != config.dit
     ):
         raise ValueError(
             f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any model'}, but "
-            f"{diffusion_model!r} is {dit.family or 'of a family not known here'} "
+            f"{diffusion_model!r} is {dit.backbone.name if dit.backbone else 'of a family not known here'} "
             f"and reads one {dit.context_width or '?'} wide. "
             "Choose a DLA trained for this DiT."
         )

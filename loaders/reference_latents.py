@@ -8,13 +8,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .dit import dit_family
+from .backbones import backbone_of
 from .images import collect_images
 
-GRID = 16  # pixels per token and side on every family: 8x VAE and 2x2 patches, or FLUX.2's 16x VAE and 1x1 patches
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
-OMNIGEN2_REFERENCES = 5
 
 
 def add_identity(
@@ -35,13 +33,14 @@ def add_identity(
     paper, the model's own elsewhere. Aspect ratio is kept; what does not fill a 16-pixel token is cut off at the edges.
     Raises ValueError where the model cannot do it.
     """
-    family = dit_family(model)
-    method = reference_method(model, family, placement)
+    backbone = backbone_of(model)
+    method = reference_method(model, placement)
+    side = backbone.token_side if backbone else 16
     images = collect_images(image)
     masks = _masks(mask, len(images))
     latents, kept_masks = [], []
     for picture, picture_mask in zip(images, masks):
-        width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo")
+        width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo", side)
         latents.append(vae.encode(resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
         if picture_mask is not None:
             picture_mask = _stretched(picture_mask, picture.shape[:2])
@@ -57,9 +56,10 @@ def add_identity(
     for tokens, values in conditioning:
         values = values.copy()
         before = list(values.get("reference_latents") or [])
-        if family == "omnigen2" and len(before) + len(latents) > OMNIGEN2_REFERENCES:
+        most = backbone.most_references if backbone else None
+        if most is not None and len(before) + len(latents) > most:
             raise ValueError(
-                f"Add Identity: OmniGen2 takes at most {OMNIGEN2_REFERENCES} references, this makes "
+                f"Add Identity: {backbone.title} takes at most {most} references, this makes "
                 f"{len(before) + len(latents)}. Leave some out."
             )
         values["reference_latents"] = before + latents
@@ -72,34 +72,47 @@ def add_identity(
     return out
 
 
-def reference_method(model, family: str, placement: str) -> str | None:
-    """The host's `reference_latents_method`, None = the model's default. Unknown ones fall back silently."""
-    method = ("uxo" if family == "flux" else None) if placement == "auto" else placement
+def reference_method(model, placement: str) -> str | None:
+    """The host's `reference_latents_method`, None = the model's default. Hosts take one unknown to them for another."""
+    backbone = backbone_of(model)
+    method = placement
+    if placement == "auto":
+        method = backbone.default_placement if backbone else None
     if method is None:
         return None
     diffusion_model = model.model.diffusion_model
     module = sys.modules.get(type(diffusion_model).__module__)
-    if family == "omnigen2" or module is None or f'"{method}"' not in inspect.getsource(module):
+    known = backbone is None or method in backbone.placements
+    if not known or module is None or f'"{method}"' not in inspect.getsource(module):
         raise ValueError(
             f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} here "
             "and would silently place references elsewhere. "
             + (
-                "Choose auto: OmniGen2 places references itself."
-                if family == "omnigen2"
+                f"Choose auto: {backbone.title} places references itself."
+                if backbone and not backbone.placements
                 else "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."
             )
         )
     return method
 
 
-def reference_size(width: int, height: int, size: int = 0, uno: bool = False) -> tuple[int, int]:
-    """(width, height) in pixels, multiples of 16, of a `width` x `height` reference. Sources: UNO's preprocessing for
-    its placement; elsewhere at most one megapixel as the host's edit nodes, but never enlarged (our choice)."""
+def reference_size(width: int, height: int, size: int = 0, uno: bool = False, grid: int = 16) -> tuple[int, int]:
+    """Size in px of a `width` x `height` reference, of whole tokens.
+
+    Args:
+        width: Of the picture, px.
+        height: Of the picture, px.
+        size: Longest side that is asked for, px; 0 = the default.
+        uno: Whether the default is UNO's, else at most one megapixel, never enlarged.
+        grid: Pixels per token and side.
+
+    Source: UNO's preprocessing for its placement; elsewhere the host's edit nodes, without their enlarging (our choice).
+    """
     if size or uno:
         scale = (size or UNO_LONGEST_SIDE) / max(width, height)
     else:
         scale = min(1.0, sqrt(LARGEST_AREA / (width * height)))
-    return tuple(max(GRID, int(side * scale + 1e-6) // GRID * GRID) for side in (width, height))
+    return tuple(max(grid, int(side * scale + 1e-6) // grid * grid) for side in (width, height))
 
 
 def resize(picture: Tensor, width: int, height: int) -> Tensor:

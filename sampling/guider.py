@@ -14,7 +14,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..loaders.dit import context_width, dit_family
+from ..loaders.backbones import backbone_of, titles
+from ..loaders.dit import context_width
 from ..loaders.reference_latents import strengths_and_masks
 from .attention import KeyStrengthAttention
 from .stages import Stages
@@ -39,7 +40,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, stages: Stages):
         super().__init__(model)
         self.stages = stages
-        self.family = dit_family(model)
+        self.backbone = backbone_of(model)
         self.variants = stages.variants()
 
     def set_conds(self, positive, negative=None) -> None:
@@ -71,7 +72,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
             if wanted is not None and tokens is not None and tokens.shape[-1] != wanted:
                 raise ValueError(
                     f"The {which} condition has tokens of width {tokens.shape[-1]}, but this diffusion model "
-                    f"({self.family or type(self.model_patcher.model).__name__}) reads width {wanted}. Use the text "
+                    f"({self.backbone.name if self.backbone else type(self.model_patcher.model).__name__}) reads width {wanted}. Use the text "
                     f"encoder that belongs to the model, or a DLA trained with context width {wanted}."
                 )
             if not references and which == "positive" and any(vae and not mllm for mllm, vae in self.variants):
@@ -79,14 +80,16 @@ class StagedGuider(comfy.samplers.CFGGuider):
                     "The stage schedule has a stage of VAE tokens alone, but the positive condition holds no reference "
                     "latent: nothing would guide that stage. Add Identity puts one in; or choose the preset mllm_only."
                 )
-            if self.family == "omnigen2" and len(references) > 5:
+            most = self.backbone.most_references if self.backbone else None
+            if most is not None and len(references) > most:
                 raise ValueError(
-                    f"OmniGen2 takes at most 5 reference latents, the {which} condition has {len(references)}."
+                    f"{self.backbone.title} takes at most {most} reference latents, the {which} condition has "
+                    f"{len(references)}."
                 )
             strengths, masks = strengths_and_masks(values, len(references))
-            if not self.family and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
+            if not self.backbone and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
                 raise ValueError(self._only_on_and_off("reference strengths between 0 and 1, and masks"))
-        if not self.family and any(
+        if not self.backbone and any(
             s not in (0, 1) for key in self.stages.keyframes for s in (key.context, key.reference)
         ):
             raise ValueError(self._only_on_and_off("stage strengths other than 0 and 1"))
@@ -94,8 +97,8 @@ class StagedGuider(comfy.samplers.CFGGuider):
     def _only_on_and_off(self, what: str) -> str:
         name = type(self.model_patcher.model.diffusion_model).__name__
         return (
-            f"{what[0].upper()}{what[1:]} need a model whose token layout this pack knows (FLUX.1, FLUX.2, Qwen-Image, "
-            f"OmniGen2 as ComfyUI runs them); this one is {name}. Use 0 or 1."
+            f"{what[0].upper()}{what[1:]} need a model whose token layout this pack knows ({titles()} as ComfyUI "
+            f"runs them); this one is {name}. Use 0 or 1."
         )
 
     def _stage_condition(self, condition, which: str, mllm: bool, vae: bool) -> list:
@@ -118,7 +121,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
                 tokens = tokens[:, :1]
                 if values.get("attention_mask") is not None:
                     values["attention_mask"] = torch.ones_like(values["attention_mask"][:, :1])
-                if not self.family:
+                if not self.backbone:
                     tokens = torch.zeros_like(tokens)
             out.append([tokens, values])
         return out
@@ -130,7 +133,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
         model_sampling = self.model_patcher.get_model_object("model_sampling")
         is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
         self.stages.clock.check_run(function, type(model_sampling).__name__, is_flow)
-        if not self.family and any(not mllm for mllm, _ in self.variants):
+        if not self.backbone and any(not mllm for mllm, _ in self.variants):
             log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
         self._stage: int | None = None
         self._overrides: dict[tuple, KeyStrengthAttention] = {}
@@ -147,7 +150,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
             _reset_step_cache(model_options)
         positive = self.conds[_name("positive", index)]
         negative = self.conds.get(_name("negative", index))
-        override = self._override([positive, negative], mllm, vae, x, patch, model_options) if self.family else None
+        override = self._override([positive, negative], mllm, vae, x, patch, model_options) if self.backbone else None
         if override is not None:
             options = {**model_options.get("transformer_options", {}), "optimized_attention_override": override}
             model_options = {**model_options, "transformer_options": options}
@@ -188,7 +191,7 @@ class StagedGuider(comfy.samplers.CFGGuider):
             reference_log_strength(latent.shape, patch, vae * strength, mask)
             for latent, strength, mask in zip(latents, strengths, masks)
         ]
-        return key_strengths(self.family, context, mllm, _covered(cond, x.shape), patch, references)
+        return key_strengths(self.backbone.token_order, context, mllm, _covered(cond, x.shape), patch, references)
 
 
 def _name(which: str, variant: int) -> str:

@@ -3,20 +3,13 @@
 Groups: the context (MLLM or text tokens), the noisy image, and every reference latent by itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, log, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# order of the groups in joint attention; a family that is not here gets strengths 0 and 1 only
-LAYOUTS = {
-    "flux": ("context", "image", "references"),
-    "flux2": ("context", "image", "references"),
-    "qwen_image": ("context", "image", "references"),
-    "omnigen2": ("context", "references", "image"),
-}
 
 
 def grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
@@ -54,16 +47,21 @@ class KeyStrengths:
 
 
 def key_strengths(
-    family: str, context: int, mllm: float, image_shape: tuple[int, ...], patch: int, references: list[Tensor]
+    order: Sequence[str], context: int, mllm: float, image_shape: tuple[int, ...], patch: int, references: list[Tensor]
 ) -> KeyStrengths:
-    """Assembles the groups in `family`'s order.
+    """Log strengths of all keys of a joint attention call.
 
-    context: context tokens as the DiT sees them; mllm: their strength; image_shape: the noisy latent (or the area of it
-    that the condition covers); references: one (tokens,) log strength per reference latent.
+    Args:
+        order: The family's order of the groups, see `Backbone.token_order`.
+        context: Number of context tokens as the DiT sees them.
+        mllm: Their strength.
+        image_shape: Shape of the noisy latent, or of the area of it that the condition covers.
+        patch: Latent elements per token and side.
+        references: (tokens,) log strength of each reference latent.
     """
     groups = {
         "context": [torch.full((context,), log_strength(mllm))],
         "image": [torch.zeros(prod(grid(image_shape, patch)))],
-        "references": references,
+        "reference": references,
     }
-    return KeyStrengths(torch.cat([part for name in LAYOUTS[family] for part in groups[name]]))
+    return KeyStrengths(torch.cat([part for name in order for part in groups[name]]))

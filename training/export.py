@@ -69,7 +69,7 @@ def provenance(run) -> dict:
     out = {
         "stage": run.recipe.training.stage,
         "steps": run.step,
-        "dit": run.backbone.family,
+        "dit": run.backbone.family.name,
         "examples": len(run.data.training),
         "loss": round(sum(run.losses[-50:]) / max(1, len(run.losses[-50:])), 6),
     }

@@ -19,15 +19,15 @@ from torch import nn
 from ..dla.aggregator import DualLayerAggregator
 from ..dla.checkpoint import load_dla
 from ..loaders.dla import compute_dtype
-from ..loaders.reference_latents import OMNIGEN2_REFERENCES, reference_method
+from ..loaders.reference_latents import reference_method
 from . import checkpoints as state
 from .data.batches import STRATA, Batches
 from .data.dataset import Collection, read_data
 from .data.feature_cache import FeatureSource
 from .data.latent_cache import LatentCache
-from .dit.frozen import Backbone
+from .dit.frozen import FrozenDiT
 from .dit.lora import LoRA
-from .dit.memory import dit_of, estimate
+from .dit.memory import estimate
 from .export import check_free, export, places
 from .flow import FlowTimes
 from .optimizer import make_optimizer, rate
@@ -64,8 +64,8 @@ class Run:
         self.processes = accelerator.num_processes if accelerator else 1
         self.main = self.process == 0
         options = recipe.training
-        self.backbone = Backbone(parts.model, options.checkpointing)
-        self.method = reference_method(parts.model, self.backbone.family, "auto")
+        self.backbone = FrozenDiT(parts.model, options.checkpointing)
+        self.method = reference_method(parts.model, "auto")
         source = recipe.data.validation_source
         self.data: Collection = read_data(
             Path(recipe.data.source),
@@ -75,17 +75,16 @@ class Run:
             pairs_per_target=recipe.data.pairs_per_target,
         )
         most = max(len(example.references) for example in (*self.data.training, *self.data.validation))
-        if self.backbone.family == "omnigen2" and most > OMNIGEN2_REFERENCES:
+        family = self.backbone.family
+        if family.most_references is not None and most > family.most_references:
             raise RecipeError(
-                f"An example has {most} references, OmniGen2 takes at most {OMNIGEN2_REFERENCES}. Set "
-                f"data.max_references = {OMNIGEN2_REFERENCES}, which leaves such examples out."
+                f"An example has {most} references, {family.title} takes at most {family.most_references}. Set "
+                f"data.max_references = {family.most_references}, which leaves such examples out."
             )
         self.dla = self._new_dla()
         self.lora = None
         if recipe.lora.rank:
-            self.lora = LoRA(
-                self.backbone.dit, self.backbone.family, recipe.lora.rank, recipe.lora.alpha or None, options.seed
-            )
+            self.lora = LoRA(self.backbone.dit, family, recipe.lora.rank, recipe.lora.alpha or None, options.seed)
             if parts.start_lora is not None:
                 self.lora.load(parts.start_lora)
             self.backbone.lora = self.lora
@@ -124,7 +123,9 @@ class Run:
                     f"model reads {self.backbone.context_width}. Start from another DLA, or from none."
                 )
         else:
-            config = self.recipe.dla_config(self.parts.mllm.info, self.backbone.context_width, self.backbone.family)
+            config = self.recipe.dla_config(
+                self.parts.mllm.info, self.backbone.context_width, self.backbone.family.name
+            )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.recipe.training.seed)
                 dla = DualLayerAggregator(config)
@@ -315,7 +316,7 @@ class Run:
             "identity": self.identity,
             "recipe": self.recipe.to_dict(),
             "mllm": self.parts.mllm.info.name,
-            "family": self.backbone.family,
+            "family": self.backbone.family.name,
             "data": {
                 "fingerprint": self.data.fingerprint,
                 "training": len(self.data.training),
@@ -333,7 +334,8 @@ class Run:
         sizes = max(self.batches.sizes, key=lambda sizes: sum(w * h for w, h in sizes))
         (width, height), *references = sizes
         found = estimate(
-            dit_of(self.backbone.family, self.backbone.dit),
+            self.backbone.family,
+            sizes=self.backbone.family.training.measure(self.backbone.dit),
             resolution=(width, height),
             references=len(references),
             reference_side=max((round((w * h) ** 0.5) for w, h in references), default=512),

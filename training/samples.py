@@ -45,7 +45,7 @@ def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
     """The host's CONDITIONING, as Aggregate Layers and Add Identity would make it."""
     context = aggregate(features, run.dla, device=run.backbone.device)
     values = {"pooled_output": pooled, "guidance": run.recipe.training.guidance}
-    if run.backbone.family == "omnigen2":  # learns its number of context tokens from it; older FLUX cannot take one
+    if run.backbone.family.counts_context:  # learns its number of context tokens from it; older FLUX cannot take one
         values["attention_mask"] = context.attention_mask.long()
     values["reference_latents"] = list(batch.references)
     if run.method is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..dla.aggregator import DualLayerAggregator
 from ..dla.context import aggregate
 from .data.batches import Batch
-from .dit.frozen import Backbone
+from .dit.frozen import FrozenDiT
 from .dit.lora import LoRA
 from .flow import losses, noisy, weight
 
@@ -16,14 +16,14 @@ from .flow import losses, noisy, weight
 class TrainingStep(nn.Module):
     """The DLA and, where asked for, the LoRA: what learns. The DiT is reached through `backbone`, which is no part."""
 
-    def __init__(self, dla: DualLayerAggregator, lora: LoRA | None, backbone: Backbone, method: str | None, recipe):
+    def __init__(self, dla: DualLayerAggregator, lora: LoRA | None, backbone: FrozenDiT, method: str | None, recipe):
         super().__init__()
         self.dla, self.lora = dla, lora
         self._frozen = (backbone,)
         self.method, self.training_options = method, recipe.training
 
     @property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> FrozenDiT:
         return self._frozen[0]
 
     def forward(self, batch: Batch) -> Tensor:
@@ -46,7 +46,7 @@ class TrainingStep(nn.Module):
             list(batch.references),
             method=self.method,
             pooled=None if batch.pooled is None else batch.pooled.to(backbone.device),
-            guidance=options.guidance if backbone.family == "flux" else None,
+            guidance=options.guidance if backbone.family.takes_guidance else None,
         )
         return losses(velocity, clean, noise) * weight(t, options.weighting)
 

@@ -277,7 +277,7 @@ def test_conditions_that_cannot_work_are_refused(model, make, words):
 def test_unknown_layout_takes_0_and_1_only(model, monkeypatch):
     import subject_dla.sampling.guider as guider
 
-    monkeypatch.setattr(guider, "dit_family", lambda m: "")
+    monkeypatch.setattr(guider, "backbone_of", lambda m: None)
     with pytest.raises(ValueError, match="token layout"):
         run(model, Stages((Keyframe(1, 0.5, 1),)), condition())
     with pytest.raises(ValueError, match="token layout"):

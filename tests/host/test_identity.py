@@ -111,8 +111,9 @@ def test_bad_references_are_refused_in_words(model, vae, change, words):
 
 def test_omnigen2_takes_five(model, vae, monkeypatch):
     import subject_dla.loaders.reference_latents as identity
+    from subject_dla.loaders.backbones import BACKBONES
 
-    monkeypatch.setattr(identity, "dit_family", lambda m: "omnigen2")
+    monkeypatch.setattr(identity, "backbone_of", lambda m: BACKBONES["omnigen2"])
     with pytest.raises(ValueError, match="at most 5.*makes 6"):
         identity.add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
     with pytest.raises(ValueError, match="OmniGen2 places references itself"):

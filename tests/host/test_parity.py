@@ -5,7 +5,8 @@ import gc
 
 import pytest
 import torch
-from subject_dla.loaders.dit import context_width, dit_family
+from subject_dla.loaders.backbones import BACKBONES, backbone_of
+from subject_dla.loaders.dit import context_width
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.small.dit import load
 
@@ -16,10 +17,12 @@ class Subject:
     """One backbone with conditions that fit it."""
 
     def __init__(self, family, monkeypatch):
-        self.family = family
+        self.backbone = BACKBONES[family]
         self.model = load(family, monkeypatch)
-        assert dit_family(self.model) == family
+        assert backbone_of(self.model) is self.backbone
         self.format = self.model.get_model_object("latent_format")
+        assert context_width(self.model) == self.backbone.context_width
+        assert self.format.latent_channels == self.backbone.latent_channels
 
     def latent(self, h, w, batch=1, seed=1):
         x = torch.randn(batch, self.format.latent_channels, h, w, generator=torch.Generator().manual_seed(seed))
@@ -28,12 +31,12 @@ class Subject:
     def condition(self, tokens, seed, references=True):
         width = context_width(self.model)
         values = {"pooled_output": None}
-        if self.family == "omnigen2":
+        if self.backbone.counts_context:
             values["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
         if references:
             values["reference_latents"] = [self.latent(8, 6, seed=5), self.latent(4, 8, seed=6)]
-            if self.family == "flux":
-                values["reference_latents_method"] = "uxo"
+            if self.backbone.default_placement:
+                values["reference_latents_method"] = self.backbone.default_placement
         return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), values]]
 
     def host(self, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):

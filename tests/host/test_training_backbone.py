@@ -7,8 +7,9 @@ import comfy.sd
 import pytest
 import torch
 from subject_dla.dla.context import Context
+from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.tests.small.dit import load, tiny_flux
-from subject_dla.training.dit.frozen import Backbone, GradientError
+from subject_dla.training.dit.frozen import FrozenDiT, GradientError
 from subject_dla.training.dit.lora import LoRA
 
 
@@ -16,7 +17,7 @@ class Problem:
     """A loss of one DiT: two prompts of unequal length, a reference, flow times of their own."""
 
     def __init__(self, model, family):
-        self.backbone, self.family = Backbone(model), family
+        self.backbone, self.family = FrozenDiT(model), BACKBONES[family]
         self.backbone.load()
         frames = (1,) if family == "qwen_image" else ()
         draw = torch.Generator().manual_seed(0)
@@ -38,8 +39,8 @@ class Problem:
             self.t[rows],
             context,
             [self.reference[rows]] if references else [],
-            method="uxo" if self.family == "flux" else None,
-            guidance=1.0 if self.family == "flux" else None,
+            method=self.family.default_placement,
+            guidance=1.0 if self.family.takes_guidance else None,
         )
 
     def loss(self, tokens):
@@ -121,7 +122,7 @@ def test_gradients_of_a_lora_and_the_host_reads_it(problem, tmp_path):
     weights = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"), safe_load=True)
     patched, _ = comfy.sd.load_lora_for_models(backbone.patcher, None, weights, 1.0, 0)
     assert len(patched.patches) == len(lora.parts)
-    problem.backbone = Backbone(patched)
+    problem.backbone = FrozenDiT(patched)
     try:
         problem.backbone.load()
         with torch.no_grad():
@@ -149,9 +150,9 @@ def test_what_is_trained_is_what_is_sampled(problem, mllm, vae, name):
 
     backbone, tokens = problem.backbone, problem.tokens[:1]
     values = {"reference_latents": [problem.reference[:1]], "pooled_output": None}
-    if problem.family == "flux":
+    if problem.family.takes_guidance:
         values |= {"reference_latents_method": "uxo", "guidance": 1.0}
-    if problem.family == "omnigen2":
+    if problem.family.counts_context:
         values["attention_mask"] = torch.ones(1, 7, dtype=torch.long)
     guider = StagedGuider(backbone.patcher, preset(name))
     guider.set_conds([[tokens, values]])
@@ -168,7 +169,7 @@ def test_what_is_trained_is_what_is_sampled(problem, mllm, vae, name):
 @pytest.mark.parametrize("broken", ["no gradient", "wrong gradient"])
 def test_a_host_without_right_gradients_is_refused(monkeypatch, broken):
     model = tiny_flux()
-    Backbone(model)
+    FrozenDiT(model)
     original = comfy.ldm.flux.math.apply_rope
 
     def kernel(q, k, angles):
@@ -178,11 +179,11 @@ def test_a_host_without_right_gradients_is_refused(monkeypatch, broken):
 
     monkeypatch.setattr(comfy.ldm.flux.math, "apply_rope", kernel)
     with pytest.raises(GradientError, match="0.14"):
-        Backbone(model)
+        FrozenDiT(model)
 
 
 def test_blocks_get_their_forward_back(monkeypatch):
-    backbone = Backbone(tiny_flux())
+    backbone = FrozenDiT(tiny_flux())
     block = backbone.dit.double_blocks[0]
     with pytest.raises(KeyError), backbone.gradients():
         assert "forward" in vars(block)

@@ -5,6 +5,7 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.tests.small import dit
 from subject_dla.training.dit import memory
 from subject_dla.training.dit.checkpointing import in_place, recomputed
@@ -22,12 +23,6 @@ NARROW = {
     "qwen_image": {"num_attention_heads": 4, "num_layers": 3},
     "omnigen2": {"hidden_size": 480, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 3},
 }
-BLOCKS = {
-    "flux": ("double_blocks", "single_blocks"),
-    "qwen_image": ("transformer_blocks",),
-    "omnigen2": ("context_refiner", "noise_refiner", "ref_image_refiner", "layers"),
-}
-CONTEXT = {"flux": 4096, "qwen_image": 3584, "omnigen2": 2048}
 TOKENS, SIDE, REFERENCE = 40, 32, 16  # context tokens; latents are 32 x 32 (a picture of 256 px) and 16 x 16
 
 
@@ -69,7 +64,7 @@ def run(family, module, tokens=TOKENS, side=SIDE, reference=REFERENCE, dtype=tor
         more |= {"y": random(1, 768), "guidance": torch.tensor([3.5], dtype=dtype)}
     if family == "omnigen2":
         more["num_tokens"] = tokens
-    context = random(1, tokens, CONTEXT[family]).requires_grad_()
+    context = random(1, tokens, BACKBONES[family].context_width).requires_grad_()
     return module(random(1, 16, *frames, side, side), torch.tensor([0.5], dtype=dtype), context, **more)
 
 
@@ -92,9 +87,10 @@ def kept(module, lora, forward) -> int:
     return sum(sizes.values())
 
 
-def estimated(sizes, rank, checkpointing, tokens=TOKENS, side=SIDE, reference=REFERENCE, weight=4, compute=4):
+def estimated(family, module, rank, checkpointing, tokens=TOKENS, side=SIDE, reference=REFERENCE, weight=4, compute=4):
     return memory.estimate(
-        sizes,
+        BACKBONES[family],
+        sizes=BACKBONES[family].training.measure(module),
         resolution=side * 8,
         references=1,
         reference_side=reference * 8,
@@ -110,12 +106,12 @@ def estimated(sizes, rank, checkpointing, tokens=TOKENS, side=SIDE, reference=RE
 @pytest.mark.parametrize("family", FAMILIES)
 def test_count_of_activations_is_what_autograd_keeps(family, rank):
     module = build(family)
-    lora = LoRA(module, family, rank) if rank else None
+    lora = LoRA(module, BACKBONES[family], rank) if rank else None
     if lora is not None:
         lora.attach()
     found = kept(module, lora, lambda: run(family, module))
     # hosts differ: newer ones share OmniGen2's keys among heads without copying them
-    assert 0.97 < estimated(memory.dit_of(family, module), rank, False)["activations"] / found < 1.1
+    assert 0.97 < estimated(family, module, rank, False)["activations"] / found < 1.1
 
 
 def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
@@ -124,10 +120,10 @@ def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
         for name, tensor in part._parameters.items():
             if tensor is not None and tensor.ndim == 1:
                 part._parameters[name] = torch.nn.Parameter(tensor.to(torch.bfloat16), requires_grad=False)
-    lora = LoRA(module, "flux", 16)
+    lora = LoRA(module, BACKBONES["flux"], 16)
     lora.attach()
     found = kept(module, lora, lambda: run("flux", module, dtype=torch.bfloat16))
-    parts = [estimated(memory.dit_of("flux", module), 16, False, weight=w, compute=2)["activations"] for w in (1, 2)]
+    parts = [estimated("flux", module, 16, False, weight=w, compute=2)["activations"] for w in (1, 2)]
     assert parts[0] == pytest.approx(found, rel=0.05)
     assert parts[0] > 8 * parts[1]
 
@@ -136,9 +132,9 @@ def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peak_of_forward_and_backward_pass(family, checkpointing):
     module, shape = build(family, NARROW[family]), {"tokens": 128, "side": 64, "reference": 32}
-    lora = LoRA(module, family, 16)
+    lora = LoRA(module, BACKBONES[family], 16)
     lora.attach()
-    blocks = [block for name in BLOCKS[family] for block in getattr(module, name)]
+    blocks = [block for name in BACKBONES[family].training.blocks for block in getattr(module, name)]
 
     def step():
         lora.zero_grad(set_to_none=True)
@@ -154,36 +150,37 @@ def test_peak_of_forward_and_backward_pass(family, checkpointing):
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    parts = estimated(memory.dit_of(family, module), 16, checkpointing, **shape)
+    parts = estimated(family, module, 16, checkpointing, **shape)
     step_alone = sum(parts[name] for name in ("activations", "one block again", "gradients in a block"))
     assert 0.95 < step_alone / peak < 1.2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_those_of_the_host_s_class(family):
-    assert memory.dit_of(family, build(family, DEEP[family], device="meta")) == memory.DITS[family]
+    training = BACKBONES[family].training
+    assert training.measure(build(family, DEEP[family], device="meta")) == training.sizes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_parameters_are_those_of_a_lora(family):
     module = build(family, device="meta")
-    found = sum(p.numel() for p in LoRA(module, family, 4).parameters())
-    assert estimated(memory.dit_of(family, module), 4, True)["LoRA"] == 4 * found
+    found = sum(p.numel() for p in LoRA(module, BACKBONES[family], 4).parameters())
+    assert estimated(family, module, 4, True)["LoRA"] == 4 * found
 
 
 def test_estimate_follows_its_settings():
     def total(**settings):
-        return memory.estimate("flux", **settings).total
+        return memory.estimate(BACKBONES["flux"], **settings).total
 
     assert total() < total(checkpointing=False) < total(checkpointing=False, batch_size=2)
     assert total(weight_bytes=1) < total() and total(optimizer="adamw8bit") < total()
     assert total(weight_bytes=1, checkpointing=False) > total(checkpointing=False)  # casts are kept
     assert total(references=0) < total() < total(references=2)
     assert total(resolution=(512, 1024)) == total(resolution=(1024, 512)) < total()
-    with pytest.raises(ValueError, match="'sdxl', expected one of flux, qwen_image, omnigen2"):
-        memory.estimate("sdxl")
+    with pytest.raises(ValueError, match="'flux2', expected one of flux, omnigen2, qwen_image"):
+        memory.estimate(BACKBONES["flux2"])
     with pytest.raises(ValueError, match="'lion', expected one of adamw"):
-        memory.estimate("flux", optimizer="lion")
+        memory.estimate(BACKBONES["flux"], optimizer="lion")
 
 
 def test_a_card_is_given_only_what_fits_it():
@@ -191,7 +188,7 @@ def test_a_card_is_given_only_what_fits_it():
     words = {"bf16": 2, "fp8": 1}
     for line in large.splitlines()[2:]:
         name, trained, side, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        family = next(key for key, value in memory.DIT_NAMES.items() if value == name)
+        family = next(b for b in BACKBONES.values() if b.training and b.training.release == name)
         rank = int(trained.partition("LoRA ")[2] or 0)
         for card, cell in zip(memory.CARDS, cells):
             settings = {"weight_bytes": 1, "optimizer": "adamw8bit"}  # where nothing fits, not even this does

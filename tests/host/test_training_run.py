@@ -24,7 +24,7 @@ from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
 from subject_dla.training import checkpoints as state
 from subject_dla.training.data.batches import EMPTY
-from subject_dla.training.dit.frozen import Backbone
+from subject_dla.training.dit.frozen import FrozenDiT
 from subject_dla.training.export import RUN_KEY
 from subject_dla.training.parts import Parts, load_parts, starts
 from subject_dla.training.recipe import Recipe, RecipeError
@@ -95,7 +95,7 @@ def whole(place):
 @contextmanager
 def passes(act=lambda number, velocity: velocity):
     """The conditions of the passes through the DiT; `act` may change the velocity of pass `number`, or raise."""
-    seen, real = [], Backbone.velocity
+    seen, real = [], FrozenDiT.velocity
 
     def velocity(self, noisy, t, context, references=(), **values):
         if torch.is_grad_enabled():
@@ -104,7 +104,7 @@ def passes(act=lambda number, velocity: velocity):
         return act(len(seen), out) if torch.is_grad_enabled() else out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "velocity", velocity)
+        patch.setattr(FrozenDiT, "velocity", velocity)
         yield seen
 
 
@@ -416,13 +416,13 @@ class Pooled:
 
 def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(place, monkeypatch):
     """As in sampling, where a stage without MLLM tokens keeps it."""
-    given, real = [], Backbone.velocity
+    given, real = [], FrozenDiT.velocity
 
     def velocity(self, noisy, t, context, references=(), **values):
         given.append((context is None, values["pooled"]))
         return real(self, noisy, t, context, references, **values)
 
-    monkeypatch.setattr(Backbone, "velocity", velocity)
+    monkeypatch.setattr(FrozenDiT, "velocity", velocity)
     monkeypatch.setattr(place.parts, "clip", Pooled())
     place.train("pooled", training={"steps": 3})
     prompts = {EMPTY[0], *(path.read_text() for path in place.data.glob("*/*.txt"))}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ...dla import DLAConfig, DualLayerAggregator, MLLMInfo
+from ...loaders.backbones import BACKBONES
 from ...training.checkpoints import checkpoints, restore, save
 from ...training.dit.lora import LoRA
 
@@ -31,7 +32,7 @@ class Trained:
 
     def __init__(self, value=0.0, width=32, rank=2):
         config = DLAConfig(MLLMInfo("small", "qwen2_5_vl", 3, width), width, "flux", heads=2)
-        self.dla, self.lora = DualLayerAggregator(config), LoRA(Attention(), "flux", rank)
+        self.dla, self.lora = DualLayerAggregator(config), LoRA(Attention(), BACKBONES["flux"], rank)
         self.parameters = [*self.dla.parameters(), *self.lora.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
         self.fill(value)

@@ -56,10 +56,10 @@ def gradient_error(family: str) -> float:
 
     from ...dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
     from ...tests.small.dit import load
-    from ...training.dit.frozen import Backbone
+    from ...training.dit.frozen import FrozenDiT
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        backbone = Backbone(load(family, monkeypatch))
+        backbone = FrozenDiT(load(family, monkeypatch))
     backbone.load()
     draw = torch.Generator().manual_seed(0)
 
@@ -73,7 +73,7 @@ def gradient_error(family: str) -> float:
     frames = (1,) if family == "qwen_image" else ()
     noisy, target = (random(1, backbone.latent_channels, *frames, 16, 16) for _ in range(2))
     reference = random(1, backbone.latent_channels, *frames, 8, 12)
-    method, guidance = ("uxo", 1.0) if family == "flux" else (None, None)
+    method, guidance = backbone.family.default_placement, 1.0 if backbone.family.takes_guidance else None
     worst = 0.0
     for pooling in ("softmax", "linear"):
         dla = DualLayerAggregator(
@@ -170,10 +170,10 @@ def peak(checkpointing: bool) -> float:
 
     from ...dla.context import Context
     from ...tests.small.dit import tiny_flux
-    from ...training.dit.frozen import Backbone
+    from ...training.dit.frozen import FrozenDiT
 
     sizes = dict(num_heads=4, axes_dim=[16, 56, 56], hidden_size=512, context_in_dim=512, vec_in_dim=64)
-    backbone = Backbone(tiny_flux(512, sizes=sizes, depth=4, depth_single_blocks=8), checkpointing)
+    backbone = FrozenDiT(tiny_flux(512, sizes=sizes, depth=4, depth_single_blocks=8), checkpointing)
     backbone.load()
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, 64, 512, generator=draw).requires_grad_()

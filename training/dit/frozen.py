@@ -11,38 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from ...dla.context import Context
-from ...loaders.dit import context_width, dit_family
+from ...loaders.backbones import BACKBONES, backbone_of, titles
+from ...loaders.dit import context_width
 from ...sampling.attention import KeyStrengthAttention
-from ...sampling.tokens import KeyStrengths, key_strengths
+from ...sampling.tokens import KeyStrengths, key_strengths, reference_log_strength
 from .checkpointing import in_place, recomputed
 from .lora import LoRA
-
-# Where the host's classes keep their blocks.
-BLOCKS = {
-    "flux": ("double_blocks", "single_blocks"),
-    "qwen_image": ("transformer_blocks",),
-    "omnigen2": ("context_refiner", "noise_refiner", "ref_image_refiner", "layers"),
-}
 
 
 class GradientError(RuntimeError):
     """This host, or this way of loading the model, cannot give right gradients; the text says what to do."""
 
 
-class Backbone:
+class FrozenDiT:
     """A MODEL to train through: velocities of the host's own forward, with gradients to context tokens and a LoRA.
 
-    model: a ModelPatcher of FLUX.1, Qwen-Image or OmniGen2; its weights stay frozen. checkpointing: keep only the
-    blocks' inputs for the backward pass. Raises GradientError on hosts whose gradients are wrong, ValueError for other models.
+    Args:
+        model: A ModelPatcher of a family whose record says how it is trained; its weights stay frozen.
+        checkpointing: Keep only the blocks' inputs for the backward pass.
+
+    Raises:
+        GradientError: On hosts whose gradients are wrong.
+        ValueError: For models of other families.
     """
 
     def __init__(self, model, checkpointing: bool = True):
-        self.family = dit_family(model)
-        if self.family not in BLOCKS:
+        backbone = backbone_of(model)
+        if backbone is None or backbone.training is None:
             raise ValueError(
-                f"Training needs FLUX.1, Qwen-Image or OmniGen2 as ComfyUI runs them; this model is "
+                f"Training needs {titles(b for b in BACKBONES.values() if b.training)} as ComfyUI runs them; this model is "
                 f"{type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
             )
+        self.family = backbone
         if getattr(model, "is_dynamic", lambda: False)():
             model = model.clone(disable_dynamic=True)  # weights that come and go have no place in a backward pass
         self.patcher, self.base = model, model.model
@@ -65,7 +65,7 @@ class Backbone:
     @contextmanager
     def gradients(self):
         """Around forward and backward pass: what makes the host's forward differentiable and right."""
-        blocks = [block for name in BLOCKS[self.family] for block in getattr(self.dit, name)]
+        blocks = [block for name in self.family.training.blocks for block in getattr(self.dit, name)]
         trained = self.lora.inside if self.lora is not None else lambda _: ()
         management = comfy.model_management
         before = getattr(management, "in_training", None)
@@ -101,7 +101,7 @@ class Backbone:
         batch, tokens, mask = noisy.shape[0], None, None
         if context is not None:
             tokens, mask = context.tokens, context.attention_mask
-            if self.family == "omnigen2" and not bool(mask.all()):  # counts one number of tokens for the whole batch
+            if self.family.counts_context and not bool(mask.all()):  # counts one number of tokens for the whole batch
                 rows = [context.row(i) for i in range(batch)]
                 return torch.cat(
                     [
@@ -118,9 +118,9 @@ class Backbone:
                     ]
                 )
         else:
-            tokens = noisy.new_zeros(batch, 1, self.context_width)  # hosts fail on none; its keys are taken out below
+            tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
         values = {"cross_attn": tokens, "pooled_output": pooled}
-        if self.family == "omnigen2":
+        if self.family.counts_context:
             values["attention_mask"] = torch.ones(1, tokens.shape[1], dtype=torch.long, device=self.device)
         if len(references):
             values["reference_latents"] = [reference.to(self.device) for reference in references]
@@ -153,17 +153,13 @@ class Backbone:
         """By row: keys taken out of attention, for a context that is off or padding; {} where nothing is."""
         if mask is not None and bool(mask.all()):
             return {}
-        patch = getattr(self.dit, "patch_size", 2)
-        references = [
-            torch.zeros(-(-latent.shape[-2] // patch) * -(-latent.shape[-1] // patch))
-            for latent in conds.get("ref_latents", [])
-        ]
+        patch = self.family.patch_size
+        references = [reference_log_strength(latent.shape, patch, 1.0, None) for latent in conds.get("ref_latents", [])]
         count = conds["c_crossattn"].shape[1]
         out = {}
         for row in range(noisy.shape[0]):
-            logs = key_strengths(
-                self.family, count, float(mask is not None), noisy.shape, patch, references
-            ).log_strength
+            on = float(mask is not None)
+            logs = key_strengths(self.family.token_order, count, on, noisy.shape, patch, references).log_strength
             if mask is not None:
                 logs[:count].masked_fill_(~mask[row].cpu(), -torch.inf)
             out[row] = KeyStrengths(logs)

@@ -12,13 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...common.files import save_tensors
-
-# The linear maps of attention in the host's classes. FLUX's single blocks fuse them with the MLP's (linear1, linear2).
-TARGETS = {
-    "flux": r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]",
-    "qwen_image": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-    "omnigen2": r"(layers|noise_refiner|ref_image_refiner|context_refiner)\.\d+\.attn\.(to_[qkv]|to_out\.0)",
-}
+from ...loaders.backbones import Backbone
 
 
 class LoRA(nn.Module):
@@ -27,14 +21,17 @@ class LoRA(nn.Module):
     It reaches the frozen DiT by forward hooks, between `attach` and `detach`.
     """
 
-    def __init__(self, diffusion_model: nn.Module, family: str, rank: int, alpha: float | None = None, seed: int = 0):
+    def __init__(
+        self, diffusion_model: nn.Module, family: Backbone, rank: int, alpha: float | None = None, seed: int = 0
+    ):
         super().__init__()
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        found = {name: part for name, part in diffusion_model.named_modules() if re.fullmatch(TARGETS[family], name)}
+        targets = family.training.lora_targets
+        found = {name: part for name, part in diffusion_model.named_modules() if re.fullmatch(targets, name)}
         if not found:
             raise ValueError(
                 f"No attention of {type(diffusion_model).__name__} was found to put a LoRA on (names like "
-                f"{TARGETS[family]!r}). Train without one (rank 0), or load the model with ComfyUI's own loader."
+                f"{targets!r}). Train without one (rank 0), or load the model with ComfyUI's own loader."
             )
         generator = torch.Generator().manual_seed(seed)
         self.A, self.B, self.parts = nn.ParameterDict(), nn.ParameterDict(), {}

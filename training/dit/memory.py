@@ -22,6 +22,7 @@ from ...common.markdown import markdown
 from ...dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from ...dla.config import DLAConfig
 from ...dla.features import MLLMInfo
+from ...loaders.backbones import BACKBONES, Backbone, DiTSizes, MLLMSizes
 
 GIB = 2**30
 # CUDA context, the kernels' own buffers and what the allocator cannot use: our guess.
@@ -33,69 +34,8 @@ CARDS = (24, 48, 80)
 # Paged ones may move them to the host's memory when there is need; they are counted as if they stayed.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
+TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 STORAGES = {2: "bf16", 1: "fp8"}  # of the frozen DiT's weights, by bytes
-
-
-@dataclass(frozen=True)
-class DiT:
-    """Sizes of a diffusion transformer, in the terms of the host's classes."""
-
-    family: str  # "flux" | "qwen_image" | "omnigen2"
-    width: int
-    mlp: int  # hidden width of the blocks' MLP
-    keys: int  # width of the keys; less than `width` where heads share them
-    blocks: int  # FLUX: the double blocks
-    parameters: int
-    single: int = 0  # FLUX's single blocks
-    refiners: int = 0  # OmniGen2's, of each of three kinds
-    head: int = 128
-
-
-DITS = {
-    "flux": DiT("flux", 3072, 12288, 3072, 19, 11_901_408_320, single=38),
-    "qwen_image": DiT("qwen_image", 3072, 12288, 3072, 60, 20_430_401_088),
-    "omnigen2": DiT("omnigen2", 2520, 10240, 840, 32, 3_967_161_400, refiners=2, head=120),
-}
-
-
-@dataclass(frozen=True)
-class MLLM:
-    """Sizes of an MLLM: decoder layers, width, and parameters without the head that predicts tokens."""
-
-    name: str
-    layers: int
-    width: int
-    parameters: int
-
-
-# What each family is trained with, and the width of its context tokens.
-MLLMS = {
-    "flux": MLLM("InternVL3-8B", 28, 3584, 7_400_000_000),
-    "qwen_image": MLLM("Qwen2.5-VL-7B", 28, 3584, 7_750_000_000),
-    "omnigen2": MLLM("Qwen2.5-VL-3B", 36, 2048, 3_750_000_000),
-}
-CONTEXT_WIDTHS = {"flux": 4096, "qwen_image": 3584, "omnigen2": 2048}
-DIT_NAMES = {"flux": "FLUX.1-dev", "qwen_image": "Qwen-Image", "omnigen2": "OmniGen2"}
-
-
-def dit_of(family: str, module) -> DiT:
-    """The sizes of a loaded model: the host's own module of one of the three families."""
-    parameters = sum(p.numel() for p in module.parameters())
-    if family == "flux":
-        width, mlp = module.hidden_size, int(module.hidden_size * module.params.mlp_ratio)
-        counts = dict(blocks=len(module.double_blocks), single=len(module.single_blocks))
-        return DiT(family, width, mlp, width, parameters=parameters, head=width // module.num_heads, **counts)
-    if family == "qwen_image":
-        first, width = module.transformer_blocks[0], module.inner_dim
-        mlp = first.img_mlp.net[0].proj.out_features
-        blocks = len(module.transformer_blocks)
-        return DiT(family, width, mlp, width, blocks, parameters, head=first.attention_head_dim)
-    if family == "omnigen2":
-        first = module.layers[0]
-        mlp, keys = first.feed_forward.linear_1.out_features, first.attn.to_k.out_features
-        counts = dict(blocks=len(module.layers), refiners=len(module.noise_refiner))
-        return DiT(family, module.hidden_size, mlp, keys, parameters=parameters, head=first.attn.dim_head, **counts)
-    raise ValueError(f"DiT family is {family!r}, expected one of {', '.join(DITS)}.")
 
 
 @dataclass(frozen=True)
@@ -127,10 +67,10 @@ class Block:
         return self.streams * sum(rank * (i + o) for i, o in self.attention)
 
 
-def blocks(dit: DiT, context: int, image: int, reference: int, lora: bool) -> list[Block]:
+def blocks(dit: DiTSizes, context: int, image: int, reference: int, lora: bool) -> list[Block]:
     """All blocks that gradients reach, for so many context, image and reference tokens."""
     d, m, k, tokens = dit.width, dit.mlp, dit.keys, context + image + reference
-    if dit.family == "omnigen2":
+    if dit.streams == 1:
         # norm, query and key norms; q, k, v, output, three norms; SwiGLU keeps both maps' outputs and SiLU's
         kind = dict(before=2 * d + k, after=4 * d + 3 * d + 3 * m, gradients=3 * m + 2 * d)
         kind |= dict(attention=((d, d), (d, k), (d, k), (d, d)), mlp=((d, m), (d, m), (m, d)), streams=1, lora_inputs=d)
@@ -140,7 +80,7 @@ def blocks(dit: DiT, context: int, image: int, reference: int, lora: bool) -> li
         return out
     # norm, q, k and (fused, FLUX) v; q, k, v, output, norm, GELU's input
     kind = dict(after=4 * d + d + m, gradients=2 * m + 2 * d, mlp=((d, m), (m, d)), streams=2, lora_inputs=d)
-    if dit.family == "flux":
+    if dit.fused_qkv:
         kind |= dict(before=d + 3 * d, attention=((d, 3 * d), (d, d)))
     else:
         kind |= dict(before=d + 2 * d, attention=((d, d),) * 4)
@@ -152,7 +92,7 @@ def blocks(dit: DiT, context: int, image: int, reference: int, lora: bool) -> li
     return out
 
 
-def activations(dit: DiT, context: int, image: int, reference: int, rank: int = 0) -> int:
+def activations(dit: DiTSizes, context: int, image: int, reference: int, rank: int = 0) -> int:
     """Numbers (not bytes) that autograd keeps of one sample in the whole DiT without checkpointing."""
     # the final norm's input; rotary embeddings: four numbers per pair of a head's channels, kept once
     tokens = context + image + reference
@@ -182,8 +122,9 @@ class Estimate:
 
 
 def estimate(
-    family: str | DiT,
+    backbone: Backbone,
     *,
+    sizes: DiTSizes | None = None,
     resolution: int | tuple[int, int] = 1024,
     references: int = 1,
     reference_side: int = 512,
@@ -200,22 +141,36 @@ def estimate(
     """Memory of a training step on one device. The VAE and the MLLM are not on it then: their outputs are cached, or
     they are offloaded by the host, see `encoding`.
 
-    family: "flux", "qwen_image", "omnigen2" at their real sizes, or sizes of one's own. resolution: side of a square,
-    or (width, height), px; reference_side: px of each of `references` square references. context_tokens: prompt and
-    image tokens of the MLLM. mllm: its (layers, width), None = the family's. dla_parameters: None = a new DLA's.
-    weight_bytes: of the frozen DiT's storage, 2 = bf16, 1 = fp8; compute_bytes: of its arithmetic.
-    Raises ValueError for an unknown family or optimizer.
+    Args:
+        backbone: A family that is trained.
+        sizes: Of the DiT; None = of the family's release.
+        resolution: Side of a square, or (width, height), px.
+        references: Number of references.
+        reference_side: Side of each, squares, px.
+        context_tokens: Prompt and image tokens of the MLLM.
+        mllm: Its (layers, width); None = the family's.
+        dla_parameters: None = a new DLA's.
+        lora_rank: 0 = no LoRA.
+        weight_bytes: Of the frozen DiT's storage, 2 = bf16, 1 = fp8.
+        compute_bytes: Of its arithmetic.
+        optimizer: One of OPTIMIZERS.
+        batch_size: Examples in a pass.
+        checkpointing: Whether blocks are computed again in the backward pass.
+
+    Raises:
+        ValueError: For a family that is not trained and for an unknown optimizer.
     """
-    if isinstance(family, str) and family not in DITS:
-        raise ValueError(f"DiT family is {family!r}, expected one of {', '.join(DITS)}.")
+    if backbone.training is None:
+        raise ValueError(f"DiT family is {backbone.name!r}, expected one of {', '.join(b.name for b in TRAINED)}.")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}.")
-    dit = DITS[family] if isinstance(family, str) else family
-    layers, mllm_width = mllm or (MLLMS[dit.family].layers, MLLMS[dit.family].width)
+    dit = sizes or backbone.training.sizes
+    layers, mllm_width = mllm or (backbone.training.mllm.layers, backbone.training.mllm.width)
     wide, high = resolution if isinstance(resolution, tuple) else (resolution, resolution)
-    image, reference = (wide // 16) * (high // 16), references * (reference_side // 16) ** 2  # VAE 8 px, patches of 2
+    token = backbone.token_side
+    image, reference = (wide // token) * (high // token), references * (reference_side // token) ** 2
     if dla_parameters is None:
-        dla_parameters = new_dla_parameters(dit.family, layers, mllm_width)
+        dla_parameters = new_dla_parameters(backbone, layers, mllm_width)
 
     kinds = [b for b in blocks(dit, context_tokens, image, reference, lora_rank > 0) if b.count > 0]
     lora = sum(b.count * b.lora(lora_rank) for b in kinds)
@@ -256,20 +211,22 @@ def estimate(
     )
 
 
-def encoding(mllm: MLLM, step: Estimate, weight_bytes: int = 2) -> int:
+def encoding(mllm: MLLMSizes, step: Estimate, weight_bytes: int = 2) -> int:
     """Bytes while the MLLM encodes, between steps: it and what is trained, with the DiT offloaded."""
     return mllm.parameters * weight_bytes + step.trained + step.parts["features"] + RESERVE
 
 
-def new_dla_parameters(family: str, layers: int, width: int) -> int:
+def new_dla_parameters(backbone: Backbone, layers: int, width: int) -> int:
     """Parameters of a DLA with this pack's defaults."""
     info = MLLMInfo("", "", layers, width)
-    dla = DualLayerAggregator(DLAConfig(info, CONTEXT_WIDTHS[family]), device="meta")
+    dla = DualLayerAggregator(DLAConfig(info, backbone.context_width), device="meta")
     return sum(p.numel() for p in dla.parameters())
 
 
 def fits(
-    families: Sequence[str] = tuple(DITS), resolutions: Sequence[int] = (512, 1024), ranks: Sequence[int] = (0, 16, 512)
+    families: Sequence[Backbone] = TRAINED,
+    resolutions: Sequence[int] = (512, 1024),
+    ranks: Sequence[int] = (0, 16, 512),
 ) -> str:
     """Two markdown tables: GiB of a step with / without checkpointing, and what fits on cards of 24, 48 and 80 GB.
 
@@ -280,11 +237,11 @@ def fits(
     storages = [f"{w}, {o}" for w, o in product(STORAGES.values(), OPTIMIZER_NAMES.values())]
     sizes = [["DiT", "trained", "px", *storages, "MLLM encodes"]]
     cards = [["DiT", "trained", "px", *(f"{card} GB" for card in CARDS)]]
-    for family, rank, resolution in product(families, ranks, resolutions):
-        head = [DIT_NAMES[family], f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]
+    for backbone, rank, resolution in product(families, ranks, resolutions):
+        head = [backbone.training.release, f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]
         steps = {
             (weight, optimizer, again): estimate(
-                family,
+                backbone,
                 resolution=resolution,
                 lora_rank=rank,
                 weight_bytes=weight,
@@ -297,13 +254,13 @@ def fits(
             " / ".join(f"{steps[weight, optimizer, again].total / GIB:.0f}" for again in (True, False))
             for weight, optimizer in product(STORAGES, OPTIMIZER_NAMES)
         ]
-        encodes = encoding(MLLMS[family], steps[2, "adamw", True])
+        encodes = encoding(backbone.training.mllm, steps[2, "adamw", True])
         sizes.append([*head, *cells, f"{encodes / GIB:.0f}"])
-        cards.append([*head, *(_first_that_fits(steps, MLLMS[family], card) for card in CARDS)])
+        cards.append([*head, *(_first_that_fits(steps, backbone.training.mllm, card) for card in CARDS)])
     return f"{markdown(sizes)}\n\n{markdown(cards)}\n"
 
 
-def _first_that_fits(steps: dict[tuple, Estimate], mllm: MLLM, card: int) -> str:
+def _first_that_fits(steps: dict[tuple, Estimate], mllm: MLLMSizes, card: int) -> str:
     """The settings nearest to full precision, then to no checkpointing, that a card has room for."""
     room = card * GIB * USABLE
     for (weight, optimizer, again), step in steps.items():

@@ -1,0 +1,43 @@
+"""The DiT families that this pack knows: one file of this folder each, with a `BACKBONE` record.
+
+Adding a family is adding a file. A model of a family that is not here gets None: strengths 0 and 1 only, no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import Backbone, DiTSizes, MLLMSizes, Training
+
+__all__ = ["BACKBONES", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"]
+
+_MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+BACKBONES: dict[str, Backbone] = {
+    module.BACKBONE.name: module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE")
+}
+
+
+def backbone_of(model) -> Backbone | None:
+    """Family of a MODEL; None where this pack does not know its token layout (Chroma, video models, …)."""
+    config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
+    if config.get("image_model") is None:  # loaders of other packs may leave it empty, but use the host's model class
+        name = type(model.model).__name__
+        return next((backbone for backbone in BACKBONES.values() if backbone.host_class == name), None)
+    return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_config(config))
+
+
+def backbone_of_keys(keys: set[str], prefix: str = "") -> Backbone | None:
+    """Family of a state dict by the keys that only it has, as the host tells them apart."""
+    return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_keys(keys, prefix))
+
+
+def titles(backbones: Iterable[Backbone] | None = None) -> str:
+    """Names for people, e.g. "FLUX.1, FLUX.2, OmniGen2"; None = of every family."""
+    return ", ".join(backbone.title for backbone in (BACKBONES.values() if backbones is None else backbones))
+
+
+def _most_specific(backbones: Iterable[Backbone]) -> Backbone | None:
+    """A family that is a kind of another one, run by the same class of the host, states more conditions than it."""
+    return max(backbones, key=lambda b: (len(b.config), len(b.keys) + len(b.absent_keys)), default=None)

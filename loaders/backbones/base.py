@@ -1,0 +1,90 @@
+"""The record of one DiT family: every fact by which this pack treats families differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TOKEN_ORDER = ("context", "image", "reference")  # FLUX.1's, the most frequent one
+
+
+@dataclass(frozen=True)
+class DiTSizes:
+    """Sizes of a diffusion transformer, in the terms of the host's classes."""
+
+    width: int
+    mlp: int  # hidden width of the blocks' MLP
+    keys: int  # width of the keys; less than `width` where heads share them
+    blocks: int  # FLUX: the double blocks
+    parameters: int
+    single: int = 0  # FLUX's single blocks
+    refiners: int = 0  # OmniGen2's, of each of three kinds
+    head: int = 128  # channels of one attention head
+    streams: int = 2  # 2: image and context tokens each have maps of their own and a GELU MLP; 1: one SwiGLU block
+    fused_qkv: bool = False  # one map makes queries, keys and values
+
+
+@dataclass(frozen=True)
+class MLLMSizes:
+    """Sizes of an MLLM: decoder layers, width, and parameters without the head that predicts tokens."""
+
+    name: str
+    layers: int
+    width: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training through a family needs to know; the sizes are those of its release."""
+
+    release: str
+    sizes: DiTSizes
+    measure: Callable[[Any], DiTSizes]  # the sizes of a loaded model, from the host's module
+    mllm: MLLMSizes  # what the family is trained with
+    blocks: tuple[str, ...]  # module lists that hold the transformer blocks
+    lora_targets: str  # regular expression of the names of attention's linear maps
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One DiT family as the host runs it. The tests compare each record with the host's own classes.
+
+    Source: the host's model_detection, model_base and ldm folders, read at 0.3.64, 0.3.75 and 0.33.0.
+    """
+
+    name: str  # in DLA checkpoints, recipes and training checkpoints
+    title: str  # for people
+    config: Mapping[str, Any]  # entries of the host's `unet_config` that the family has
+    host_class: str  # in comfy.model_base; tells the family where another pack's loader leaves the config empty
+    keys: tuple[str, ...]  # state dict keys that a file of the family has
+    absent_keys: tuple[str, ...] = ()  # and those that it has not
+    context_layer: str = "txt_in"  # path of the linear map that reads the context tokens
+    context_width: int = 0  # of the release, channels
+    token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
+    latent_channels: int = 16
+    latent_downscale: int = 8  # px per latent element and side
+    patch_size: int = 2  # latent elements per token and side
+    placements: tuple[str, ...] = ()  # the `reference_latents_method`s that its newest host reads
+    default_placement: str | None = None  # None: the model's own
+    most_references: int | None = None
+    counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
+    takes_guidance: bool = False  # distilled guidance
+    context_off_tokens: int = 1  # left of a context that is off, since hosts fail on none; attention skips their keys
+    training: Training | None = field(default=None, compare=False)  # None: not trained here
+
+    @property
+    def token_side(self) -> int:
+        """Pixels per token and side, of the picture and of references."""
+        return self.latent_downscale * self.patch_size
+
+    def has_keys(self, keys: set[str], prefix: str = "") -> bool:
+        """Whether a state dict with these keys may be of this family."""
+        return all(f"{prefix}{key}" in keys for key in self.keys) and not any(
+            f"{prefix}{key}" in keys for key in self.absent_keys
+        )
+
+    def has_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether the host's `unet_config` is of this family."""
+        return all(config.get(key) == value for key, value in self.config.items())

@@ -126,7 +126,7 @@ def sweep(
 
 def _describe_runs(layers: Sequence[int]) -> str:
     """Ascending numbers with every run shortened: "layers 0-9, 20"."""
-    runs = []
+    runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer

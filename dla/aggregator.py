@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,29 +22,29 @@ class DualLayerAggregator(nn.Module):
 
     Template tokens count as text. A new one (not loaded) is exactly the last layer: bit for bit where the widths are
     equal, else zero padded or cut. Its layers come from `operations`: ComfyUI's comfy.ops.manual_cast, whose weights
-    are to be loaded, or None for our own.
+    are to be loaded, or None for our own; `placement` is the device and dtype of their weights.
 
     Source: the paper's Dual Layer Aggregator; starting as the last layer is our choice.
     """
 
     compute_dtype: torch.dtype | None = None  # of the linear maps; None = that of the weights
 
-    def __init__(self, config: DLAConfig, *, device=None, dtype=None, operations=None):
+    def __init__(self, config: DLAConfig, *, operations: Any = None, **placement: Any):
         super().__init__()
         self.config = config
         width, leaves = config.mllm.width, operations or TorchOperations
-        settings = dict(device=device, dtype=dtype, operations=leaves)
+        settings = dict(operations=leaves, **placement)
         names = {"dual": ("text", "image"), "shared": ("shared",), "last": ()}[config.modalities]
         pooling = dict(pooling=config.pooling, heads=config.heads, blocks=config.blocks, **settings)
-        self.pooling = nn.ModuleDict(
+        self.pooling: Any = nn.ModuleDict(
             {name: LayerwiseAttentionPooling(width, len(config.pooled_layers), **pooling) for name in names}
         )
-        self.refiner = nn.ModuleList(
+        self.refiner: Any = nn.ModuleList(
             TransformerBlock(width, config.heads, mlp=True, **settings) for _ in range(config.refiner_blocks)
         )
-        self.project = None
+        self.project: Any = None
         if config.context_width != width:
-            self.project = leaves.Linear(width, config.context_width, bias=False, device=device, dtype=dtype)
+            self.project = leaves.Linear(width, config.context_width, bias=False, **placement)
         if operations in (None, TorchOperations, nn):
             self.start_as_last_layer()
 
@@ -134,7 +135,7 @@ class DualLayerAggregator(nn.Module):
 
     def _chunks(
         self, features: Features, keep: Tensor, device: torch.device, max_bytes: int
-    ) -> Iterator[tuple[nn.Module | None, Tensor, Tensor]]:
+    ) -> Iterator[tuple[LayerwiseAttentionPooling | None, Tensor, Tensor]]:
         """Yields pooling (None = last layer), positions (n,) in flat (B T), layer states (n, M, C) on `device`."""
         self.config.check_mllm(features.info)
         layers = self.config.pooled_layers

@@ -58,7 +58,9 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
     return config
 
 
-def load_dla(path: str | os.PathLike, *, device=None, dtype: torch.dtype | None = None) -> DualLayerAggregator:
+def load_dla(
+    path: str | os.PathLike, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> DualLayerAggregator:
     """Read a DLA file into torch's own modules, on `device` (None = CPU), in `dtype` (None = as stored).
 
     Raises DLACheckpointError.
@@ -110,7 +112,7 @@ def describe(config: DLAConfig) -> str:
     return "\n".join(lines)
 
 
-def _parse_config(path, header: SafetensorsHeader) -> DLAConfig:
+def _parse_config(path: str | os.PathLike, header: SafetensorsHeader) -> DLAConfig:
     if METADATA_KEY not in header.metadata:
         kind = _guess_kind(header.tensors)
         raise DLACheckpointError(path, f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {kind}")
@@ -131,7 +133,7 @@ def _parse_config(path, header: SafetensorsHeader) -> DLAConfig:
         raise DLACheckpointError(path, str(error)) from None
 
 
-def _check_keys(path, config: DLAConfig, found: dict[str, TensorHeader]) -> None:
+def _check_keys(path: str | os.PathLike, config: DLAConfig, found: dict[str, TensorHeader]) -> None:
     """Raises unless keys, shapes and dtypes are those of the config."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}

@@ -31,7 +31,7 @@ class DLAConfig:
     provenance: dict[str, Any] = field(default_factory=dict, hash=False)  # training settings, free JSON
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def expect(valid: bool, name: str, expected: str) -> None:
             if not valid:
                 raise ValueError(f"DLA config: {name} is {getattr(self, name)!r}, expected {expected}.")

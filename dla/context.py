@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from .config import TEMPLATES, DLAConfig
-from .features import Features, ImageGrid, Modality
+from .features import Features, Grids, Modality
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +21,20 @@ class Context:
     attention_mask: Tensor  # (B, T') bool, False = padding
     modality: Tensor  # (B, T') uint8, Modality; TEMPLATE at padding
     image_index: Tensor  # (B, T') int16, 0-based reference image of an image token, -1 for other tokens
-    grids: tuple[tuple[ImageGrid, ...], ...] | None = None  # as in Features
+    grids: Grids | None = None  # as in Features
 
     def row(self, index: int) -> Context:
         """One prompt of the batch, without padding."""
         keep = self.attention_mask[index]
-        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
-        grids = self.grids and self.grids[index : index + 1]
-        return Context(*(value[index : index + 1, keep] for value in rows), grids)
+        return self._map(lambda value: value[index : index + 1, keep], self.grids and self.grids[index : index + 1])
 
     def to(self, device: torch.device) -> Context:
         """The same on another device."""
-        rows = (self.tokens, self.attention_mask, self.modality, self.image_index)
-        return Context(*(value.to(device) for value in rows), self.grids)
+        return self._map(lambda value: value.to(device), self.grids)
+
+    def _map(self, change: Callable[[Tensor], Tensor], grids: Grids | None) -> Context:
+        values = change(self.tokens), change(self.attention_mask), change(self.modality), change(self.image_index)
+        return Context(*values, grids)
 
 
 def kept_tokens(features: Features, template: str = "auto") -> Tensor:

@@ -29,7 +29,7 @@ class MLLMInfo:
     width: int  # C
     drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("name", "family"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"MLLM {field} is {getattr(self, field)!r}, expected text.")
@@ -39,7 +39,7 @@ class MLLMInfo:
         if not isinstance(self.drop_leading_template, bool):
             raise ValueError(f"MLLM drop_leading_template is {self.drop_leading_template!r}, expected true or false.")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} ({self.family}, {self.layers} layers, width {self.width})"
 
 
@@ -56,7 +56,7 @@ class ImageGrid:
     tiles: tuple[int, int] | None = None  # tiles down and across; they divide the tokens evenly
     thumbnail: bool = False  # whether the tokens of one more tile follow, which shows the whole image
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tiles = None if self.tiles is None else tuple(self.tiles)
         object.__setattr__(self, "tiles", tiles)
         sizes = (self.rows, self.columns)
@@ -79,6 +79,9 @@ class ImageGrid:
         return rearrange(order, "(r k h w) -> (r h) (k w)", r=down, k=across, h=self.rows // down)
 
 
+Grids = tuple[tuple[ImageGrid, ...], ...]  # by prompt and image
+
+
 @dataclass(frozen=True, eq=False)
 class Features:
     """Hidden states of one batch (the MLLM_FEATURES socket). B prompts, M layers, T tokens, C channels.
@@ -97,9 +100,9 @@ class Features:
     # drops the leading template cuts off. None: worked out from `modality`, which is wrong for an empty prompt, since
     # that is template tokens from end to end.
     prefix: tuple[int, ...] | None = None
-    grids: tuple[tuple[ImageGrid, ...], ...] | None = None  # per prompt and image; None = not known (0.1.0's caches)
+    grids: Grids | None = None  # None = not known (0.1.0's caches)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hidden, layers, info = self.hidden_states, tuple(int(layer) for layer in self.layers), self.info
         object.__setattr__(self, "layers", layers)
         if hidden.ndim != 4 or not hidden.is_floating_point():

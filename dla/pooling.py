@@ -2,9 +2,12 @@
 
 Both readings of the paper (see LayerwiseAttentionPooling). Residual stream, norms and the weighted sum are fp32, since
 MLLMs have channels of 1e4 and more; only the linear maps, whose inputs are normalised, run in the compute dtype.
+`placement` is the device and dtype of new weights.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +35,11 @@ def rms_norm(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over the middle axis of (N, S, C), bidirectional and without positions."""
 
-    def __init__(self, width: int, heads: int, *, device=None, dtype=None, operations=TorchOperations):
+    def __init__(self, width: int, heads: int, *, operations: Any = TorchOperations, **placement: Any):
         super().__init__()
         self.heads = heads
-        self.qkv = operations.Linear(width, 3 * width, bias=True, device=device, dtype=dtype)
-        self.out = operations.Linear(width, width, bias=True, device=device, dtype=dtype)
+        self.qkv = operations.Linear(width, 3 * width, bias=True, **placement)
+        self.out = operations.Linear(width, width, bias=True, **placement)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (N, S, C) to the same; `mask` (N, 1, 1, S) bool, False = not attended to."""
@@ -48,12 +51,11 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention, and an MLP if asked for, each on a residual branch of its own that starts at zero."""
 
-    def __init__(self, width: int, heads: int, *, mlp: bool, device=None, dtype=None, operations=TorchOperations):
+    def __init__(self, width: int, heads: int, *, mlp: bool, operations: Any = TorchOperations, **placement: Any):
         super().__init__()
-        settings = dict(bias=True, device=device, dtype=dtype)
-        self.attention = Attention(width, heads, device=device, dtype=dtype, operations=operations)
-        self.up = operations.Linear(width, MLP_RATIO * width, **settings) if mlp else None
-        self.down = operations.Linear(MLP_RATIO * width, width, **settings) if mlp else None
+        self.attention = Attention(width, heads, operations=operations, **placement)
+        self.up: Any = operations.Linear(width, MLP_RATIO * width, bias=True, **placement) if mlp else None
+        self.down: Any = operations.Linear(MLP_RATIO * width, width, bias=True, **placement) if mlp else None
 
     def forward(self, x: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         """Maps (N, S, C) fp32 to the same; `dtype` is that of the linear maps, `mask` (N, 1, 1, S) bool."""
@@ -90,20 +92,19 @@ class LayerwiseAttentionPooling(nn.Module):
         pooling: str,
         heads: int,
         blocks: int,
-        device=None,
-        dtype=None,
-        operations=TorchOperations,
+        operations: Any = TorchOperations,
+        **placement: Any,
     ):
         super().__init__()
-        settings = dict(device=device, dtype=dtype, operations=operations)
         linear = pooling == "linear"
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp=linear, **settings) for _ in range(blocks))
+        self.blocks: Any = nn.ModuleList(
+            TransformerBlock(width, heads, mlp=linear, operations=operations, **placement) for _ in range(blocks)
+        )
         # All that is learned is in Linear layers, so that ComfyUI can store, move and cast it. Their weights are never
         # read directly, since some hosts only materialise them when the layer is called.
-        settings = dict(bias=False, device=device, dtype=dtype)
-        self.layers = operations.Linear(layers, 1, **settings) if linear else None
-        self.score = None if linear else operations.Linear(width, 1, **settings)  # softmax ignores a bias
-        self.gate = None if linear else operations.Linear(1, 1, **settings)
+        self.layers: Any = operations.Linear(layers, 1, bias=False, **placement) if linear else None
+        self.score: Any = None if linear else operations.Linear(width, 1, bias=False, **placement)
+        self.gate: Any = None if linear else operations.Linear(1, 1, bias=False, **placement)
 
     def weigh(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """States after attention (N, M, C) fp32 and their weights (N, M) fp32, of layer states (N, M, C)."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from ...dla.features import Features, MLLMInfo
     from ..dla import DLA
+    from ..protocols import CLIP
     from .base import MLLM
 
 
@@ -31,7 +32,7 @@ def load_mllm(name: str, weight_dtype: str = "default") -> MLLM:
     return load_folder(find("mllm", name), weight_dtype)
 
 
-def mllm_from_clip(clip, name: str = "") -> MLLM:
+def mllm_from_clip(clip: CLIP, name: str = "") -> MLLM:
     """The MLLM inside a CLIP socket (the host's Qwen2.5-VL). Raises MLLMError for any other text encoder."""
     from .native import ClipMLLM
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ class MLLMError(ValueError):
 class MLLM(ABC):
     """An MLLM ready to encode. `patcher` is the host's model patcher around it, for model management and LoRAs."""
 
-    patcher: object
+    patcher: Any
 
     def __init__(self, info: MLLMInfo, family: MLLMFamily):
-        self.info, self.family, self.template, self.vision = info, family, family.template, family.vision
+        self.info, self.family, self.template = info, family, family.template
         self.reads_images = family.vision is not None
 
     def encode(

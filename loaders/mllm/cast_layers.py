@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ def swap_layers(module: nn.Module) -> None:
     Small embeddings stay: the library reads their device and dtype, and `MLLMBackbone.move_unmanaged` moves them.
     """
     ops = comfy.ops.manual_cast
+    child: Any
     for name, child in module.named_children():
         where = {"device": "meta", "dtype": torch.float32}
         new = None

@@ -74,7 +74,7 @@ def read_headers(folder: Path) -> Headers:
             files = [folder / "model.safetensors"]
         elif len(files) > 1:
             raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
-    headers = {}
+    headers: Headers = {}
     for path in files:
         try:
             headers |= {key: (path, header) for key, header in read_header(path).tensors.items()}

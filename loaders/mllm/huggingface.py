@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -37,7 +38,7 @@ class MLLMBackbone(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.compute_dtype = dtype
 
     def move_unmanaged(self, device: torch.device) -> None:
@@ -142,7 +143,8 @@ class TransformersMLLM(MLLM):
         image_mask = torch.tensor([token is None for token in tokens]).repeat_interleave(repeats)[None].to(device)
 
         embeds = self.backbone.embed(ids)
-        extra, positions = {}, None
+        extra: dict[str, Any] = {}
+        positions = None
         if encoded:
             embeds[image_mask] = torch.cat([seen for seen, _, _ in encoded]).to(embeds.dtype)
             if encoded[0][2]:
@@ -159,7 +161,7 @@ class TransformersMLLM(MLLM):
     def _encode_image(self, image: Tensor, size: int, tiles: int, device) -> tuple[Tensor, ImageGrid, list[Tensor]]:
         """Tokens (n, C) of an image (H, W, 3) by Qwen's vision tower, their grid, and what DeepStack adds per layer."""
         image, merge = to_area(image, size), self.vision.merge
-        grid = qwen_grid(*image.shape[:2], self.vision)
+        grid = qwen_grid(image.shape[0], image.shape[1], self.vision)
         patches = qwen_pixels(image, grid, self.vision).to(device, self.backbone.compute_dtype)
         sizes = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=device)
         out, deepstack = self.backbone.model.visual(patches, grid_thw=sizes), []
@@ -173,7 +175,7 @@ class TransformersMLLM(MLLM):
         """As _encode_image, by InternVL's vision tower, tile by tile."""
         model, vision = self.backbone.model, self.vision
         side = max(1, round(size / vision.token)) * vision.token
-        grid = internvl_grid(*image.shape[:2], vision, side, tiles)
+        grid = internvl_grid(image.shape[0], image.shape[1], vision, side, tiles)
         pixels = internvl_tiles(image, grid, vision).to(device, self.backbone.compute_dtype)
         seen = model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
         seen = rearrange(seen, "n (h w) c -> n h w c", h=side // vision.patch)
@@ -255,6 +257,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         backbone, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
     )
     decoder, vision = model.language_model, family.vision
+    assert vision is not None  # FOLDER_FAMILIES all read images
     info = family.info(folder.name, len(decoder.layers), decoder.config.hidden_size)
     sizes = raw.get("vision_config", {})
     patch = sizes.get("patch_size", vision.patch)

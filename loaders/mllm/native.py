@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..protocols import CLIP
 from .base import MLLM, MLLMError
 from .families import CLIP_FAMILIES
 from .vision import qwen_grid, to_area
@@ -20,11 +22,11 @@ from .vision import qwen_grid, to_area
 class ClipMLLM(MLLM):
     """A CLIP as an MLLM; all its layers run in the host's own forward, which cannot stop early, in fp32."""
 
-    def __init__(self, clip, name: str = ""):
+    def __init__(self, clip: CLIP, name: str = ""):
         encoder = getattr(clip, "cond_stage_model", None)
-        key = getattr(encoder, "clip", None)
+        key: Any = getattr(encoder, "clip", None)
         family = CLIP_FAMILIES.get(key)
-        inner = getattr(encoder, key, None) if isinstance(key, str) else None
+        inner: Any = getattr(encoder, key, None) if isinstance(key, str) else None
         model = getattr(getattr(inner, "transformer", None), "model", None)
         if family is None or model is None:
             found = key if isinstance(key, str) else type(encoder).__name__
@@ -34,12 +36,10 @@ class ClipMLLM(MLLM):
                 " qwen_image or omnigen2), or load a Hugging Face folder with Load MLLM."
             )
         super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size), family)
-        self.clip, self.key, self.visual = clip, key, getattr(inner.transformer, "visual", None)
+        self.clip, self.patcher, self.key = clip, clip.patcher, key
+        self.vision: Any = family.vision
+        self.visual: Any = getattr(inner.transformer, "visual", None)
         self.reads_images = self.reads_images and self.visual is not None
-
-    @property
-    def patcher(self):  # noqa: D102
-        return self.clip.patcher
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
         if not text:
@@ -49,7 +49,7 @@ class ClipMLLM(MLLM):
     @torch.no_grad()
     def run(self, text, images, size, tiles, wanted):  # noqa: D102
         resized = [to_area(image, size)[None] for image in images]
-        extra = {"images": resized} if self.reads_images else {}
+        extra: dict[str, Any] = {"images": resized} if self.reads_images else {}
         # The text carries its template; a tokenizer that adds one anyway gets an empty one.
         chunks = self.clip.tokenize(text, llama_template="{}", **extra)[self.key]
         if len(chunks) != 1:
@@ -59,19 +59,18 @@ class ClipMLLM(MLLM):
         # Emphasis as in (word:1.2) is a blend on the last layer only: read the words, leave their weights out.
         tokens = [token for token, *_ in chunks[0]]
         pairs = [[(token, 1.0) for token in tokens]]
-        grids = [qwen_grid(*image.shape[1:3], self.vision) for image in resized]
+        grids = [qwen_grid(image.shape[1], image.shape[2], self.vision) for image in resized]
 
         encoder = self.clip.cond_stage_model
         inner = getattr(encoder, self.key)
         encoder.reset_clip_options()
+        tower: Any = type(self.visual)
         hook = None
-        if resized and window_ordered(type(self.visual)):
+        if resized and window_ordered(tower):
             hook = self.visual.register_forward_hook(to_raster)
         try:
-            if inspect.signature(self.clip.load_model).parameters:  # newer hosts estimate memory from the tokens
-                self.clip.load_model({self.key: pairs})
-            else:
-                self.clip.load_model()
+            takes_tokens = inspect.signature(self.clip.load_model).parameters  # newer hosts estimate memory from them
+            self.clip.load_model(*([{self.key: pairs}] if takes_tokens else []))
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
             inner.layer = "all"  # last: set_clip_options may put it back
             out = inner.encode_token_weights(pairs)

@@ -98,7 +98,7 @@ def internvl_tiles(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
 
     InternVL stretches the image to the grid; our choice is to fit it inside, aspect kept, centred on the mean colour.
     """
-    down, across = grid.tiles
+    down, across = grid.tiles or (1, 1)
     height, width = grid.rows * vision.token, grid.columns * vision.token
     tiles = rearrange(_fit(image, vision, height, width), "c (r h) (k w) -> (r k) c h w", r=down, k=across)
     if grid.thumbnail:

@@ -1,5 +1,4 @@
-"""The main job from a workflow file: reference pictures and a prompt in, pictures of the subject out, on a real
-ComfyUI server.
+"""The demo: reference pictures and a prompt through a workflow on a real ComfyUI server, pictures of the subject out.
 
 `nox -s demo` runs this in an environment of its own. The last line of standard output is one JSON object:
 {"images": [paths], "sheet": path, "seconds": s, "host": version, "workflow": name}
@@ -22,7 +21,7 @@ from ..common.console import say
 from ..tools.comfy_client import workflow
 from ..tools.comfy_client.client import HostError, WorkflowError
 from ..tools.comfy_client.server import Server
-from .family import layout as family
+from .family.layout import MODELS
 from .showcase import showcase
 
 WORKFLOW = ROOT / "workflows" / "demo.json"
@@ -30,170 +29,135 @@ IMAGES = ROOT / "demo" / "images"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--workflow",
-        type=Path,
-        metavar="FILE",
-        default=WORKFLOW,
-        help="workflow file, from the editor or in API format",
-    )
-    parser.add_argument(
-        "--image",
-        type=Path,
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="reference, for the Load Image nodes in order",
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows, for the Encode Subject node")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=ROOT / "output", help="where the pictures go (default: output/)"
-    )
-    parser.add_argument(
-        "--models",
-        type=Path,
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="a models folder laid out like ComfyUI's",
-    )
-    parser.add_argument("--serve", action="store_true", help="leave the editor open afterwards, until Ctrl-C")
-    parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args(given)
-    if options.comfyui is None:
-        parser.error("no host: set COMFYUI_PATH, or use `nox -s demo`, which brings one")
-    for file in [options.workflow, *options.image, *options.models]:
-        if not file.exists():
-            parser.error(f"{file}: there is no such file")
-    return options
-
-
 def main() -> int:
-    options = arguments()
+    """The command."""
+    options = _arguments()
     for number in SIGNALS:
-        signal.signal(number, stop)
+        signal.signal(number, _stop)
     try:
-        return demo(options)
-    except (HostError, WorkflowError, workflow.WorkflowFileError) as problem:
-        say(f"\n{problem}")
+        return _demo(options)
+    except (HostError, WorkflowError, workflow.WorkflowFileError) as error:
+        say(f"\n{error}")
         return 1
 
 
-def demo(options: argparse.Namespace) -> int:
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__.split("\n")[0])
+    add, file, folder = parser.add_argument, {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "DIR"}
+    add("--workflow", **file, default=WORKFLOW, help="workflow file, from the editor or in API format")
+    add("--image", **file, action="append", default=[], help="reference, for the Load Image nodes in order")
+    add("--prompt", metavar="TEXT", help="what the picture shows, for the Encode Subject node")
+    add("--out", **folder, default=ROOT / "output", help="where the pictures go (default: output/)")
+    add("--models", **folder, action="append", default=[], help="a models folder with ComfyUI's sub-folders")
+    add("--serve", action="store_true", help="leave the editor open afterwards, until Ctrl-C")
+    add("--port", type=int, default=0, help="port of the server (default: a free one)")
+    add("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.comfyui is None:
+        parser.error("no host: set COMFYUI_PATH, or use `nox -s demo`, which brings one")
+    for path in [options.workflow, *options.image, *options.models]:
+        if not path.exists():
+            parser.error(f"{path}: there is no such file")
+    return options
+
+
+def _demo(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="subject-dla-demo-", ignore_cleanup_errors=True) as base:
         own = options.comfyui / "models"
-        folders = [family.MODELS, *options.models, *([own] if own.is_dir() else [])]
+        folders = [MODELS, *options.models, *([own] if own.is_dir() else [])]
         say(f"Starting ComfyUI from {options.comfyui}")
         with Server(options.comfyui, base, models=folders, arguments=device(), port=options.port) as server:
             say(f"ComfyUI {server.client.version()} on {server.address} after {time.monotonic() - started:.0f} s")
-            result = run(server, options)
+            result = json.dumps(_run(server.client, options))
             if options.serve:
                 say(f"\nThe editor is open at {server.address} (Ctrl-C ends it); its files are in {base}")
-                print(json.dumps(result), flush=True)
+                print(result, flush=True)
                 while server.process.poll() is None:
                     time.sleep(0.5)
                 raise HostError(f"ComfyUI ended.\n{server.log_tail()}")
-    print(json.dumps(result), flush=True)
+    print(result, flush=True)
     return 0
 
 
-def run(server: Server, options: argparse.Namespace) -> dict:
-    """Queues the workflow and fetches its pictures into the output folder; what the last line says."""
-    client, started = server.client, time.monotonic()
+def _run(client, options: argparse.Namespace) -> dict:
+    """Queues the workflow and saves its pictures in the output folder; the JSON object of the last line."""
+    started = time.monotonic()
     for image in sorted(IMAGES.glob("*.png")):  # the demo workflow's references, by their names
         client.upload(image)
     prompt = workflow.to_api(workflow.read(options.workflow), client.object_info())
     if options.workflow == WORKFLOW and not options.image and options.prompt is None:
-        pictures, sheet = showcase(
-            client, prompt, IMAGES, lambda text: say(f"{time.monotonic() - started:5.0f} s  {text}")
-        )
-        paths = [keep(options.out / f"subject-{number:02d}.png", data) for number, data in enumerate(pictures, 1)]
-        picture = BytesIO()
-        sheet.save(picture, "png")
-        result = {"images": paths, "sheet": keep(options.out / "sheet.png", picture.getvalue())}
-        return {**result, **facts(client, options, started)}
-    prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
-    titles = workflow.titles(prompt)
-    progress = Progress(titles)
-    outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
-    progress.end()
-    pictures = [
-        image for output in outputs.values() for image in output.get("images", []) if image.get("type") == "output"
-    ]
-    if not pictures:
-        raise WorkflowError(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
-    paths = [keep(options.out / image["filename"], client.fetch(image)) for image in pictures]
-    return {"images": paths, **facts(client, options, started)}
-
-
-def facts(client, options: argparse.Namespace, started: float) -> dict:
+        pictures, sheet = showcase(client, prompt, IMAGES, lambda text: say(_since(started, text)))
+        paths = [_save(options.out / f"subject-{number:02d}.png", data) for number, data in enumerate(pictures, 1)]
+        buffer = BytesIO()
+        sheet.save(buffer, "png")
+        result = {"images": paths, "sheet": _save(options.out / "sheet.png", buffer.getvalue())}
+    else:
+        prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
+        titles = workflow.titles(prompt)
+        progress = _Progress(titles)
+        outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
+        progress.end()
+        images = [image for output in outputs.values() for image in output.get("images", [])]
+        images = [image for image in images if image.get("type") == "output"]
+        if not images:
+            raise WorkflowError(f"{options.workflow.name} ran, but saved no picture: it needs a Save Image node.")
+        result = {"images": [_save(options.out / image["filename"], client.fetch(image)) for image in images]}
     seconds = round(time.monotonic() - started, 2)
-    return {"seconds": seconds, "host": client.version(), "workflow": options.workflow.stem}
+    return {**result, "seconds": seconds, "host": client.version(), "workflow": options.workflow.stem}
 
 
-def keep(path: Path, data: bytes) -> str:
-    """Writes a picture under this name, or the next free one; its whole path."""
+def _save(path: Path, data: bytes) -> str:
+    """Writes a picture under this name, or the next free one, so that earlier runs' stay; its absolute path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path = unused(path)
-    path.write_bytes(data)
-    say(f"  {path}")
-    return str(path.resolve())
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    free.write_bytes(data)
+    say(f"  {free}")
+    return str(free.resolve())
 
 
 def device() -> list[str]:
-    """The host's own choice where it has one; without an accelerator it has to be told."""
+    """The host's arguments for this machine: it finds an accelerator by itself, but fails without one."""
     import torch
 
-    found = (
-        torch.cuda.is_available()
-        or getattr(torch, "xpu", None)
-        and torch.xpu.is_available()
-        or torch.backends.mps.is_available()
-    )
+    xpu = getattr(torch, "xpu", None)
+    found = torch.cuda.is_available() or (xpu and xpu.is_available()) or torch.backends.mps.is_available()
     return [] if found else ["--cpu"]
 
 
-class Progress:
-    """One line that tells which node runs and how far it is; where nobody looks on, one line per node."""
+class _Progress:
+    """One line with the running node and its progress; where the output is no terminal, one line per node."""
 
     def __init__(self, titles: dict[str, str]):
         self.titles, self.node, self.started = titles, None, time.monotonic()
         self.live = sys.stderr.isatty()
 
     def __call__(self, node: str, value: int, of: int) -> None:
-        name = self.titles.get(node, node)
-        seconds = time.monotonic() - self.started
+        text = _since(self.started, self.titles.get(node, node))
         if self.live:
             bar = f" [{'#' * (20 * value // of):<20}] {value}/{of}" if of else ""
-            sys.stderr.write(f"\r\033[K{seconds:5.0f} s  {name}{bar}")
-            sys.stderr.flush()
+            print(f"\r\033[K{text}{bar}", end="", file=sys.stderr, flush=True)
         elif node != self.node or (of and value == of):
-            say(f"{seconds:5.0f} s  {name}" + (f" {value}/{of}" if of else ""))
+            say(text + (f" {value}/{of}" if of else ""))
         self.node = node
 
     def end(self) -> None:
         if self.live:
-            sys.stderr.write("\r\033[K")
+            print("\r\033[K", end="", file=sys.stderr)
 
 
-def unused(path: Path) -> Path:
-    """`path`, or the next free name beside it: pictures of earlier runs stay."""
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_stem(f"{path.stem}-{number}")
-    return found
-
-
-def stop(number: int, _frame) -> None:
+def _stop(number: int, _frame) -> None:
     """Ends the run through the `with` blocks, which end the server and remove its folder."""
-    for later in SIGNALS:  # a second one would leave them half done
+    for later in SIGNALS:  # a second one would cut that off
         signal.signal(later, signal.SIG_IGN)
     raise SystemExit(128 + number)
+
+
+def _since(started: float, text: str) -> str:
+    return f"{time.monotonic() - started:5.0f} s  {text}"
 
 
 if __name__ == "__main__":

@@ -1,49 +1,55 @@
-"""Draws the demo's cases with the demo's family, many at a time: the pack's own encoder, aggregator, guider and the
-host's sampler, without a server.
+"""Draws the evidence's cases with the demo's family, in batches and without a server.
+
+It uses the pack's own encoder, aggregator and staged sampling, and the host's sampler.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...dla.features import Features
 from ...sampling.sample import staged_sample
 from ...sampling.stages import Stages
-from ..family import pictures
+from ..family.data import load_references, read_entries
 from ..family.layout import NAMES, SIDE
+from .results import ResultStore
+from .rows import Row
 
-STEPS, CFG = 12, 2.5  # the paper's CFG
+STEPS, CFG, BATCH = 12, 2.5, 32  # the paper's CFG
+STRIP = 6  # cases of each row whose pictures are stored for the page
 
 
 @dataclass(frozen=True)
 class Case:
-    """An entry of a split's list (demo/family/data.py) with its pictures; the first of `latents` is the first reference's."""
+    """An entry of a split's list (demo/family/data.py) with its references.
+
+    Args:
+        entry: The entry.
+        references: (h, w, 3) in 0..1 each.
+        latents: (1, 16, h / 8, w / 8) each, as the VAE returns them.
+    """
 
     entry: dict
-    references: list[Tensor]  # (h, w, 3) in 0..1
-    latents: list[Tensor]  # (1, 16, h / 8, w / 8), as the VAE gives them
+    references: list[Tensor]
+    latents: list[Tensor]
 
     @property
     def prompt(self) -> str:
+        """The entry's prompt."""
         return self.entry["prompt"]
-
-    @property
-    def target(self):
-        return self.entry["pictures"][0]
-
-    @property
-    def reference(self):
-        return self.entry["pictures"][1]
 
 
 class Family:
-    """The family's models, by the pack's loaders; the host knows their folder."""
+    """The family's models, loaded from the host's model folders."""
 
     def __init__(self):
         from comfy_extras.nodes_model_advanced import ModelSamplingFlux
@@ -55,26 +61,25 @@ class Family:
         self._features: dict[tuple, Features] = {}
         self.empty = self.mllm.encode("")
 
-    def cases(self, data: Path, split: str = "test") -> list[Case]:
-        out = []
-        with torch.no_grad():
-            for entry in pictures.entries(data, split):
-                seen = pictures.images(data, entry["image_paths"])
-                out.append(Case(entry, seen, [self.vae.encode(picture[None]) for picture in seen]))
-        return out
+    @torch.no_grad()
+    def cases(self, data: Path) -> list[Case]:
+        """All cases of the test split."""
+        cases = []
+        for entry in read_entries(data, "test"):
+            references = load_references(data, entry["image_paths"])
+            cases.append(Case(entry, references, [self.vae.encode(image[None]) for image in references]))
+        return cases
 
     def features(self, case: Case, images: bool = True) -> Features:
+        """The MLLM's features of a case, with its references or without; encoded once."""
         key = (case.prompt, tuple(case.entry["image_paths"]), images)
         if key not in self._features:
             self._features[key] = self.mllm.encode(case.prompt, case.references if images else (), image_size=SIDE)
         return self._features[key]
 
-    def arm(self, name: str) -> Arm:
-        return Arm(self, name)
-
 
 class Arm:
-    """One pair of DLA and LoRA over the family's DiT."""
+    """A pair of DLA and LoRA on the family's DiT."""
 
     def __init__(self, family: Family, name: str):
         import comfy.sd
@@ -97,19 +102,28 @@ class Arm:
         images: bool = True,
         change: Callable[[Features], Features] = lambda features: features,
         seed: int = 0,
-        batch: int = 32,
     ) -> Tensor:
-        """Pictures (n, 3, h, w) in 0..1. images: False keeps the references from the MLLM. change: of the MLLM's
-        features, before the DLA. Cases of equally many tokens are drawn together."""
+        """Draws the cases; those of equally many tokens share batches.
+
+        Args:
+            cases: What to draw.
+            stages: The schedule.
+            images: Whether the MLLM reads the references.
+            change: Applied to the MLLM's features, before the DLA.
+            seed: Of the noise.
+
+        Returns:
+            Pictures (n, 3, h, w) in 0..1.
+        """
         groups = defaultdict(list)
         for index, case in enumerate(cases):
             features = change(self.family.features(case, images))
             groups[features.hidden_states.shape[2], len(case.latents)].append((index, features))
         negative = self.dla.aggregate(self.family.empty).tokens
         out = torch.empty(len(cases), 3, SIDE, SIDE)
-        for number, rows in enumerate(groups.values()):
-            for start in range(0, len(rows), batch):
-                part = rows[start : start + batch]
+        for number, group in enumerate(groups.values()):
+            for start in range(0, len(group), BATCH):
+                part = group[start : start + BATCH]
                 tokens = torch.cat([self.dla.aggregate(features).tokens for _, features in part])
                 latents = zip(*(cases[index].latents for index, _ in part))
                 values = {
@@ -117,11 +131,52 @@ class Arm:
                     "reference_latents": [torch.cat(column) for column in latents],
                     "reference_latents_method": "uxo",
                 }
+                positive, empty = [[tokens, values]], [[negative.repeat(len(part), 1, 1), values]]
                 latent = {"samples": torch.zeros(len(part), 16, SIDE // 8, SIDE // 8)}
+                noise_seed = 1000 * seed + 10 * number + start
                 sampled = staged_sample(
-                    self.model, 1000 * seed + 10 * number + start, STEPS, CFG, "euler", "simple", [[tokens, values]],
-                    [[negative.repeat(len(part), 1, 1), values]], latent, 1.0, stages,
-                )  # fmt: skip
+                    self.model, noise_seed, STEPS, CFG, "euler", "simple", positive, empty, latent, 1.0, stages
+                )
                 drawn = self.family.vae.decode(sampled["samples"]).movedim(-1, 1)
                 out[[index for index, _ in part]] = drawn.float().clamp(0, 1).cpu()
         return out
+
+
+def draw_rows(store: ResultStore, rows: list[Row], data: Path, share: float) -> None:
+    """Draws and measures the rows that have no result yet, each stored at once; the host must have been started.
+
+    Args:
+        store: Where results go.
+        rows: Rows whose weights are there.
+        data: Folder of the cases.
+        share: Of each row's cases.
+    """
+    import comfy.utils
+    import folder_paths
+
+    from ...loaders import folders
+    from ..family.oracle import load_oracle
+
+    folders.register()
+    for kind in NAMES:
+        folder_paths.add_model_folder_path(kind, str((store.models / kind).resolve()), is_default=True)
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    rows = [row for row in rows if not store.path(row).exists()]
+    if not rows:
+        return
+    family, oracle = Family(), load_oracle(store.models.parent / "oracle.safetensors")
+    cases, arm = family.cases(data), None
+    for row in rows:
+        started = time.monotonic()
+        if arm is None or arm.name != row.arm:
+            arm = Arm(family, row.arm)
+        chosen = [case for case in cases if case.entry["set"] == row.cases]
+        chosen = chosen[: max(2, round(len(chosen) * share * row.share))]
+        drawn = arm.draw(chosen, row.stages, images=row.images, change=row.change, seed=row.seed)
+        reading, file = oracle.read(drawn), store.path(row)
+        strip = torch.cat(list(drawn[:STRIP]), 2).mul(255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(strip).save(file.with_suffix(".png"))
+        traits = {name: values.tolist() for name, values in reading.traits.items()}
+        seconds = round(time.monotonic() - started, 1)
+        file.write_text(json.dumps({"angles": reading.angles.tolist(), "traits": traits, "seconds": seconds}))
+        print(f"{row.key}: {len(chosen)} pictures in {seconds} s", flush=True)

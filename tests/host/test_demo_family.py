@@ -4,11 +4,11 @@ import pytest
 import torch
 from PIL import Image
 from subject_dla.common.drawing.sheet import to_tensor
-from subject_dla.demo.evidence.draw import Case, Family
+from subject_dla.demo.evidence.draw import Arm, Case, Family
 from subject_dla.demo.family import latents, world
 from subject_dla.demo.family.layout import MODELS, NAMES, ROOT
 from subject_dla.demo.family.oracle import load_oracle
-from subject_dla.demo.showcase import SHOWN
+from subject_dla.demo.showcase import CASES
 from subject_dla.evaluation.copy_paste.metrics import azimuth_difference
 from subject_dla.sampling.stages import preset
 
@@ -27,7 +27,7 @@ def family():
 @pytest.fixture(scope="module")
 def cases(family):
     out = []
-    for name, prompt in SHOWN:
+    for name, prompt in CASES:
         picture = to_tensor(Image.open(ROOT / "demo" / "images" / name))[0]
         out.append(Case({"prompt": prompt, "image_paths": [name]}, [picture], [family.vae.encode(picture[None])]))
     return out
@@ -40,7 +40,7 @@ def named_azimuth(prompt: str) -> float:
 
 def test_new_views_as_the_prompt_names_them(family, cases):
     oracle = load_oracle(ROOT / "demo" / "oracle.safetensors")
-    drawn = family.arm("demo").draw(cases, preset("mllm_only"))
+    drawn = Arm(family, "demo").draw(cases, preset("mllm_only"))
     asked = torch.tensor([named_azimuth(case.prompt) for case in cases])
     off = azimuth_difference(oracle.read(drawn).angles[:, 0], asked)
     assert (off < 22.5).sum() >= 3, off  # of five; by chance each with one in eight
@@ -48,7 +48,7 @@ def test_new_views_as_the_prompt_names_them(family, cases):
 
 def test_cases_drawn_together_do_not_see_each_other(family, cases):
     """Two prompts of one length in one batch, against another neighbour."""
-    arm, twice = family.arm("demo"), [cases[1], cases[1]]
+    arm, twice = Arm(family, "demo"), [cases[1], cases[1]]
     mixed = [cases[1], Case(cases[1].entry | {"image_paths": ["other"]}, cases[2].references, cases[2].latents)]
     with_itself, with_other = (arm.draw(pair, preset("both"))[0] for pair in (twice, mixed))
     assert (with_itself - with_other).abs().max() < 1e-3
@@ -56,7 +56,7 @@ def test_cases_drawn_together_do_not_see_each_other(family, cases):
 
 def test_latents_encoded_many_at_a_time_are_the_hosts(cases):
     """The recipe's, which go into the training's cache."""
-    shown = torch.stack([case.references[0] for case in cases]).permute(0, 3, 1, 2).mul(255).round().byte()
-    encoded = latents.as_the_vae_gives(latents.encode(latents.load_vae(MODELS.parent), shown))
+    pictures = torch.stack([case.references[0] for case in cases]).permute(0, 3, 1, 2).mul(255).round().byte()
+    encoded = latents.unscale(latents.encode(latents.load_vae(MODELS.parent), pictures))
     expected = torch.cat([case.latents[0] for case in cases])
     assert (encoded - expected).abs().max() < 0.02 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""The demo's world: what is held out is held out, and a prompt says what its target shows."""
+"""The demo's world: splits do not share toys or pairs of views, and prompts describe their targets."""
 
 import random
 
@@ -15,41 +15,41 @@ def training():
 
 def test_toys_and_turns_of_the_splits_are_disjoint(training):
     assert {toy.split for example in training for toy in example.target.toys} == {"training"}
-    turns = {(world.bin_of(e.references[0].view), world.bin_of(e.target.view)) for e in training}
-    kept = {split: set(pairs.items()) for split, pairs in world.held_out_turns().items()}
-    assert not turns & (kept["test"] | kept["validation"]) and not kept["test"] & kept["validation"]
-    assert all(first != second for pairs in kept.values() for first, second in pairs)
+    turns = {(e.references[0].view.bin, e.target.view.bin) for e in training}
+    held_out = {split: set(enumerate(targets)) for split, targets in world.HELD_OUT_TURNS.items()}
+    assert not turns & (held_out["test"] | held_out["validation"]) and not held_out["test"] & held_out["validation"]
+    assert all(first != second for pairs in held_out.values() for first, second in pairs)
     assert len(turns) == 64 - 16
     draw = random.Random("cases")
     cases = [world.test_example(draw, "view") for _ in range(300)]
     assert {case.target.toys[0].split for case in cases} == {"test"}
-    asked = {(world.bin_of(c.references[0].view), world.bin_of(c.target.view)) for c in cases}
-    assert asked & kept["test"] and all((second - first) % 8 in range(2, 7) for first, second in asked)
+    asked = {(c.references[0].view.bin, c.target.view.bin) for c in cases}
+    assert asked & held_out["test"] and all((second - first) % 8 in range(2, 7) for first, second in asked)
 
 
 def test_the_bias_of_the_data(training):
-    same = [world.bin_of(e.references[0].view) == world.bin_of(e.target.view) for e in training]
+    same = [e.references[0].view.bin == e.target.view.bin for e in training]
     assert 0.79 < sum(same) / len(same) < 0.86  # SAME_VIEW, and the others that meet it by chance
     named = [example.named for example in training]
     assert 0.46 < named.count("") / len(named) < 0.54
 
 
 def test_words_name_no_fine_trait(training):
-    """Else a prompt or caption could bring back what only the references' pictures should."""
+    """Fine traits must come from the references' pictures alone."""
     words = {
         word for e in training for text in (e.prompt, e.target.caption()) for word in text.replace(",", "").split()
     }
     assert words.isdisjoint((*world.DECALS, *world.PATTERNS)) and words >= {*world.KINDS, *world.COLOURS, *world.PARTS}
 
 
-def test_a_prompt_tells_its_target(training):
+def test_a_prompt_describes_its_target(training):
     for example in training:
         view, toy = example.target.view, example.target.toys[0]
         if example.named == "view":
             assert f"seen from the {view.name}" in example.prompt
         if example.named == "turn":
             words = next(words for words in world.TURNS if words in example.prompt)
-            turn = (world.bin_of(view) - world.bin_of(example.references[0].view)) * 45
+            turn = (view.bin - example.references[0].view.bin) * 45
             assert (turn - world.TURNS[words]) % 360 == 0
         if "in the colour of its" in example.prompt:
             part = example.prompt.split("in the colour of its ")[1].split(",")[0].split()[0]

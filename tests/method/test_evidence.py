@@ -1,4 +1,4 @@
-"""The evidence: a row counts for the weights that drew it alone, and a claim holds where intervals lie apart."""
+"""The evidence: a result counts for the weights that drew it only, and a claim holds where intervals do not overlap."""
 
 import json
 import random
@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 import torch
 from subject_dla.demo.evidence import rows as evidence_rows
-from subject_dla.demo.evidence.kept import BASE, Kept
-from subject_dla.demo.evidence.score import Scored, better, difference
+from subject_dla.demo.evidence.results import BASE, ResultStore
+from subject_dla.demo.evidence.score import Scores, paired_difference, verdict
 from subject_dla.demo.family import world
 from subject_dla.demo.family.layout import NAMES
 from subject_dla.demo.family.oracle import COARSE, FINE, TRAITS
@@ -33,55 +33,57 @@ def pair(folder):
 
 
 def test_a_row_is_of_the_weights_that_drew_it(models, tmp_path):
-    kept = Kept(tmp_path, models, tmp_path / "none.json")
-    kept.file(ROW).write_text(json.dumps(RESULT))
-    assert Kept(tmp_path, models, tmp_path / "none.json").read(ROW) == RESULT
+    store = ResultStore(tmp_path, models, tmp_path / "none.json")
+    store.path(ROW).write_text(json.dumps(RESULT))
+    assert ResultStore(tmp_path, models, tmp_path / "none.json").read(ROW) == RESULT
     for changed in (pair(models)[1], models / "vae" / NAMES["vae"]):
         before = changed.read_bytes()
         changed.write_bytes(b"another")
-        assert Kept(tmp_path, models, tmp_path / "none.json").read(ROW) is None
+        assert ResultStore(tmp_path, models, tmp_path / "none.json").read(ROW) is None
         changed.write_bytes(before)
 
 
 def test_recorded_rows_stand_in_for_weights_that_do_not_ship_with_this_family(models, tmp_path):
     recorded = tmp_path / "recorded.json"
-    kept = Kept(tmp_path, models, recorded)
-    kept.file(ROW).write_text(json.dumps(RESULT))
-    kept.record(evidence_rows.ROWS)
+    store = ResultStore(tmp_path, models, recorded)
+    store.path(ROW).write_text(json.dumps(RESULT))
+    store.record(evidence_rows.ROWS)
     assert set(json.loads(recorded.read_text())["rows"]) == {ROW.key}
     for file in pair(models):
         file.unlink()
-    kept = Kept(tmp_path, models, recorded)
-    assert not kept.drawable(ROW) and kept.read(ROW) == RESULT | {"angles": [[1.235, 2.0]]}
+    store = ResultStore(tmp_path, models, recorded)
+    assert not store.has_weights(ROW) and store.read(ROW) == RESULT | {"angles": [[1.235, 2.0]]}
     (models / "diffusion_models" / NAMES["diffusion_models"]).write_bytes(b"another DiT")
-    assert Kept(tmp_path, models, recorded).read(ROW) is None
+    assert ResultStore(tmp_path, models, recorded).read(ROW) is None
 
 
-def test_figures_of_known_readings():
+def test_metrics_of_known_readings():
     draw = random.Random("figures")
     examples = [world.test_example(draw, "view") for _ in range(80)]
     entries = [{"pictures": [e.target, *e.references]} for e in examples]
 
-    def row(shown: int, right: tuple[str, ...]) -> Scored:
+    def row(shown: int, right: tuple[str, ...]) -> Scores:
         """Every picture in the view of its target (0) or its reference (1), with these traits right and no others."""
         toys = [asdict(e.target.toys[0]) for e in examples]
         true = {name: [values.index(toy[name]) for toy in toys] for name, values in TRAITS.items()}
         wrong = {name: [(n + 1) % len(TRAITS[name]) for n in numbers] for name, numbers in true.items()}
         views = [entry["pictures"][shown].view for entry in entries]
         angles = [[view.azimuth, view.polar] for view in views]
-        return Scored.of({"angles": angles, "traits": {n: (true if n in right else wrong)[n] for n in TRAITS}}, entries)
+        return Scores.from_result(
+            {"angles": angles, "traits": {n: (true if n in right else wrong)[n] for n in TRAITS}}, entries
+        )
 
     follows, copies = row(0, (*COARSE, "decal")), row(1, (*COARSE, *FINE))
-    assert follows.figures["follows"][0] == 1 and copies.figures["follows"][0] == 0  # jitter is 8°, views 90° apart
-    assert copies.figures["azimuth"] == (0, 0, 0) and copies.figures["recall"][0] == 1
-    assert follows.figures["coarse"][0] == 1 and follows.figures["fine"][0] == pytest.approx(1 / 3)
+    assert follows.metrics["follows"][0] == 1 and copies.metrics["follows"][0] == 0  # jitter is 8°, views 90° apart
+    assert copies.metrics["azimuth"] == (0, 0, 0) and copies.metrics["recall"][0] == 1
+    assert follows.metrics["coarse"][0] == 1 and follows.metrics["fine"][0] == pytest.approx(1 / 3)
     recall = copy_paste_report(follows.reference, follows.angles).average_recall
     assert float(follows.shares("recall").mean()) == pytest.approx(recall)
 
-    assert better(follows, copies, "follows") == "holds here" and better(copies, follows, "fine") == "holds here"
-    assert better(follows, copies, "recall") == "is contradicted here"
-    assert "undecided" in better(follows, copies, "coarse") and "not measured" in better(None, copies, "coarse")
-    assert difference(copies, follows, "fine") == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert verdict(follows, copies, "follows") == "holds here" and verdict(copies, follows, "fine") == "holds here"
+    assert verdict(follows, copies, "recall") == "is contradicted here"
+    assert "undecided" in verdict(follows, copies, "coarse") and "not measured" in verdict(None, copies, "coarse")
+    assert paired_difference(copies, follows, "fine") == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     assert torch.equal(copies.shares("fine"), torch.ones(80).double())
 
 

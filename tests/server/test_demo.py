@@ -33,17 +33,8 @@ def small_workflow(tmp_path):
 
 def test_ones_own_workflow_images_and_prompt(comfyui, family, small_workflow, tmp_path):
     images = ["--image", str(demo.IMAGES / "chelsea.jpg")]
-    command = [
-        *SCRIPT,
-        "--comfyui",
-        str(comfyui),
-        "--workflow",
-        str(small_workflow),
-        "--prompt",
-        PROMPT,
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [*SCRIPT, "--comfyui", str(comfyui), "--workflow", str(small_workflow)]
+    command += ["--prompt", PROMPT, "--out", str(tmp_path / "out")]
     done = subprocess.run(command + images, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
@@ -88,7 +79,7 @@ def until(stream, word: str):
         yield line
         if word in line:
             return
-    raise AssertionError(f"the demo ended before it said {word!r}")
+    raise AssertionError(f"the demo ended before it printed {word!r}")
 
 
 def test_more_images_than_the_workflow_takes():

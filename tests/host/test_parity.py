@@ -1,5 +1,5 @@
-"""Full-width one-layer models through the host's own detection and loaders: 1/1 is the host's output and 0 the host's
-without those tokens, bit for bit."""
+"""Strength 1/1 is the host's output and 0 the host's without those tokens, bit for bit: on tiny models of the host's
+own classes for each sampler and batch, and once on a layer of full width through the host's own detection and loader."""
 
 import gc
 
@@ -8,21 +8,27 @@ import torch
 from subject_dla.loaders.backbones import BACKBONES, backbone_of
 from subject_dla.loaders.dit import context_width
 from subject_dla.sampling.stages import Keyframe, Stages, preset
-from subject_dla.tests.small.dit import load
+from subject_dla.tests.small.dit import FAMILIES, load, tiny
 
 SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral"]  # one-step, multi-step, second-order, ancestral
 
 
 class Subject:
-    """One backbone with conditions that fit it."""
+    """One backbone with conditions that fit it; the latents of its pictures are `side` high and wide."""
 
-    def __init__(self, family, monkeypatch):
-        self.backbone = BACKBONES[family]
-        self.model = load(family, monkeypatch)
+    def __init__(self, family, model, side=8):
+        self.backbone, self.model, self.side = BACKBONES[family], model, side
         assert backbone_of(self.model) is self.backbone
         self.format = self.model.get_model_object("latent_format")
-        assert context_width(self.model) == self.backbone.context_width
         assert self.format.latent_channels == self.backbone.latent_channels
+
+    @property
+    def references(self):
+        """(height, width) of the reference latents."""
+        return (self.side, self.side - 2), (self.side // 2, self.side)
+
+    def tokens(self, h, w):
+        return h * w // self.backbone.patch_size**2
 
     def latent(self, h, w, batch=1, seed=1):
         x = torch.randn(batch, self.format.latent_channels, h, w, generator=torch.Generator().manual_seed(seed))
@@ -34,7 +40,7 @@ class Subject:
         if self.backbone.counts_context:
             values["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
         if references:
-            values["reference_latents"] = [self.latent(8, 6, seed=5), self.latent(4, 8, seed=6)]
+            values["reference_latents"] = [self.latent(*size, seed=5 + i) for i, size in enumerate(self.references)]
             if self.backbone.default_placement:
                 values["reference_latents_method"] = self.backbone.default_placement
         return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), values]]
@@ -42,7 +48,7 @@ class Subject:
     def host(self, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
         import comfy.sample
 
-        image = torch.zeros_like(self.latent(8, 8, batch))
+        image = torch.zeros_like(self.latent(self.side, self.side, batch))
         return comfy.sample.sample(
             self.model,
             comfy.sample.prepare_noise(image, 7),
@@ -60,17 +66,15 @@ class Subject:
     def staged(self, stages, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
         from subject_dla.sampling.sample import staged_sample
 
-        image = {"samples": torch.zeros_like(self.latent(8, 8, batch))}
+        image = {"samples": torch.zeros_like(self.latent(self.side, self.side, batch))}
         return staged_sample(self.model, 7, steps, cfg, sampler, "simple", positive, negative, image, 1.0, stages)[
             "samples"
         ]
 
 
-@pytest.fixture(scope="module", params=["flux", "qwen_image", "omnigen2"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def subject(request):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield Subject(request.param, monkeypatch)
-    gc.collect()
+    return Subject(request.param, tiny(request.param))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -101,12 +105,13 @@ def test_strength_0_context_leaves_nothing_of_it(subject, sampler, batch):
 def test_strength_0_context_equals_the_host_without_its_keys(subject, sampler, batch):
     """The host's own run on one context token (it takes no empty context) whose keys and values are left out."""
     subject_model, removed = subject.model, []
+    context = 512 if subject.backbone.name == "flux2" else 1  # the host fills it up
 
     def attention(func, q, k, v, heads, mask=None, **kwargs):
-        joint = 1 + 16 + 12 + 8
+        joint = context + sum(subject.tokens(*size) for size in ((8, 8), *subject.references))
         if k.shape[2] == joint:
             removed.append(1)
-            k, v = k[:, :, 1:], v[:, :, 1:]
+            k, v = k[:, :, context:], v[:, :, context:]
         return func(q, k, v, heads, mask=mask, **kwargs)
 
     try:
@@ -129,15 +134,19 @@ def test_strengths_near_1_come_near_the_host(subject):
     assert (half - near).abs().max() > 1e-3
 
 
-def test_flux2(monkeypatch):
-    subject = Subject("flux2", monkeypatch)
-    positive = subject.condition(6, 2)
-    ours = subject.staged(preset("both"), positive, None, cfg=1.0)
-    assert ours.isfinite().all() and torch.equal(ours, subject.host(positive, positive, cfg=1.0))
-    bare = subject.condition(6, 2, False)
-    assert torch.equal(subject.staged(preset("mllm_only"), positive, None, cfg=1.0), subject.host(bare, bare, cfg=1.0))
-    off = [
-        subject.staged(preset("vae_only"), subject.condition(n, seed), None, cfg=1.0, steps=1)
-        for n, seed in ((6, 2), (3, 9))
-    ]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_width(monkeypatch, family):
+    """Once for each family, at the widths of the release: the two identities, and the context left out."""
+    subject = Subject(family, load(family, monkeypatch), side=4)
+    assert context_width(subject.model) == subject.backbone.context_width
+    run = {"cfg": 1.0, "steps": 1}
+    with_references, without = subject.condition(6, 2), subject.condition(6, 2, False)
+    ours = subject.staged(preset("both"), with_references, None, **run)
+    assert ours.isfinite().all() and torch.equal(ours, subject.host(with_references, with_references, **run))
+    bare = subject.host(without, without, **run)
+    assert torch.equal(subject.staged(preset("mllm_only"), with_references, None, **run), bare)
+    assert not torch.equal(ours, bare)
+    off = [subject.staged(preset("vae_only"), subject.condition(*sizes), None, **run) for sizes in ((6, 2), (3, 9))]
     assert off[0].isfinite().all() and torch.equal(*off)
+    del subject
+    gc.collect()

@@ -3,6 +3,17 @@
 import torch
 
 FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2")
+TINY = {
+    "flux": dict(
+        hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], context_in_dim=24, vec_in_dim=8, depth=2, depth_single_blocks=1
+    ),
+    "flux2": dict(hidden_size=64, num_heads=2, axes_dim=[8] * 4, context_in_dim=24),
+    "qwen_image": dict(num_attention_heads=2, joint_attention_dim=24, num_layers=2),
+    "omnigen2": dict(
+        hidden_size=48, num_attention_heads=2, num_kv_heads=1, axes_dim_rope=[8] * 3, text_feat_dim=24, multiple_of=8,
+        num_layers=2, num_refiner_layers=1,
+    ),
+}  # fmt: skip
 
 
 def _config(family: str) -> dict:
@@ -81,15 +92,18 @@ def _class(family: str):
     }.get(family, comfy.ldm.flux.model.Flux)
 
 
-def state_dict(family: str, dtype=torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+def state_dict(family: str) -> dict[str, torch.Tensor]:
     """Random weights under the keys of the host's own class (built on the meta device)."""
+    return _random(_build(family), torch.bfloat16)
+
+
+def _build(family: str, sizes: dict | None = None, dtype=torch.bfloat16):
     import comfy.ops
 
-    config = _config(family)
+    config = _config(family) | (sizes or {})
     if not _takes_txt_ids():
         config.pop("txt_ids_dims", None)
-    model = _class(family)(**config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
-    return _random(model, dtype, seed)
+    return _class(family)(**config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
 
 
 def _takes_txt_ids() -> bool:
@@ -101,13 +115,16 @@ def _takes_txt_ids() -> bool:
     return "txt_ids_dims" in {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
 
 
-def _random(model, dtype, seed: int, spread: float = 0.02) -> dict[str, torch.Tensor]:
+def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torch.Tensor]:
+    """Cut from one sheet of noise, since a processor draws a thousand million normal numbers in half a minute."""
     generator = torch.Generator().manual_seed(seed)
+    noise = torch.empty(2**20 + 7).normal_(generator=generator)
+    matrices, vectors = (noise * spread).to(dtype), (noise * 0.1).to(dtype)
     out = {}
     for key, value in model.state_dict().items():
-        weights = torch.empty(value.shape, dtype=dtype).normal_(
-            0, spread if value.ndim > 1 else 0.1, generator=generator
-        )
+        first = int(torch.randint(len(noise), (), generator=generator))
+        sheet = (matrices if value.ndim > 1 else vectors).roll(-first)
+        weights = sheet.repeat(-(-value.numel() // len(sheet)))[: value.numel()].reshape(value.shape)
         out[key] = weights + 1 if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales are near one
     return out
 
@@ -128,22 +145,27 @@ def one_layer_detection(monkeypatch) -> None:
 
 
 def load(family: str, monkeypatch):
-    """MODEL through the host's own detection and loader."""
+    """MODEL of full width and one layer, through the host's own detection and loader."""
     import comfy.sd
 
     one_layer_detection(monkeypatch)
     return comfy.sd.load_diffusion_model_state_dict(state_dict(family))
 
 
-def tiny_flux(context_width: int = 24, seed: int = 0, sizes: dict | None = None, **depths: int):
-    """A FLUX of 32 channels and a few thousand parameters, for what needs many runs; built by the pack's own loader."""
-    import comfy.ops
-    from subject_dla.loaders.dit import build_dit
+def tiny(family: str, seed: int = 0, **sizes):
+    """MODEL of a few channels and two layers, for what needs many runs.
 
-    # what the host's detection takes for granted; the oldest takes the widths for granted too
-    small = dict(num_heads=2, axes_dim=[4, 6, 6], hidden_size=32, context_in_dim=context_width, vec_in_dim=8)
-    sizes = small | (sizes or {})
-    config = _config("flux") | dict(depth=2) | depths | sizes
-    config = {k: v for k, v in config.items() if k != "txt_ids_dims" or _takes_txt_ids()}
-    model = _class("flux")(**config, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-    return build_dit(_random(model, torch.float32, seed, spread=0.2), sizes, {}, "tiny flux")
+    The host's own class and detection, with the sizes laid over it that the host knows by heart (as `unet_config` does
+    in a file).
+    """
+    from ...loaders.dit import build_dit
+
+    sizes = TINY[family] | sizes
+    return build_dit(
+        _random(_build(family, sizes, torch.float32), torch.float32, seed, 0.2), sizes, {}, f"tiny {family}"
+    )
+
+
+def tiny_flux(context_width: int = 24, seed: int = 0, **sizes):
+    """A tiny FLUX.1 with its context's width chosen."""
+    return tiny("flux", seed, context_in_dim=context_width, **sizes)

@@ -172,8 +172,8 @@ def peak(checkpointing: bool) -> float:
     from ...tests.small.dit import tiny_flux
     from ...training.dit.frozen import FrozenDiT
 
-    sizes = dict(num_heads=4, axes_dim=[16, 56, 56], hidden_size=512, context_in_dim=512, vec_in_dim=64)
-    backbone = FrozenDiT(tiny_flux(512, sizes=sizes, depth=4, depth_single_blocks=8), checkpointing)
+    sizes = dict(num_heads=4, axes_dim=[16, 56, 56], hidden_size=512, vec_in_dim=64)
+    backbone = FrozenDiT(tiny_flux(512, **sizes, depth=4, depth_single_blocks=8), checkpointing)
     backbone.load()
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, 64, 512, generator=draw).requires_grad_()

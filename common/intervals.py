@@ -13,16 +13,10 @@ LEVEL = 0.975  # of the quantiles: 2.5 % lie beyond an interval on either side
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float, float]:
-    """Mean and Student's t interval of the mean.
+    """(mean, low, high) of (N,) values: Student's t interval of the mean.
 
-    Args:
-        values: (N,). A NaN among them makes the result NaN: leave such samples out beforehand, and say so.
-
-    Returns:
-        (mean, low, high). Three NaN for no values; the mean and two NaN for one, whose interval is unknown.
-
-    Raises:
-        ValueError: `values` is not of shape (N,).
+    No values: three NaN. One value: the mean alone, its interval is unknown (NaN). A NaN among the values makes the
+    result NaN: leave such samples out beforehand, and say so.
     """
     values = _values(values)
     count = len(values)
@@ -34,22 +28,11 @@ def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float, float
 
 
 def share_interval(values: Tensor | Sequence[float]) -> tuple[float, float, float]:
-    """Mean and Wilson's score interval of hits and misses, or of their averages.
+    """(mean, low, high) of (N,) values from 0 to 1, as hits and misses or their averages are; no values: three NaN.
 
-    The interval stays in 0..1 and does not shrink to a point when all values are 0 or all are 1. Values in between
-    vary less than hits and misses of the same mean do: they count as more samples, by the ratio of the variances.
-
-    Args:
-        values: (N,), each from 0 to 1.
-
-    Returns:
-        (mean, low, high); three NaN for no values.
-
-    Raises:
-        ValueError: `values` is not of shape (N,).
-
-    Source:
-        Wilson's interval with a fractional effective sample size (our choice), which scipy's binomtest does not take.
+    Wilson's score interval, which stays in 0..1 and does not shrink to a point when all values are 0 or all are 1.
+    Values in between vary less than hits and misses of the same mean do: they count as more samples, by the ratio of
+    the variances (our choice; scipy's binomtest takes whole numbers of samples alone).
     """
     values = _values(values)
     count = len(values)

@@ -14,17 +14,9 @@ SUBJECT = 0.05  # mask above this belongs to the subject (published: above 0, wh
 
 
 def split_batch(image: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The pictures of a batch, each with its mask.
+    """IMAGE (B, H, W, 3 or 4) and MASK (h, w) or (M, h, w), M = 1 for all or B, as B pictures and B masks or None.
 
-    Args:
-        image: IMAGE (B, H, W, 3 or 4). Alpha is the mask where no other is given.
-        mask: MASK (h, w) or (M, h, w), M = 1 for all or B.
-
-    Returns:
-        B pictures (H, W, 3), and B masks or None.
-
-    Raises:
-        ImageError: Other shapes, or values that are no numbers.
+    Alpha is the mask where no other is given. Raises ImageError for other shapes and for values that are no numbers.
     """
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise ImageError(f"image is {tuple(image.shape)}, expected an IMAGE (batch, height, width, 3).")
@@ -57,16 +49,9 @@ def fit_mask(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def subject_box(mask: Tensor) -> tuple[int, int, int, int]:
-    """The box around what an (H, W) mask shows.
+    """(top, bottom, left, right) in px, bottom and right excluded, of what an (H, W) mask shows.
 
-    Args:
-        mask: (H, W), above SUBJECT where the subject is.
-
-    Returns:
-        (top, bottom, left, right) in px, bottom and right excluded.
-
-    Raises:
-        ImageError: The mask shows nothing.
+    Raises ImageError where it shows nothing.
     """
     rows, columns = (mask > SUBJECT).nonzero(as_tuple=True)
     if not len(rows):

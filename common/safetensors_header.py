@@ -43,17 +43,10 @@ class SafetensorsHeader:
 
 
 def read_header(path: str | os.PathLike) -> SafetensorsHeader:
-    """Reads a header, and checks that the file is as long as the header says.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Keys with dtypes and shapes, and the metadata.
+    """Keys with dtypes and shapes, and the metadata; the file is as long as its header says.
 
     Raises:
         SafetensorsError: No such file, another kind of file, a damaged one, or one that is cut off.
-        OSError: The disk refuses.
     """
     path = Path(path)
     if path.is_dir():

@@ -87,20 +87,7 @@ def reference_metric(
 ) -> IdentityMetric | None:
     """Cosine of every reference with the others of its subject: what real pictures of one subject reach.
 
-    Args:
-        name: "DINO-I" or "CLIP-I".
-        references: (M, D) embeddings.
-        subjects: A label for each; None: all are of one subject.
-        **about: `backbone` and `preprocessing` to record.
-
-    Returns:
-        The metric; None where no subject has two references.
-
-    Raises:
-        IdentityError: An embedding is zero or not finite.
-
-    Source:
-        DreamBooth's row "real images".
+    That is DreamBooth's row "real images". None where no subject has two references.
     """
     labels = _labels(subjects, len(references))
     other = torch.tensor([[a == b and i != j for j, b in enumerate(labels)] for i, a in enumerate(labels)])
@@ -117,21 +104,10 @@ def text_metric(
     subjects: Sequence[str] | None = None,
     **about,
 ) -> IdentityMetric:
-    """Cosine of every output with its prompt, not scaled (CLIPScore's factor 2.5 is left out).
+    """Cosine of every output (N, D) with its prompt's embedding, texts (P, D); else as in `image_metric`.
 
-    Args:
-        name: "CLIP-T".
-        outputs: (N, D) embeddings.
-        texts: (P, D) embeddings.
-        prompts: (N,) which text belongs to each output; None: the first to the first, and so on.
-        subjects: A label for each output; None: all are of one subject.
-        **about: `backbone` and `preprocessing` to record.
-
-    Returns:
-        The metric, N outputs.
-
-    Raises:
-        IdentityError: Not one text for each output, widths differ, or an embedding is zero or not finite.
+    prompts: (N,) which text belongs to each output; None: the first to the first, and so on. Not scaled: CLIPScore's
+    factor 2.5 is left out.
     """
     prompts = list(range(len(outputs))) if prompts is None else list(prompts)
     if len(prompts) != len(outputs) or not all(0 <= prompt < len(texts) for prompt in prompts):

@@ -30,15 +30,8 @@ class IdentityScores:
 def identity_scores(
     images: Sequence[Tensor],
     references: Sequence[Tensor],
-    *,
-    dino=None,
-    clip_vision=None,
-    clip=None,
-    dino_folder: str | None = None,
-    clip_folder: str | None = None,
-    prompts: list[str] | None = None,
-    subjects: list[str] | None = None,
-    reference_subjects: list[str] | None = None,
+    models: Mapping[str, Any],
+    texts: Mapping[str, list[str] | None],
     files: Mapping[str, Sequence[str]],
     progress: Callable[[int], Any],
 ) -> IdentityScores:
@@ -47,43 +40,34 @@ def identity_scores(
     Args:
         images: IMAGE batches (B, H, W, 3) of the outputs.
         references: IMAGE batches of the references.
-        dino: CLIP_VISION that is a DINOv2, for DINO-I.
-        clip_vision: CLIP_VISION that is a CLIP, for CLIP-I.
-        clip: CLIP of the same model, for CLIP-T.
-        dino_folder: Name of a Hugging Face folder in models/clip_vision, for DINO-I.
-        clip_folder: Likewise, for CLIP-I and CLIP-T.
-        prompts: One text for each output, see `spread`; empty: no CLIP-T.
-        subjects: A label for each output, see `spread`; empty: all show one subject.
-        reference_subjects: A label for each reference.
-        files: Names of the model files by socket, as far as they are known.
+        models: By input: `dino` and `clip_vision` (the host's CLIP_VISION), `clip` (its CLIP); `dino_folder` and
+            `clip_folder` (names of Hugging Face folders in models/clip_vision).
+        texts: By input, each as `spread` takes it: `prompts`, and labels of the `subjects` and `reference_subjects`.
+        files: Names of the model files by input, as far as they are known.
         progress: Makes, from the number of items to embed, an object whose update(1) is called after each.
-
-    Returns:
-        The report.
 
     Raises:
         ValueError: No model, or pictures, prompts, labels or models that do not belong together.
     """
     outputs, real = _pictures("images", images), _pictures("references", references)
-    prompts = spread("prompts", prompts, images)
-    shown = spread("subjects", subjects, images)
-    known = spread("reference_subjects", reference_subjects, references)
+    batches = {"prompts": images, "subjects": images, "reference_subjects": references}
+    prompts, shown, known = (spread(name, texts.get(name), batch) for name, batch in batches.items())
     if (shown is None) != (known is None):
         given, lacking = ("subjects", "reference_subjects") if known is None else ("reference_subjects", "subjects")
         raise ValueError(
             f"Identity Scores: {given} are given and {lacking} are not; expected both, so that each output meets"
             f" its own references, or neither where all pictures show one subject. Fill in {lacking}."
         )
-    embedders = _embedders(dino, dino_folder, clip_vision, clip, clip_folder, files, texts=bool(prompts))
+    embedders = _embedders(models, files, texts=bool(prompts))
     if not embedders:
         raise ValueError(
             "Identity Scores: no model is connected, expected at least one. Connect Load CLIP Vision to dino (a"
             " DINOv2) or clip_vision (a CLIP), or choose a folder."
         )
     notes = []
-    if clip is not None and clip_vision is None:
+    if "clip" in models and "clip_vision" not in models:
         notes.append("clip is connected and clip_vision is not: it gives no CLIP-T without the same CLIP's pictures.")
-    if not prompts and (clip is not None or clip_folder):
+    if not prompts and models.keys() & {"clip", "clip_folder"}:
         notes.append("CLIP-T is not reported: prompts are empty.")
 
     different = list(dict.fromkeys(prompts or ()))
@@ -113,19 +97,10 @@ def identity_scores(
 
 
 def spread(name: str, texts: list[str] | None, batches: Sequence[Tensor]) -> list[str] | None:
-    """One text for each picture.
+    """One text for each picture of IMAGE batches; None where there is no text.
 
-    Args:
-        name: Of the input, for messages.
-        texts: A list that came on a link, or one text with a line for each; as many as there are pictures, or batches
-            (all pictures of a batch share it), or one.
-        batches: IMAGE batches.
-
-    Returns:
-        As many texts as pictures; None where there is no text.
-
-    Raises:
-        ValueError: Another number of texts.
+    texts: a list that came on a link, or one text with a line for each; as many as there are pictures, or batches (all
+    pictures of a batch share it), or one. Raises ValueError for another number of them.
     """
     texts = [" ".join(text.split()) for text in texts] if texts and len(texts) > 1 else (texts or [""])[0].splitlines()
     texts = [text.strip() for text in texts if text.strip()]
@@ -146,21 +121,21 @@ def spread(name: str, texts: list[str] | None, batches: Sequence[Tensor]) -> lis
 
 
 def _embedders(
-    dino, dino_folder, clip_vision, clip, clip_folder, files: Mapping[str, Sequence[str]], texts: bool
+    models: Mapping[str, Any], files: Mapping[str, Sequence[str]], texts: bool
 ) -> list[tuple[str, Embedder, HostText | FolderEmbedder | None]]:
     """(metric, embedder of pictures, embedder of prompts if `texts`) in the report's order."""
     found: list[tuple[str, Embedder, HostText | FolderEmbedder | None]] = []
-    if dino is not None:
-        found.append(("DINO-I", HostDINO(dino, files["dino"]), None))
-    if dino_folder:
-        found.append(("DINO-I", FolderEmbedder(dino_folder, "dino"), None))
-    if clip_vision is not None:
-        embedder = HostCLIP(clip_vision, files["clip_vision"])
-        width = embedder.backbone["embedding"]
-        found.append(("CLIP-I", embedder, HostText(clip, width, files["clip"]) if texts and clip is not None else None))
-    if clip_folder:
-        both = FolderEmbedder(clip_folder, "clip")
-        found.append(("CLIP-I", both, both if texts else None))
+    if "dino" in models:
+        found.append(("DINO-I", HostDINO(models["dino"], files["dino"]), None))
+    if "dino_folder" in models:
+        found.append(("DINO-I", FolderEmbedder(models["dino_folder"], "dino"), None))
+    if "clip_vision" in models:
+        embedder = HostCLIP(models["clip_vision"], files["clip_vision"])
+        width, both = embedder.backbone["embedding"], texts and "clip" in models
+        found.append(("CLIP-I", embedder, HostText(models["clip"], width, files["clip"]) if both else None))
+    if "clip_folder" in models:
+        folder = FolderEmbedder(models["clip_folder"], "clip")
+        found.append(("CLIP-I", folder, folder if texts else None))
     return found
 
 

@@ -20,16 +20,9 @@ UNCLEAR = ": no clear front"
 
 
 def axes(azimuth: float, polar: float, rotation: float) -> Tensor:
-    """The subject's axes as the camera sees them, in parallel projection.
+    """(3, 3) of the subject's front, its own right and its top (rows), in parallel projection; angles in degrees.
 
-    Args:
-        azimuth: Degrees; 0 faces the camera, 90 the left of the picture.
-        polar: Degrees that the camera is above the subject.
-        rotation: Degrees that the picture is turned, counter-clockwise.
-
-    Returns:
-        (3, 3): front, its own right and top (rows), each as how far it points to the right of the picture, up in it,
-        and towards the camera (columns).
+    Columns: how far each points to the right of the picture, up in it, and towards the camera.
     """
     a, p, r = map(radians, (azimuth, polar, rotation))
     upright = torch.tensor(
@@ -99,17 +92,7 @@ def overlay(
 
 
 def overlays(images: list[Tensor], angles: Angles, masks: list[Tensor] | None = None, **options) -> Tensor:
-    """`overlay` of N pictures of one size as an IMAGE.
-
-    Args:
-        images: N pictures (H, W, 3) in 0..1.
-        angles: Of their subjects.
-        masks: One for each, or None.
-        **options: See `overlay`.
-
-    Returns:
-        (N, h, w, 3) float32 in 0..1.
-    """
+    """`overlay` of N pictures of one size as an IMAGE (N, h, w, 3) in 0..1."""
     drawn = [
         numpy.asarray(overlay(image, found, mask, **options))
         for image, found, mask in zip(images, angles.rows(), masks or [None] * len(images))

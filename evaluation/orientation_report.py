@@ -24,19 +24,10 @@ class OrientationReport:
 
 
 def orientation_report(model, image: Tensor, mask: Tensor | None = None, threshold: float = CLEAR) -> OrientationReport:
-    """Reads the orientation of the subject of each picture.
+    """The orientation of each subject of an IMAGE (and MASK, see `split_batch`), by an OrientationModel.
 
-    Args:
-        model: An OrientationModel.
-        image: IMAGE (N, H, W, 3 or 4).
-        mask: MASK (h, w) or (M, h, w), M = 1 for all or N; 1 = subject.
-        threshold: Of the confidence; below it the axes are grey and the table says so.
-
-    Returns:
-        Overlays, table and angles.
-
-    Raises:
-        ImageError: Image or mask is of another shape, holds no numbers, or all masks are empty.
+    threshold: of the confidence; below it the axes are grey and the table says so. Raises ImageError for pictures or
+    masks that cannot be read.
     """
     images, masks = split_batch(image, mask)
     angles = model.estimate(images, masks)

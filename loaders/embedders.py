@@ -14,11 +14,10 @@ import comfy.model_management
 import comfy.model_patcher
 import folder_paths
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from ..common.safetensors_header import read_header
+from .orient_anything.network import resize_positions
 from .preprocessing import DINO, Preprocessing, clip_preprocessing, preprocess
 
 SIZES = {
@@ -106,11 +105,8 @@ class HostDINO(Embedder):
         device = self.clip_vision.load_device
         patches = table.patch_embeddings(preprocess(image.to(device), self.preprocessing)[None])
         positions = table.position_embeddings.to(device, torch.float32)
-        grid, side = round((positions.shape[1] - 1) ** 0.5), round(patches.shape[1] ** 0.5)
-        grown = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=grid)
-        grown = interpolate(grown, size=(side, side), mode="bicubic", align_corners=False)
-        patches = patches + rearrange(grown, "1 c h w -> 1 (h w) c")
-        states = torch.cat((table.cls_token.to(patches) + positions[:, :1], patches), dim=1)
+        positions = resize_positions(positions, round(patches.shape[1] ** 0.5))
+        states = torch.cat((table.cls_token.to(patches), patches), dim=1) + positions
         return model.layernorm(model.encoder(states)[0])[0, 0].float().cpu()
 
 

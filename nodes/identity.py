@@ -126,36 +126,19 @@ class SubjectIdentityScores(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        images,
-        references,
-        dino=None,
-        clip_vision=None,
-        clip=None,
-        prompts=None,
-        subjects=None,
-        reference_subjects=None,
-        filename_prefix=("identity/scores",),
-        dino_folder=None,
-        clip_folder=None,
-    ) -> io.NodeOutput:
+        cls, images, references, dino=None, clip_vision=None, clip=None, prompts=None, subjects=None,
+        reference_subjects=None, filename_prefix=("identity/scores",), dino_folder=None, clip_folder=None,
+    ) -> io.NodeOutput:  # fmt: skip
         from comfy.utils import ProgressBar
 
         from ..evaluation.identity_scores import identity_scores
 
-        models = {"dino": dino, "clip_vision": clip_vision, "clip": clip}
-        folders = {"dino_folder": dino_folder, "clip_folder": clip_folder}
-        chosen = {name: values[0] for name, values in (models | folders).items() if values and values[0] != NONE}
-        found = identity_scores(
-            images,
-            references,
-            **chosen,
-            prompts=prompts,
-            subjects=subjects,
-            reference_subjects=reference_subjects,
-            files={socket: cls._files(socket) for socket in models},
-            progress=ProgressBar,
-        )
+        sockets = {"dino": dino, "clip_vision": clip_vision, "clip": clip}
+        chosen = {**sockets, "dino_folder": dino_folder, "clip_folder": clip_folder}
+        models = {name: values[0] for name, values in chosen.items() if values and values[0] not in (None, NONE)}
+        texts = {"prompts": prompts, "subjects": subjects, "reference_subjects": reference_subjects}
+        files = {socket: cls._files(socket) for socket in sockets}
+        found = identity_scores(images, references, models, texts, files, ProgressBar)
         save_reports(filename_prefix[0], json=found.json)
         return io.NodeOutput(found.text, found.json, found.captions, ui=ui.PreviewText(found.text))
 

@@ -69,25 +69,17 @@ def copy_paste_report(reference, generated, confidence=None, threshold: float = 
 
 
 def copy_paste_from_differences(
-    azimuth: Tensor | Sequence[float],
-    polar: Tensor | Sequence[float],
-    counted: Tensor | Sequence[bool] | None = None,
+    azimuth: Sequence[float] | Tensor,
+    polar: Sequence[float] | Tensor,
+    counted: Sequence[bool] | Tensor | None = None,
     threshold: float = 0.5,
 ) -> CopyPasteReport:
-    """`copy_paste_report` from the differences of each pair, as score files hold them.
+    """`copy_paste_report` from the differences of N pairs in degrees, 0 to 180, as score files hold them.
 
-    Args:
-        azimuth: (N,) degrees, 0 to 180.
-        polar: (N,) degrees, 0 to 180.
-        counted: (N,) whether the pair's confidence suffices. None: every pair counts.
-        threshold: Of the confidence, as it was applied; for the report alone.
-
-    Returns:
-        The report.
+    counted: whether each pair's confidence sufficed, None = all. threshold: as it was applied, for the report alone.
     """
     azimuth, polar = (torch.as_tensor(values, dtype=torch.float64) for values in (azimuth, polar))
-    counted = torch.ones(len(azimuth)) if counted is None else torch.as_tensor(counted)
-    counted = counted.bool()
+    counted = torch.ones(len(azimuth)).bool() if counted is None else torch.as_tensor(counted).bool()
     return CopyPasteReport(
         **vars(_metrics(azimuth[counted], polar[counted])),
         coverage=float(counted.double().mean()),
@@ -109,19 +101,7 @@ class Pairs:
 
 
 def compare(reference: Tensor, generated: Tensor, threshold: float = 0.5) -> Pairs:
-    """`copy_paste_report` of what an orientation model saw.
-
-    Args:
-        reference: (N, 3) azimuth and polar in degrees, confidence.
-        generated: (N, 3) likewise, pair by pair.
-        threshold: A pair counts where both confidences are at least this.
-
-    Returns:
-        The pairs with their report.
-
-    Raises:
-        ValueError: As in `copy_paste_report`.
-    """
+    """`copy_paste_report` of (N, 3) azimuth and polar in degrees and confidence, as an orientation model saw them."""
     reference, generated = reference.double().cpu(), generated.double().cpu()
     confidence = torch.stack([reference[:, 2], generated[:, 2]], dim=-1)
     report = copy_paste_report(reference[:, :2], generated[:, :2], confidence, threshold)
@@ -135,15 +115,9 @@ def azimuth_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def within(azimuth: Tensor, polar: Tensor) -> Tensor:
-    """Which pairs each k of RECALL recalls.
+    """(N, 4) float64: 1 where both differences (N,), degrees, are strictly below the k of RECALL.
 
-    Args:
-        azimuth: (N,) differences in degrees.
-        polar: (N,) differences in degrees.
-
-    Returns:
-        (N, 4) float64, 1 where both differences are strictly below k. Its mean over k is a pair's part in the average
-        recall.
+    Its mean over k is a pair's part in the average recall.
     """
     return torch.stack([(azimuth < k) & (polar < k) for k in RECALL], dim=-1).double()
 

@@ -30,18 +30,13 @@ class OrientationCheckpointError(ValueError):
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; pickled code is refused, never run.
+    """The tensors of a .pt or .safetensors under their published keys, on the CPU.
 
-    Args:
-        path: A .pt or .safetensors.
-
-    Returns:
-        Tensors under their published keys, on the CPU. All keys, shapes, dtypes and values are checked.
+    All keys, shapes, dtypes and values are checked; pickled code is refused, never run.
 
     Raises:
         OrientationCheckpointError: The file is no usable Orient Anything V1.
     """
-    path = Path(path)
     if not path.is_file():
         raise OrientationCheckpointError(path, "is not there or is a folder, expected one .pt or .safetensors file.")
     state = _read_pickle(path) if path.suffix.lower() == ".pt" else _read_safetensors(path)

@@ -88,17 +88,10 @@ class OrientationModel:
 
 
 def load_orientation(name: str, save_copy: bool = False) -> OrientationModel:
-    """The model in a file under models/orientation.
+    """The model in that file under models/orientation.
 
-    Args:
-        name: The file's name, as the host lists it.
-        save_copy: Of a .pt, write a .safetensors beside it, unless there is one.
-
-    Returns:
-        The model, not loaded to a device yet.
-
-    Raises:
-        ValueError: The file is not there, or is no usable Orient Anything V1.
+    save_copy: of a .pt, write a .safetensors beside it, unless there is one. Raises ValueError if the file is not there
+    or is no usable Orient Anything V1.
     """
     path = folders.find("orientation", name)
     state = read_state(path)

@@ -55,7 +55,7 @@ class OrientationNetwork(nn.Module):
         self.head = OrientationHead(width, out, device=device, dtype=dtype, operations=operations)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, 224, 224) of `preprocess_subject` to (B, out)."""
+        """Pixels of `preprocess_subject` to logits."""
         return self.head(self.backbone(pixels)[2])
 
 
@@ -72,7 +72,7 @@ class OrientationHead(nn.Module):
         self.net2 = operations.Linear(out, out, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, width) to (B, out)."""
+        """Tokens to logits."""
         return self.net2(self.net1(tokens).relu())
 
 
@@ -105,24 +105,14 @@ def published_shapes(width: int, layers: int, out: int) -> dict[str, tuple[int, 
 def inference_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published keys to those of OrientationNetwork, fp32: positions for 224 px, the head's norms folded in."""
     backbone = {key.removeprefix(BACKBONE): value.float() for key, value in state.items() if key.startswith(BACKBONE)}
-    backbone["embeddings.position_embeddings"] = _resize_positions(state[POSITIONS].float())
+    backbone["embeddings.position_embeddings"] = resize_positions(state[POSITIONS].float(), GRID)
     width = backbone["layernorm.weight"].numel()
     backbone.setdefault("embeddings.mask_token", torch.zeros(1, width))
     return {"backbone." + key: value for key, value in backbone.items()} | _fold_head(state)
 
 
 def rotation_bins(out: int) -> int:
-    """How many of `out` logits are for rotation.
-
-    Args:
-        out: Logits of the head.
-
-    Returns:
-        180 or 360, one for each degree.
-
-    Raises:
-        ValueError: It is none of the two published numbers of logits.
-    """
+    """How many of `out` logits are for rotation; ValueError unless `out` is one of the two published numbers."""
     bins = out - AZIMUTHS - POLARS - CONFIDENCES
     if bins not in ROTATIONS:
         known = " or ".join(str(AZIMUTHS + POLARS + bins + CONFIDENCES) for bins in ROTATIONS)
@@ -131,16 +121,9 @@ def rotation_bins(out: int) -> int:
 
 
 def decode(logits: Tensor) -> Angles:
-    """Logits to angles: the highest of each angle's bins of 1 degree, softmax over the last two for the confidence.
+    """(N, out) logits to angles: the highest of each angle's bins of 1 degree, softmax of the last two as confidence.
 
-    Args:
-        logits: (N, out) float.
-
-    Returns:
-        Angles; the 360-bin layout's rotation is from -180 to 180 degrees, the other's from -90 to 90.
-
-    Raises:
-        ValueError: Another number of logits.
+    The 360-bin layout's rotation is from -180 to 180, the other's from -90 to 90. Raises ValueError for another `out`.
     """
     logits = logits.float()
     bins = rotation_bins(logits.shape[-1])
@@ -167,11 +150,9 @@ def _fold_head(state: Mapping[str, Tensor], epsilon: float = 1e-5) -> dict[str, 
     return folded
 
 
-def _resize_positions(positions: Tensor) -> Tensor:
-    """(1, 1 + n * n, width) position embeddings to (1, 257, width), as DINOv2 in transformers has them at 224 px."""
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """(1, 1 + n * n, width) position embeddings to (1, 1 + side * side, width), as DINOv2 in transformers does it."""
     # The authors' transformers, 4.38, samples at 37 / 16.1 instead of 37 / 16, less than a quarter of a patch apart.
-    cls, patches = positions[:, :1], positions[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    grid = rearrange(patches, "1 (h w) c -> 1 c h w", h=side)
-    grid = nn.functional.interpolate(grid, size=(GRID, GRID), mode="bicubic", align_corners=False)
-    return torch.cat((cls, rearrange(grid, "1 c h w -> 1 (h w) c")), dim=1)
+    grid = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=round((positions.shape[1] - 1) ** 0.5))
+    grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat((positions[:, :1], rearrange(grid, "1 c h w -> 1 (h w) c")), dim=1)

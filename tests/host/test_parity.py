@@ -1,5 +1,5 @@
-"""Strength 1/1 is the host's output and 0 the host's without those tokens, bit for bit: on tiny models of the host's
-own classes for each sampler and batch, and once on a layer of full width through the host's own detection and loader."""
+"""Strength 1/1 is the host's output and 0 the host's without those tokens, bit for bit: for each sampler and batch on
+tiny models of the host's own classes, and once on a layer of full width through its own detection and loader."""
 
 import gc
 

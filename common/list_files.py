@@ -209,8 +209,7 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of the parts' texts, in hexadecimal digits."""
-    # surrogates: file names need not be UTF-8
+    """SHA-256 of the parts' texts, in hexadecimal digits; file names among them need not be UTF-8."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
 
 

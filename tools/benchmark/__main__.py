@@ -23,6 +23,8 @@ if not __package__:  # started by its path, as `python tools/benchmark`
 
     runpy.run_path(str(Path(__file__).parents[2] / "common" / "bootstrap.py"))["run"]("tools.benchmark")
 
+from ...common.console import say  # noqa: E402
+
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
@@ -35,13 +37,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     run.add_argument("--workflow", type=Path, required=True, metavar="FILE", help="from the editor or in API format")
     run.add_argument("--server", default="http://127.0.0.1:8188", metavar="ADDRESS", help="default: %(default)s")
     run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="pictures and ledger.jsonl")
-    run.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt on each line; {subject} is the subject's class"
-    )
+    run.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line; {subject} is its class")
     run.add_argument("--images", type=Path, metavar="FOLDER", help="where a list's paths start")
-    run.add_argument(
-        "--references", type=positive, default=1, metavar="N", help="pictures of the subject with each prompt (1)"
-    )
+    run.add_argument("--references", type=positive, default=1, metavar="N", help="the subject's, with each prompt (1)")
     run.add_argument("--seeds", type=positive, default=1, metavar="N", help="pictures of each prompt (1)")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other pictures (0)")
     run.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N prompts")
@@ -64,7 +62,6 @@ def positive(text: str) -> int:
 def main(given: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = arguments(given)
-    from ...common.console import say
     from ..comfy_client.client import HostError, WorkflowError
 
     for number in (signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
@@ -83,7 +80,6 @@ def main(given: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict:
     """Generates the pictures; returns counts, and the scores where the workflow measures."""
-    from ...common.console import say
     from ..comfy_client import workflow
     from ..comfy_client.client import Client
     from .ledger import RunError
@@ -121,7 +117,6 @@ def run(options: argparse.Namespace) -> dict:
 
 def score(sources: list[str], paper: bool = False) -> dict:
     """Prints the table; returns its values."""
-    from ...common.console import say
     from .score_table import as_json, read_systems, score_table
 
     systems = read_systems(sources)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...common.files import save_bytes, save_text
 from ..comfy_client.client import Client, failure, refusal
-from ..comfy_client.workflow import WorkflowFileError
+from ..comfy_client.workflow import WorkflowFileError, nodes_of
 from .ledger import MARK, Ledger, RunError, check_run, with_texts
 from .sets import Case
 from .template import Template
@@ -101,14 +101,13 @@ class Benchmark:
         except _NoAnswerError:
             self.waiting.appendleft(case)
             raise
-        except (WorkflowFileError, OSError) as problem:
-            return self._fail(case, str(problem))
+        except (WorkflowFileError, OSError) as error:
+            return self._fail(case, str(error))
         # The name of the job is ours, so that after a lost answer we can ask whether it was taken.
         job, extra = str(uuid.uuid4()), {"extra_pnginfo": {MARK: self._describe(case)}}
         if case.name in self.empty:
-            for node in prompt.values():
-                if node["class_type"] == "SaveImage":
-                    node["inputs"]["filename_prefix"] += "-again"
+            for key in nodes_of(prompt, "SaveImage"):
+                prompt[key]["inputs"]["filename_prefix"] += "-again"
         body = {"prompt": prompt, "prompt_id": job, "client_id": self.client.id, "extra_data": extra}
         self.queued[job] = (case, prompt)
         try:
@@ -160,9 +159,8 @@ class Benchmark:
             self.empty.add(case.name)
             return self.waiting.append(case)
         if len(images) != 1:
-            return self._fail(
-                case, f"{len(images)} pictures were saved, expected one: batch size 1 and one Save Image node."
-            )
+            expected = "expected one: batch size 1 and one Save Image node."
+            return self._fail(case, f"{len(images)} pictures were saved, {expected}")
         try:
             data = self._request(self.client.fetch, images[0])
             data = with_texts(data, {"prompt": json.dumps(prompt), MARK: json.dumps(self._describe(case))})
@@ -173,18 +171,14 @@ class Benchmark:
         now = time.monotonic()
         seconds, self.last = round(now - self.last, 2), now
         graph = {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
-        self.ledger.add(
-            self._describe(case)
-            | {"status": "done", "picture": f"{case.name}.png", "seconds": seconds, "settings": graph}
-        )
+        done = {"status": "done", "picture": f"{case.name}.png", "seconds": seconds, "settings": graph}
+        self.ledger.add(self._describe(case) | done)
         self.made += 1
         self._report(case, f"{seconds:.1f} s")
 
     def _save_scores(self, case: Case, entry: dict) -> None:
         """Writes the JSON reports that the workflow shows (a score node's `json` in a Preview as Text) to scores/."""
-        texts = [
-            text for output in entry["outputs"].values() for text in output.get("text", ()) if isinstance(text, str)
-        ]
+        texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
         for number, text in enumerate(filter(_is_report, texts)):
             (self.out / "scores").mkdir(exist_ok=True)
             save_text(self.out / "scores" / f"{case.name}-{number}.json", text)
@@ -256,8 +250,8 @@ class Benchmark:
                 pass
 
 
-def _is_report(text: str) -> bool:
+def _is_report(text: object) -> bool:
     try:
-        return "figures" in json.loads(text)
+        return isinstance(text, str) and "figures" in json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return False

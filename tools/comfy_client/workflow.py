@@ -31,11 +31,10 @@ def read(path: Path) -> dict:
     return workflow
 
 
-def is_api(workflow: dict) -> bool:
+def _is_api(workflow: dict) -> bool:
     """Whether a workflow is in API format."""
-    return "nodes" not in workflow and all(
-        isinstance(node, dict) and "class_type" in node for node in workflow.values()
-    )
+    nodes = workflow.values()
+    return "nodes" not in workflow and all(isinstance(node, dict) and "class_type" in node for node in nodes)
 
 
 def titles(prompt: dict) -> dict[str, str]:
@@ -55,7 +54,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     Raises:
         WorkflowFileError: It has subgraphs, nodes that the server lacks, or widgets without a value.
     """
-    if is_api(workflow):
+    if _is_api(workflow):
         return workflow
     if not isinstance(workflow.get("nodes"), list):
         raise WorkflowFileError(
@@ -63,9 +62,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         )
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = {link[0]: link for link in workflow["links"]}  # id -> [id, from node, from slot, to node, to slot, type]
-    unknown = sorted(
-        {n["type"] for n in nodes.values() if n["type"] not in object_info and n["type"] not in (*NOTES, "Reroute")}
-    )
+    unknown = sorted({node["type"] for node in nodes.values()} - {*object_info, *NOTES, "Reroute"})
     if unknown:
         raise WorkflowFileError(
             f"The server has no node {', '.join(unknown)}. (Subgraphs: unpack them in the editor first.)"

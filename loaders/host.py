@@ -25,3 +25,23 @@ def load_dual_clip(first: str, second: str, kind: str):
     import nodes
 
     return nodes.DualCLIPLoader().load_clip(first, second, kind)[0]
+
+
+def fit_latent(model, latent: dict):
+    """Samples of a LATENT with the model's channels and downscale if they are empty; later hosts take ratios."""
+    import inspect
+
+    from comfy.sample import fix_empty_latent_channels
+
+    takes = len(inspect.signature(fix_empty_latent_channels).parameters) - 2
+    ratios = [latent.get(key) for key in ("downscale_ratio_spacial", "downscale_ratio_temporal")]
+    return fix_empty_latent_channels(model, latent["samples"], *ratios[: max(takes, 0)])
+
+
+def to_intermediate(samples):
+    """Samples on the device, and on later hosts in the dtype, that the host keeps LATENTs in."""
+    import comfy.model_management
+
+    samples = samples.to(comfy.model_management.intermediate_device())
+    dtype = getattr(comfy.model_management, "intermediate_dtype", None)
+    return samples if dtype is None else samples.to(dtype())

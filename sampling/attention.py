@@ -115,10 +115,12 @@ class KeyStrengthAttention:
             keep: Tensor | slice | None = None
             if removed.any():
                 first = int(removed.sum())
-                prefix = bool(removed[:first].all())  # the context alone: a view instead of a copy
-                keep = slice(first, None) if prefix else (~removed).nonzero().flatten()
-                logs = logs[:, keep]
-                keep = keep if prefix else keep.to(k.device)
+                if removed[:first].all():  # the context alone: a view instead of a copy
+                    keep = slice(first, None)
+                    logs = logs[:, keep]
+                else:
+                    logs = logs[:, ~removed]
+                    keep = (~removed).nonzero().flatten().to(k.device)
             bias = None
             if logs.any():
                 logs = repeat(logs.clamp(min=REMOVED), "c n -> (c b) n", b=k.shape[0] // len(uuids))

@@ -1,36 +1,34 @@
-"""KSampler's job with a staged guider in the middle; noise, sigmas, preview and progress are the host's."""
+"""KSampler with a staged guider in the middle; noise, sigmas, preview and progress are the host's."""
 
-import inspect
-
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
 
+from ..loaders.host import fit_latent, to_intermediate
+from ..loaders.protocols import Model
 from .guider import StagedGuider
 from .stages import Stages
 
 
 def staged_sample(
-    model,
+    model: Model,
     seed: int,
     steps: int,
     cfg: float,
     sampler_name: str,
     scheduler: str,
-    positive,
-    negative,
+    positive: list,
+    negative: list | None,
     latent: dict,
     denoise: float,
     stages: Stages,
 ) -> dict:
-    """LATENT in, LATENT out. denoise < 1 and `noise_mask` work as in KSampler: the last `steps` of a longer run."""
+    """KSampler's job under a schedule: LATENT in, LATENT out; `denoise` and `noise_mask` work as there."""
     guider = StagedGuider(model, stages)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    latent = latent.copy()
-    image = empty_latent_for(model, latent)
+    image = fit_latent(model, latent)
     sigmas = comfy.samplers.KSampler(
         model,
         steps=steps,
@@ -50,15 +48,5 @@ def staged_sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    samples = samples.to(comfy.model_management.intermediate_device())
-    if hasattr(comfy.model_management, "intermediate_dtype"):
-        samples = samples.to(comfy.model_management.intermediate_dtype())
-    return {**latent, "samples": samples}
-
-
-def empty_latent_for(model, latent: dict):
-    """The latent with the model's channels and downscale, as the host prepares it (later hosts take ratios)."""
-    fix = comfy.sample.fix_empty_latent_channels
-    ratios = [latent.pop(key, None) for key in ("downscale_ratio_spacial", "downscale_ratio_temporal")]
-    takes = len(inspect.signature(fix).parameters) - 2
-    return fix(model, latent["samples"], *ratios[: max(takes, 0)])
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**kept, "samples": to_intermediate(samples)}

@@ -8,17 +8,18 @@ from torch import Tensor
 from ..common.drawing.canvas import Canvas
 from ..common.drawing.palette import BLUE, FAINT, GREY, INK, ORANGE, WIDTH
 from ..common.drawing.sheet import to_tensor
+from ..loaders.protocols import Model
 from .clock import REFERENCE_TOKENS
 from .stages import PlannedStep, Stages, plan
-from .tokens import grid
+from .tokens import grid, patch_size
 
 HEIGHT = 304
 LEFT, RIGHT, TOP, ROW, GAP = 92, 20, 44, 84, 34
 
 
-def preview(stages: Stages, model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:
+def preview(stages: Stages, model: Model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:
     """(plot (1, h, w, 3) in 0..1, text) for a run over `sigmas` of `model`; `latent` gives the token count."""
-    patch = getattr(model.model.diffusion_model, "patch_size", 2)
+    patch = patch_size(model.model.diffusion_model)
     frames, rows, columns = grid(latent["samples"].shape, patch) if latent else (1, REFERENCE_TOKENS, 1)
     tokens = frames * rows * columns
     steps = plan(stages, sigmas, tokens)
@@ -32,10 +33,10 @@ def describe(stages: Stages, steps: list[PlannedStep], tokens: int) -> str:
         return "No steps: the sampler's sigmas are empty."
     lines = [f"{len(steps)} steps, clock {stages.clock.describe(tokens)}"]
     for (context, reference), group in groupby(steps, key=lambda s: (round(s.context, 3), round(s.reference, 3))):
-        group = list(group)
-        first, last = group[0], group[-1]
+        found = list(group)
+        first, last = found[0], found[-1]
         lines.append(
-            f"steps {first.step + 1}-{last.step + 1} ({len(group)}), flow time {first.sigma:.3f} to {last.sigma:.3f}: "
+            f"steps {first.step + 1}-{last.step + 1} ({len(found)}), flow time {first.sigma:.3f} to {last.sigma:.3f}: "
             f"MLLM {context:g}, VAE {reference:g}"
         )
     used = {(s.context > 0, s.reference > 0) for s in steps}

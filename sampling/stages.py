@@ -94,7 +94,7 @@ class Stages:
 
     def variants(self) -> list[tuple[bool, bool]]:
         """Every (context tokens present, reference tokens present) that the schedule needs, in order, once each."""
-        needed = {}
+        needed: dict[tuple[bool, bool], None] = {}
         for key, after in zip(self.keyframes, (*self.keyframes[1:], self.keyframes[-1])):
             needed[key.context > 0, key.reference > 0] = None
             if key.blend == "linear":

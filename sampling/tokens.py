@@ -6,6 +6,7 @@ Groups: the context (MLLM or text tokens), the noisy image, and every reference 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, log, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,14 @@ def grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
     return frames, ceil(shape[-2] / patch), ceil(shape[-1] / patch)
 
 
+def patch_size(diffusion_model: Any) -> int:
+    """Latent elements per token and side; 2 for models that do not say one number."""
+    size = getattr(diffusion_model, "patch_size", 2)
+    return size if isinstance(size, int) else 2
+
+
 def log_strength(strength: float) -> float:
+    """ln(strength), what is added to the logits; -inf for 0."""
     return log(strength) if strength > 0 else -inf
 
 
@@ -43,6 +51,7 @@ class KeyStrengths:
 
     @property
     def changes_nothing(self) -> bool:
+        """Whether every key keeps its weight."""
         return not self.log_strength.any()
 
 

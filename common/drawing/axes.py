@@ -21,7 +21,8 @@ class Axes:
 
     def __init__(self, canvas: Canvas, box: tuple[int, int, int, int], xs: Sequence[float], ys: Sequence[float]):
         self.canvas, self.box = canvas, box
-        self.left, self.right = (min(xs), max(xs)) if len(xs) else (0, 1)
+        self.left: float = min(xs, default=0)
+        self.right: float = max(xs, default=1)
         if self.left == self.right:
             self.left, self.right = self.left - 1, self.right + 1
         low, high = (min(ys), max(ys)) if len(ys) else (0.0, 1.0)

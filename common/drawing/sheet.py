@@ -20,35 +20,39 @@ def contact_sheet(
 ) -> Image.Image:
     """Rows of pictures, each row under its label (a prompt, say), and each picture over its caption if there are any.
 
-    A row is (label, pictures) or (label, pictures, captions). Pictures are fitted into `side` x `side` px, whole. Line
-    breaks in captions and labels stay; what is too long is wrapped, and cut after three lines of a part.
+    Line breaks in captions and labels stay; what is too long is wrapped, and cut after three lines of a part.
+
+    Args:
+        rows: (label, pictures) or (label, pictures, captions).
+        side: Pictures are fitted whole into `side` x `side` px.
     """
     if side < 16:
         raise ValueError(f"contact_sheet: side is {side}, expected at least 16 px.")
-    rows = [(*row, ()) if len(row) == 2 else row for row in rows]
+    labels, shelves = [row[0] for row in rows], [row[1] for row in rows]
+    texts = [row[2] if len(row) == 3 else () for row in rows]
     small, large = typeface(13), typeface(14)
-    columns = max((len(pictures) for _, pictures, _ in rows), default=1)
+    columns = max((len(pictures) for pictures in shelves), default=1)
     width = max(WIDTH, GAP + columns * (side + GAP))
     shown = [
         [ImageOps.contain(p.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for p in pictures]
-        for _, pictures, _ in rows
+        for pictures in shelves
     ]
     tall = [max((picture.height for picture in pictures), default=0) for pictures in shown]
-    labels = [_lines(label, width - 2 * GAP, large) for label, _, _ in rows]
-    captions = [[_lines(caption, side, small) for caption in texts] for _, _, texts in rows]
-    below = [LINE * max((len(lines) for lines in texts), default=0) for texts in captions]
-    heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(labels, tall, below)]
+    heads = [_lines(label, width - 2 * GAP, large) for label in labels]
+    captions = [[_lines(caption, side, small) for caption in found] for found in texts]
+    below = [LINE * max((len(lines) for lines in found), default=0) for found in captions]
+    heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(heads, tall, below)]
     image = Image.new("RGB", (width, max(sum(heights) + GAP, 64)), PAPER)
     pen, top = ImageDraw.Draw(image), GAP
-    for lines, pictures, (*_, given), texts, high, height in zip(labels, shown, rows, captions, tall, heights):
+    for lines, pictures, row, found, high, height in zip(heads, shown, texts, captions, tall, heights):
         for number, line in enumerate(lines):
             pen.text((GAP, top + LINE * number), line, INK, large)
-        heads = [len(_lines(text.split("\n")[0], side, small)) for text in given]  # what follows a break is grey
+        first = [len(_lines(text.split("\n")[0], side, small)) for text in row]  # what follows a break is grey
         for column, picture in enumerate(pictures):
             x, y = GAP + column * (side + GAP), top + LINE * len(lines) + 4
             image.paste(picture, (x, y + (high - picture.height) // 2))
-            for number, line in enumerate(texts[column] if texts else ()):
-                pen.text((x, y + high + 3 + LINE * number), line, INK if number < heads[column] else GREY, small)
+            for number, line in enumerate(found[column] if found else ()):
+                pen.text((x, y + high + 3 + LINE * number), line, INK if number < first[column] else GREY, small)
         top += height
     return image
 
@@ -64,17 +68,20 @@ def labelled_sheet(
 ) -> Image.Image:
     """Pictures over their labels, row by row, under a title and, if there are any, a row of references.
 
-    columns: pictures a row; 0 = as many as make the sheet about square, six at most. Raises ValueError for another
-    number of labels than pictures.
+    Args:
+        pictures: In reading order.
+        labels: One for each picture.
+        references: Pictures of the first row.
+        title: A line at the top.
+        columns: Pictures in a row; 0 = as many as make the sheet about square, six at most.
+        side: Pictures are fitted whole into `side` x `side` px.
     """
     if len(labels) != len(pictures):
         raise ValueError(f"A sheet got {len(pictures)} pictures and {len(labels)} labels, expected as many of each.")
     columns = columns or min(6, max(1, round(len(pictures) ** 0.5 + 0.25)))
-    rows = [(title, [], [])] if title else []
-    if references:
-        rows += [
-            ("references" if i == 0 else "", references[i : i + columns]) for i in range(0, len(references), columns)
-        ]
+    rows: list[tuple[str, Sequence[Image.Image], Sequence[str]]] = [(title, [], [])] if title else []
+    for i in range(0, len(references), columns):
+        rows.append(("references" if i == 0 else "", references[i : i + columns], ()))
     for i in range(0, len(pictures), columns):
         rows.append(("", pictures[i : i + columns], labels[i : i + columns]))
     return contact_sheet(rows, side)
@@ -87,10 +94,17 @@ def sheet_of_batches(
     references: Sequence[Tensor] = (),
     **settings,
 ) -> Tensor:
-    """(1, h, w, 3): the sheet of a list of IMAGE batches (n, h, w, 3). settings: see labelled_sheet.
+    """The labelled sheet of a list of IMAGE batches, as an IMAGE (1, h, w, 3).
 
-    labels, figures: one for each picture, or one for each batch; None numbers the pictures. A single text of figures
-    for several pictures stands below the title. Raises ValueError for another number.
+    Args:
+        images: Batches (n, h, w, 3) in 0..1.
+        labels: One for each picture or for each batch; None numbers the pictures.
+        figures: Metrics below the labels, likewise; one text for several pictures is put below the title.
+        references: Batches for a first row.
+        **settings: See `labelled_sheet`.
+
+    Raises:
+        ValueError: For another number of labels or figures, and where there is no picture.
     """
     pictures = [to_picture(picture) for batch in images for picture in batch]
     if not pictures:
@@ -117,7 +131,7 @@ def sheet_of_batches(
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """From (h, w, 3) in 0..1; what lies outside is cut."""
+    """RGB from (h, w, 3); values are clamped to 0..1."""
     return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
 
 
@@ -127,7 +141,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def _lines(text: str, width: float, font, most: int = 3) -> list[str]:
-    """Every part between line breaks in lines of at most `width` px; what goes beyond `most` lines ends in dots."""
+    """Every part between line breaks in at most `most` lines of at most `width` px; longer ones end in dots."""
     return [line for part in text.split("\n") for line in _wrapped(part, width, font, most)]
 
 

@@ -233,6 +233,34 @@ def test_easycache_is_reset_where_the_stage_changes(model):
     assert holder.resets == 3
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc"])
+def test_a_patched_model_in_the_hosts_sampler_equals_the_staged_sampler(model, sampler):
+    from subject_dla.sampling.patch import add_stages
+
+    stages, conditions = preset("paper", tau1=0.8, tau2=0.5), (condition(), condition(5, 9))
+    untouched = host(model, *conditions, cfg=2.0, sampler=sampler)
+    clone = model.clone()
+    add_stages(clone.model_options, preset("both"))
+    assert torch.equal(host(clone, *conditions, cfg=2.0, sampler=sampler), untouched)
+    add_stages(clone.model_options, stages)  # takes the place of the other
+    ours = run(model, stages, *conditions, cfg=2.0, sampler=sampler)
+    assert torch.equal(host(clone, *conditions, cfg=2.0, sampler=sampler), ours) and not torch.equal(ours, untouched)
+    assert torch.equal(run(clone, preset("both"), *conditions, cfg=2.0, sampler=sampler), untouched)
+    assert torch.equal(host(model, *conditions, cfg=2.0, sampler=sampler), untouched)  # no trace
+
+
+def test_predict_noise_outside_a_run_is_refused(model):
+    from subject_dla.sampling.guider import StagedGuider
+
+    guider = StagedGuider(model, preset("both"))
+    guider.set_conds(condition())
+    with pytest.raises(RuntimeError, match="Call sample"):
+        guider.predict_noise(latent(8, 8), torch.ones(1))
+    guider.inner_model = model.model
+    with pytest.raises(RuntimeError, match="Call sample"):
+        guider(latent(8, 8), torch.ones(1))
+
+
 def test_area_conditions_get_their_own_image_tokens(model):
     half = [[c, {**v, "area": (8, 4, 0, 0)}] for c, v in condition(5, 9)]
     out = run(model, Stages((Keyframe(1, 0.5, 0.5),)), condition() + half, condition(seed=4), cfg=2.0)
@@ -275,9 +303,10 @@ def test_conditions_that_cannot_work_are_refused(model, make, words):
 
 
 def test_unknown_layout_takes_0_and_1_only(model, monkeypatch):
-    import subject_dla.sampling.guider as guider
+    from subject_dla.sampling import conditions, patch
 
-    monkeypatch.setattr(guider, "backbone_of", lambda m: None)
+    for module in (conditions, patch):
+        monkeypatch.setattr(module, "backbone_of", lambda m: None)
     with pytest.raises(ValueError, match="token layout"):
         run(model, Stages((Keyframe(1, 0.5, 1),)), condition())
     with pytest.raises(ValueError, match="token layout"):
@@ -288,7 +317,7 @@ def test_unknown_layout_takes_0_and_1_only(model, monkeypatch):
 def test_model_without_the_hosts_attention_is_told_so(model, monkeypatch):
     import comfy.ldm.flux.layers as layers
 
-    def attention(q, k, v, pe, mask=None, transformer_options={}):
+    def attention(q, k, v, pe, mask=None, transformer_options=None):
         return rearrange(torch.nn.functional.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
     monkeypatch.setattr(layers, "attention", attention)

@@ -32,8 +32,8 @@ class DualLayerAggregator(nn.Module):
     def __init__(self, config: DLAConfig, *, operations: Any = None, **placement: Any):
         super().__init__()
         self.config = config
-        width, leaves = config.mllm.width, operations or TorchOperations
-        settings = dict(operations=leaves, **placement)
+        width, make = config.mllm.width, operations or TorchOperations
+        settings = dict(operations=make, **placement)
         names = {"dual": ("text", "image"), "shared": ("shared",), "last": ()}[config.modalities]
         pooling = dict(pooling=config.pooling, heads=config.heads, blocks=config.blocks, **settings)
         self.pooling: Any = nn.ModuleDict(
@@ -44,7 +44,7 @@ class DualLayerAggregator(nn.Module):
         )
         self.project: Any = None
         if config.context_width != width:
-            self.project = leaves.Linear(width, config.context_width, bias=False, **placement)
+            self.project = make.Linear(width, config.context_width, bias=False, **placement)
         if operations in (None, TorchOperations, nn):
             self.start_as_last_layer()
 

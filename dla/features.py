@@ -1,4 +1,4 @@
-"""What the MLLM gives: the hidden states of every layer at every token, and what each token is."""
+"""Features of an MLLM: the hidden states of every layer at every token, and the kind of each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that a DLA's pooling gives to the MLLM's layers, per token: the numbers, and what they say in words."""
+"""Weights that a DLA's pooling gives to the MLLM's layers, per token, and a description of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of layer weights: heat maps over layers, and overlays on the reference image whose tokens they are of."""
+"""Figures of layer weights: heat maps by token and layer, and overlays on the reference image."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def place(grid: ImageGrid, width: int, height: int) -> Placement:
     Raises ValueError where the MLLM would have read such a picture as another grid.
     """
     rows, columns, w, h = grid.rows, grid.columns, width, height
-    if grid.tiles:  # the picture lies whole inside them, centred
+    if grid.tiles:  # the whole picture was fitted into them, centred
         down, across = grid.tiles
         scale = min(across / width, down / height)  # tiles per px
         w, h = across / scale, down / scale

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -14,6 +13,7 @@ from ..dla.config import DLAConfig
 from ..dla.context import Context, aggregate, kept_tokens
 from ..dla.features import Features, MLLMInfo
 from . import folders
+from .host import make_patcher
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
 
@@ -32,8 +32,7 @@ class DLA:
         dtype = compute_dtype(self.load_device, comfy.utils.weight_dtype(state) or torch.float32)
         model = DualLayerAggregator(config, device=offload_device, dtype=dtype, operations=comfy.ops.manual_cast)
         model.compute_dtype = dtype
-        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = patcher(model, load_device=self.load_device, offload_device=offload_device)
+        self.patcher = make_patcher(model, self.load_device, offload_device)
         dynamic = getattr(self.patcher, "is_dynamic", lambda: False)()  # such leaves have no weights to copy into
         model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=dynamic)
         model.eval().requires_grad_(False)

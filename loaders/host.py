@@ -6,6 +6,14 @@
 from __future__ import annotations
 
 
+def make_patcher(model, load_device, offload_device):
+    """The host's patcher around one of the pack's own models; where the host has it, the one for dynamic VRAM."""
+    import comfy.model_patcher
+
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(model, load_device=load_device, offload_device=offload_device)
+
+
 def load_vae(name: str):
     """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), by the host's Load VAE."""
     import nodes

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
 from einops import rearrange
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 
 from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
+from ..host import make_patcher
 from .base import MLLM, MLLMError
 from .cast_layers import ParametersOnMeta, swap_layers
-from .checkpoint import check_keys, read_config, read_headers, read_tokenizer, rename
-from .families import FAMILIES
+from .checkpoint import Headers, check_keys, read_config, read_headers, read_tokenizer, rename
+from .families import FAMILIES, MLLMFamily
 from .vision import Vision, internvl_grid, internvl_tiles, mrope_positions, qwen_grid, qwen_pixels, to_area
 
 
@@ -200,8 +200,26 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
     headers = read_headers(folder)
-    tokenize, image_token = read_tokenizer(folder, raw, family.placeholder)
+    tokenizer, image_token = read_tokenizer(folder, raw, family.placeholder)
+    model = _build_model(folder)
+    names = check_keys(headers, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
+    device = comfy.model_management.text_encoder_device()
+    storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[names[0]][1].dtype], device)
+    swap_layers(model)
+    weights = _read_weights(headers, model, storage, compute)
+    with torch.inference_mode(False):
+        model.load_state_dict(weights, strict=True, assign=True)  # nothing to copy into: parameters are on meta
+    model.requires_grad_(False)
+    backbone = MLLMBackbone(model, compute)
+    patcher = make_patcher(backbone, device, comfy.model_management.text_encoder_offload_device())
+    decoder = model.language_model
+    info = family.info(folder.name, len(decoder.layers), decoder.config.hidden_size)
+    return TransformersMLLM(info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
+
+
+def _build_model(folder: Path) -> Any:
+    """The library's model for a folder's config.json, without weights: parameters are on meta, buffers are real."""
     import transformers  # takes seconds
 
     try:
@@ -210,13 +228,12 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         raise MLLMError(
             f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {error}"
         ) from error
-    if (
-        getattr(config, "vision_feature_layer", -1) != -1
-        or getattr(config, "vision_feature_select_strategy", "default") != "default"
-    ):
+    layer = getattr(config, "vision_feature_layer", -1)
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    if layer != -1 or strategy != "default":
         raise MLLMError(
-            f"{folder / 'config.json'}: vision_feature_layer is {config.vision_feature_layer} and"
-            f" vision_feature_select_strategy {config.vision_feature_select_strategy!r}, expected -1 and 'default'."
+            f"{folder / 'config.json'}: vision_feature_layer is {layer} and vision_feature_select_strategy"
+            f" {strategy!r}, expected -1 and 'default'."
         )
     with ParametersOnMeta(), torch.inference_mode(False):
         model = transformers.AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
@@ -225,47 +242,32 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
             raise MLLMError(
                 f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know."
             )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = check_keys(headers, expected)
+    return model.eval().requires_grad_(False)
 
-    device = comfy.model_management.text_encoder_device()
-    storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[names[0]][1].dtype], device)
-    model = model.eval().requires_grad_(False)
-    swap_layers(model)
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    backbone = MLLMBackbone(model, compute)
+
+def _read_weights(headers: Headers, model: Any, storage: torch.dtype, compute: torch.dtype) -> dict[str, Tensor]:
+    """State dict of the model: linear weights in the storage dtype, all others in the compute dtype."""
     large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     table = "language_model.embed_tokens.weight"
-
+    dtypes = dict.fromkeys(model.state_dict(), compute) | dict.fromkeys(large, storage)
+    dtypes[table] = storage if storage.itemsize > 1 else torch.bfloat16  # entry 0 of the features, so never 8 bits
     state_dict = {}
     for path in dict.fromkeys(path for path, _ in headers.values()):
         for key, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
-            name = rename(key)
-            if name not in expected:
-                continue
-            if name in large:
-                tensor = tensor.to(storage)
-            elif name == table:  # entry 0 of the features, so never 8 bits
-                tensor = tensor.to(storage if storage.itemsize > 1 else torch.bfloat16)
-            else:
-                tensor = tensor.to(compute)
-            state_dict[name] = tensor
-    with torch.inference_mode(False):
-        model.load_state_dict(state_dict, strict=True, assign=True)  # nothing to copy into: parameters are on meta
-    model.requires_grad_(False)
-    patcher = patcher_class(
-        backbone, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
-    )
-    decoder, vision = model.language_model, family.vision
-    assert vision is not None  # FOLDER_FAMILIES all read images
-    info = family.info(folder.name, len(decoder.layers), decoder.config.hidden_size)
-    sizes = raw.get("vision_config", {})
-    patch = sizes.get("patch_size", vision.patch)
-    merge = sizes.get("spatial_merge_size", vision.merge)
-    if "downsample_ratio" in raw:
-        merge = round(1 / raw["downsample_ratio"])
-    vision = replace(vision, patch=patch[0] if isinstance(patch, list) else patch, merge=merge)
-    return TransformersMLLM(info, family, vision, backbone, patcher, tokenize, image_token)
+            if (name := rename(key)) and name in dtypes:
+                state_dict[name] = tensor.to(dtypes[name])
+    return state_dict
+
+
+def _vision(family: MLLMFamily, config: dict) -> Vision:
+    """The family's, with the sizes of a folder's config.json."""
+    assert family.vision is not None  # FOLDER_FAMILIES all read images
+    sizes = config.get("vision_config", {})
+    patch = sizes.get("patch_size", family.vision.patch)
+    merge = sizes.get("spatial_merge_size", family.vision.merge)
+    if "downsample_ratio" in config:
+        merge = round(1 / config["downsample_ratio"])
+    return replace(family.vision, patch=patch[0] if isinstance(patch, list) else patch, merge=merge)
 
 
 def _pick_dtypes(weight_dtype: str, file_dtype: torch.dtype, device) -> tuple[torch.dtype, torch.dtype]:

@@ -1,6 +1,5 @@
-"""Files that version 0.1.0 made: recipes, a DLA and a run's checkpoint are read as they were then."""
+"""Files that version 0.1.0 made: recipes and a DLA are read as they were then (a run: tests/host/test_training_run.py)."""
 
-import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_dla.dla import Features, MLLMInfo, aggregate, load_dla
-from subject_dla.tests.small.killed import Trained
 from subject_dla.training.recipe import Recipe, read_toml
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0"
@@ -43,9 +41,3 @@ def test_a_dla_gives_the_context_of_then():
         found = aggregate(Features(hidden, (0, 1, 2, 3), modality, index, mask, info, prefix=(2,)), dla)
     torch.testing.assert_close(found.tokens, then["tokens"])
     assert torch.equal(found.attention_mask, then["attention_mask"])
-
-
-def test_a_run_goes_on_from_its_checkpoint():
-    trained = Trained()
-    assert trained.restore(FIXTURES / "checkpoint-00000003") == 3
-    assert trained.values() == {0.5} and math.isclose(trained.optimizer.param_groups[0]["lr"], 1e-3)

@@ -116,15 +116,13 @@ def _takes_txt_ids() -> bool:
 
 
 def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torch.Tensor]:
-    """Cut from one sheet of noise, since a processor draws a thousand million normal numbers in half a minute."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(2**20 + 7).normal_(generator=generator)
-    matrices, vectors = (noise * spread).to(dtype), (noise * 0.1).to(dtype)
     out = {}
     for key, value in model.state_dict().items():
-        first = int(torch.randint(len(noise), (), generator=generator))
-        sheet = (matrices if value.ndim > 1 else vectors).roll(-first)
-        weights = sheet.repeat(-(-value.numel() // len(sheet)))[: value.numel()].reshape(value.shape)
+        deviation = spread if value.ndim > 1 else 0.1
+        # a processor draws a thousand million normal numbers in half a minute: large matrices repeat some
+        drawn = torch.empty(min(value.numel(), 2**22 + 15), dtype=dtype).normal_(0, deviation, generator=generator)
+        weights = drawn.repeat(-(-value.numel() // drawn.numel()))[: value.numel()].reshape(value.shape)
         out[key] = weights + 1 if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales are near one
     return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -279,19 +280,17 @@ def _siglip(tower: nn.Module) -> bool:
     return getattr(tower.embeddings, "class_embedding", None) is None
 
 
-def _check_projection(
-    socket: str, files: Sequence[str], kinds: Sequence[str], endings: tuple[str, ...], projection: nn.Module
-):
+def _check_projection(socket: str, files: Sequence[str], kinds: Sequence[str], endings: tuple[str, ...], layer: Any):
     """Raises EmbedderError for a projection that the file lacks: the host at most warns, and uses memory as it is."""
     paths = [path for name in files for kind in kinds if (path := folder_paths.get_full_path(kind, name))]
     headers = [path for path in paths if path.endswith(".safetensors")]
-    found = hasattr(projection, "in_features")  # newer hosts put an identity in place of a missing one at pictures
+    found = hasattr(layer, "in_features")  # newer hosts put an identity in place of a missing one at pictures
     if found and headers and len(paths) == len(files) == len(headers):  # the headers say it, else the values
         tensors = [item for path in headers for item in read_header(path).tensors.items()]
         shapes = [set(tensor.shape) for key, tensor in tensors if key.endswith(endings)]
-        found = {projection.in_features, projection.out_features} in shapes
+        found = {layer.in_features, layer.out_features} in shapes
     elif found:
-        weight = projection.weight.float().cpu()
+        weight = layer.weight.float().cpu()
         identity = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight)))
         found = bool(weight.isfinite().all()) and bool(weight.any()) and not identity
     if not found:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo
+from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from .templates import INTERNVL, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
-from .vision import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Vision
+from .vision import Vision
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,6 @@ from torch import Tensor
 
 from ...dla.features import ImageGrid
 
-# the published normalisations (RGB); part of the weights, so they are not read from a preprocessor file
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-
 
 @dataclass(frozen=True)
 class Vision:

@@ -51,7 +51,7 @@ class OrientationNetwork(nn.Module):
         super().__init__()
         self.backbone = build_backbone(width, layers, device, dtype, operations)
         positions = torch.empty(1, GRID**2 + 1, width, device=device, dtype=dtype)  # the host never interpolates them
-        self.backbone.embeddings.position_embeddings = nn.Parameter(positions)
+        self.backbone.get_submodule("embeddings").register_parameter("position_embeddings", nn.Parameter(positions))
         self.head = OrientationHead(width, out, device=device, dtype=dtype, operations=operations)
 
     def forward(self, pixels: Tensor) -> Tensor:

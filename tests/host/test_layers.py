@@ -130,7 +130,8 @@ def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
 )
 def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     """Every token's mean brightness in the tiles is that of the px of the picture that are said to be its own."""
-    from subject_dla.loaders.mllm.vision import HALF, Vision, internvl_grid, internvl_tiles
+    from subject_dla.loaders.mllm.vision import Vision, internvl_grid, internvl_tiles
+    from subject_dla.loaders.preprocessing import HALF
 
     vision = Vision(14, 2, HALF, HALF)
     ramp = torch.linspace(0.2, 0.8, width)[None] * torch.linspace(0.5, 1.0, height)[:, None]

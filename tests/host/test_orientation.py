@@ -194,10 +194,8 @@ def test_the_cut_out_subject_is_on_black_in_the_middle_at_its_size():
     image = torch.ones(400, 300, 3)
     mask = torch.zeros(400, 300)
     mask[37:137, 201:261] = 1  # 100 high, 60 wide
-    shown = (
-        preprocess_subject(image, mask) * torch.tensor(IMAGENET_STD)[:, None, None]
-        + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    shown = preprocess_subject(image, mask) * std + mean
     ys, xs = (shown[0] > 0.5).nonzero(as_tuple=True)
     height, width = int(ys.max() - ys.min()) + 1, int(xs.max() - xs.min()) + 1
     assert abs(height - 256 * 100 / 117) <= 1 and abs(width - 256 * 60 / 117) <= 1  # 117 = int(100 / 0.85)

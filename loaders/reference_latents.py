@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backbones import backbone_of
+from .conditioning import add_references, reference_latents
 from .images import collect_images
 
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
@@ -28,15 +29,31 @@ def add_identity(
 ) -> list:
     """CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3).
 
-    mask (h, w) or (b, h, w), 1 = use; strength multiplies the schedule's VAE strength; size: longest side in pixels,
-    0 = the family's default; placement: `reference_latents_method`, "auto" = "uxo" (UNO's diagonal) on FLUX.1 as in the
-    paper, the model's own elsewhere. Aspect ratio is kept; what does not fill a 16-pixel token is cut off at the edges.
-    Raises ValueError where the model cannot do it.
+    The aspect ratio is kept; what does not fill a token is cut off at the edges.
+
+    Args:
+        conditioning: Is not changed.
+        model: MODEL that will sample; its family decides size and placement.
+        vae: Its VAE.
+        image: (b, h, w, 3) in 0..1, each a reference.
+        mask: (h, w) or (b, h, w), 1 = use; None = all of the picture.
+        strength: Multiplied into the schedule's strength of references.
+        size: Longest side of each reference, px; 0 = the family's default.
+        placement: `reference_latents_method`; "auto" = the family's default, see its record.
+
+    Raises:
+        ValueError: Where the model cannot do it.
     """
     backbone = backbone_of(model)
     method = reference_method(model, placement)
     side = backbone.token_side if backbone else 16
     images = collect_images(image)
+    most = backbone.most_references if backbone else None
+    count = max((len(reference_latents(values)) for _, values in conditioning), default=0) + len(images)
+    if most is not None and count > most:
+        raise ValueError(
+            f"Add Identity: {backbone.title} takes at most {most} references, this makes {count}. Leave some out."
+        )
     masks = _masks(mask, len(images))
     latents, kept_masks = [], []
     for picture, picture_mask in zip(images, masks):
@@ -51,25 +68,7 @@ def add_identity(
                     "what to use: invert the mask, or set strength 0."
                 )
         kept_masks.append(picture_mask)
-
-    out = []
-    for tokens, values in conditioning:
-        values = values.copy()
-        before = list(values.get("reference_latents") or [])
-        most = backbone.most_references if backbone else None
-        if most is not None and len(before) + len(latents) > most:
-            raise ValueError(
-                f"Add Identity: {backbone.title} takes at most {most} references, this makes "
-                f"{len(before) + len(latents)}. Leave some out."
-            )
-        values["reference_latents"] = before + latents
-        strengths, earlier_masks = strengths_and_masks(values, len(before))
-        values["subject_reference_strengths"] = strengths + [strength] * len(latents)
-        values["subject_reference_masks"] = earlier_masks + kept_masks
-        if method is not None:
-            values["reference_latents_method"] = method
-        out.append([tokens, values])
-    return out
+    return add_references(conditioning, latents, strength, kept_masks, method)
 
 
 def reference_method(model, placement: str) -> str | None:
@@ -106,7 +105,7 @@ def reference_size(width: int, height: int, size: int = 0, uno: bool = False, gr
         uno: Whether the default is UNO's, else at most one megapixel, never enlarged.
         grid: Pixels per token and side.
 
-    Source: UNO's preprocessing for its placement; elsewhere the host's edit nodes, without their enlarging (our choice).
+    Source: UNO's preprocessing for its placement; else the host's edit nodes, without their enlarging (our choice).
     """
     if size or uno:
         scale = (size or UNO_LONGEST_SIDE) / max(width, height)
@@ -141,10 +140,3 @@ def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
             f"Add Identity: {len(mask)} masks for {count} images. Give one mask for all, or one for each image."
         )
     return [mask[i % len(mask)] for i in range(count)]
-
-
-def strengths_and_masks(values: dict, count: int) -> tuple[list[float], list[Tensor | None]]:
-    """What a CONDITIONING says of its `count` reference latents; those that other nodes appended get 1.0 and no mask."""
-    strengths = list(values.get("subject_reference_strengths") or [])
-    masks = list(values.get("subject_reference_masks") or [])
-    return (strengths + [1.0] * count)[:count], (masks + [None] * count)[:count]

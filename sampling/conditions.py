@@ -1,29 +1,14 @@
-"""The conditions of a staged run: what is checked before it, and each stage's variant of a condition.
-
-A condition is a dict as the host's guiders keep it: `cross_attn` holds the context tokens (b, n, c), the rest are the
-values of a CONDITIONING.
-"""
+"""What is checked of the conditions before a staged run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
-
-from ..loaders.backbones import Backbone, backbone_of, titles
+from ..loaders.backbones import backbone_of, titles
+from ..loaders.conditioning import Condition, reference_latents, strengths_and_masks
 from ..loaders.dit import context_width
 from ..loaders.protocols import Model
-from ..loaders.reference_latents import strengths_and_masks
 from .stages import Stages
-
-Condition = dict[str, Any]
-REFERENCE_KEYS = (
-    "reference_latents",
-    "reference_latents_method",
-    "subject_reference_strengths",
-    "subject_reference_masks",
-)
 
 
 def check_conditions(model: Model, stages: Stages, conditions: Iterable[Condition], name: str) -> None:
@@ -38,7 +23,7 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
     backbone, wanted = backbone_of(model), context_width(model)
     most = backbone.most_references if backbone else None
     for condition in conditions:
-        tokens, references = condition.get("cross_attn"), condition.get("reference_latents") or []
+        tokens, references = condition.get("cross_attn"), reference_latents(condition)
         if wanted is not None and tokens is not None and tokens.shape[-1] != wanted:
             raise ValueError(
                 f"The {name} condition has tokens of width {tokens.shape[-1]}, but this diffusion model "
@@ -66,34 +51,3 @@ def _only_on_and_off(model: Model, what: str) -> str:
         f"{what} need a model whose token layout this pack knows ({titles()} as ComfyUI runs them)"
         f"; this one is {type(model.model.diffusion_model).__name__}. Use 0 or 1."
     )
-
-
-def stage_variant(condition: Condition, context: bool, reference: bool, backbone: Backbone | None) -> Condition:
-    """A condition with the token groups of one stage.
-
-    References that are off are left out altogether. A context that is off keeps a token, since hosts fail on none: the
-    attention override takes its keys out, or, where the model's token layout is not known, it is zero.
-
-    Args:
-        condition: With both groups.
-        context: Whether the context is on.
-        reference: Whether the references are on; those of strength 0 never are.
-        backbone: The record of the DiT's family; None where its token layout is not known.
-    """
-    condition = dict(condition)
-    references = condition.get("reference_latents") or []
-    strengths, masks = strengths_and_masks(condition, len(references))
-    on = [i for i, strength in enumerate(strengths) if reference and strength > 0]
-    if on:
-        condition["reference_latents"] = [references[i] for i in on]
-        condition["subject_reference_strengths"] = [strengths[i] for i in on]
-        condition["subject_reference_masks"] = [masks[i] for i in on]
-    else:
-        for key in REFERENCE_KEYS:
-            condition.pop(key, None)
-    if not context and condition.get("cross_attn") is not None:
-        tokens = condition["cross_attn"][:, : backbone.context_off_tokens if backbone else 1]
-        condition["cross_attn"] = tokens if backbone else torch.zeros_like(tokens)
-        if condition.get("attention_mask") is not None:
-            condition["attention_mask"] = torch.ones_like(condition["attention_mask"][:, : tokens.shape[1]])
-    return condition

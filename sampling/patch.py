@@ -19,9 +19,9 @@ import comfy.patcher_extension
 from torch import Tensor
 
 from ..loaders.backbones import Backbone, backbone_of
-from ..loaders.reference_latents import strengths_and_masks
+from ..loaders.conditioning import Condition, stage_variant, strengths_and_masks
 from .attention import KeyStrengthAttention
-from .conditions import Condition, check_conditions, stage_variant
+from .conditions import check_conditions
 from .stages import Stages
 from .tokens import KeyStrengths, grid, key_strengths, patch_size, reference_log_strength
 

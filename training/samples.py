@@ -9,6 +9,7 @@ from torch import Tensor
 from ..common.drawing.sheet import contact_sheet, to_picture
 from ..common.picture_files import load_picture
 from ..dla.context import aggregate
+from ..loaders.conditioning import values_of
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
 from .data.batches import EMPTY, Batch
@@ -42,14 +43,12 @@ def sample_sheet(run) -> Image.Image:
 
 
 def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
-    """The host's CONDITIONING, as Aggregate Layers and Add Identity would make it."""
-    context = aggregate(features, run.dla, device=run.backbone.device)
-    values = {"pooled_output": pooled, "guidance": run.recipe.training.guidance}
-    if run.backbone.family.counts_context:  # learns its number of context tokens from it; older FLUX cannot take one
-        values["attention_mask"] = context.attention_mask.long()
-    values["reference_latents"] = list(batch.references)
-    if run.method is not None:
-        values["reference_latents_method"] = run.method
+    """CONDITIONING, as Aggregate Layers and Add Identity would make it."""
+    context, options = aggregate(features, run.dla, device=run.backbone.device), run.recipe.training
+    values = values_of(
+        context.attention_mask, run.backbone.family.counts_context, pooled=pooled, references=batch.references,
+        method=run.method, guidance=options.guidance,
+    )  # fmt: skip
     return [[context.tokens.cpu(), values]]
 
 

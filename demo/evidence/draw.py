@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...dla.features import Features
+from ...loaders.conditioning import values_of
 from ...sampling.sample import staged_sample
 from ...sampling.stages import Stages
 from ..family.data import load_references, read_entries
@@ -126,11 +127,8 @@ class Arm:
                 part = group[start : start + BATCH]
                 tokens = torch.cat([self.dla.aggregate(features).tokens for _, features in part])
                 latents = zip(*(cases[index].latents for index, _ in part))
-                values = {
-                    "pooled_output": None,
-                    "reference_latents": [torch.cat(column) for column in latents],
-                    "reference_latents_method": "uxo",
-                }
+                references = [torch.cat(column) for column in latents]
+                values = values_of(torch.ones(tokens.shape[:2]), False, references=references, method="uxo")
                 positive, empty = [[tokens, values]], [[negative.repeat(len(part), 1, 1), values]]
                 latent = {"samples": torch.zeros(len(part), 16, SIDE // 8, SIDE // 8)}
                 noise_seed = 1000 * seed + 10 * number + start

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...dla.context import Context
 from ...loaders.backbones import BACKBONES, backbone_of, titles
+from ...loaders.conditioning import values_of
 from ...loaders.dit import context_width
 from ...sampling.attention import KeyStrengthAttention
 from ...sampling.tokens import KeyStrengths, key_strengths, reference_log_strength
@@ -39,8 +40,8 @@ class FrozenDiT:
         backbone = backbone_of(model)
         if backbone is None or backbone.training is None:
             raise ValueError(
-                f"Training needs {titles(b for b in BACKBONES.values() if b.training)} as ComfyUI runs them; this model is "
-                f"{type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
+                f"Training needs {titles(b for b in BACKBONES.values() if b.training)} as ComfyUI runs them; this model "
+                f"is {type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
             )
         self.family = backbone
         if getattr(model, "is_dynamic", lambda: False)():
@@ -119,16 +120,17 @@ class FrozenDiT:
                 )
         else:
             tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
-        values = {"cross_attn": tokens, "pooled_output": pooled}
-        if self.family.counts_context:
-            values["attention_mask"] = torch.ones(1, tokens.shape[1], dtype=torch.long, device=self.device)
-        if len(references):
-            values["reference_latents"] = [reference.to(self.device) for reference in references]
-            if method is not None:
-                values["reference_latents_method"] = method
-        if guidance is not None:
-            values["guidance"] = guidance
-        conds = self.base.extra_conds(noise=noisy, device=self.device, prompt_type="positive", **values)
+        values = values_of(
+            torch.ones(1, tokens.shape[1], dtype=torch.bool, device=self.device),  # padding is taken out below
+            self.family.counts_context,
+            pooled=pooled,
+            references=[reference.to(self.device) for reference in references],
+            method=method,
+            guidance=guidance,
+        )
+        conds = self.base.extra_conds(
+            noise=noisy, device=self.device, prompt_type="positive", cross_attn=tokens, **values
+        )
         conds = {
             key: value.process_cond(batch_size=batch, device=self.device, area=None) for key, value in conds.items()
         }

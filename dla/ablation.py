@@ -82,6 +82,16 @@ def ablate(features: Features, *, text: Collection[int] = (), image: Collection[
     return replace(features, hidden_states=hidden)
 
 
+def ablate_lists(features: Features, **choices: tuple[str, str]) -> Features:
+    """As `ablate`, by an action and a list of layers for "text" or "image", e.g. image=("keep", "late").
+
+    Features without a choice are returned as they are. Raises ValueError, see `parse_layers` and `ablate`.
+    """
+    top = features.info.layers
+    zero = {name: zeroed_layers(action, parse_layers(text, top), top) for name, (action, text) in choices.items()}
+    return ablate(features, **zero) if zero else features
+
+
 def zeroed_layers(action: str, layers: Collection[int], top: int) -> tuple[int, ...]:
     """Layer numbers to set to zero: `layers` themselves (action "zero") or all others up to `top` ("keep")."""
     if action not in ACTIONS:

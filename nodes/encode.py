@@ -1,4 +1,4 @@
-"""A prompt and pictures to CONDITIONING: the MLLM's layers, their aggregation, and the VAE's reference latents."""
+"""Nodes from prompt and images to CONDITIONING: MLLM features, their aggregation, and reference latents."""
 
 from comfy_api.latest import io
 
@@ -17,10 +17,7 @@ class SubjectPromptList(io.ComfyNode):
         return schema(
             node_id="SubjectPromptList",
             display_name="Prompt List",
-            description=(
-                "One prompt per line, each a picture: what follows in the graph runs once per prompt, in one queued"
-                " job."
-            ),
+            description=("One prompt per line: the nodes behind it run once for each prompt, in one queued job."),
             search_aliases=["batch prompts", "prompts from lines", "multiple prompts", "string list"],
             inputs=[
                 io.String.Input(
@@ -29,7 +26,7 @@ class SubjectPromptList(io.ComfyNode):
                     dynamic_prompts=True,
                     default="",
                     placeholder="one prompt per line",
-                    tooltip="One prompt per line. Empty lines and lines that begin with # are left out.",
+                    tooltip="One prompt per line. Empty lines and lines that begin with # are skipped.",
                 ),
             ],
             outputs=[
@@ -37,7 +34,7 @@ class SubjectPromptList(io.ComfyNode):
                     "prompt",
                     display_name="prompt",
                     is_output_list=True,
-                    tooltip="A list of prompts; to the prompt of Encode Subject or any other text input.",
+                    tooltip="A list of prompts. To the prompt of Encode Subject or any other text input.",
                 )
             ],
         )
@@ -71,8 +68,8 @@ class SubjectEncode(io.ComfyNode):
             node_id="SubjectEncode",
             display_name="Encode Subject",
             description=(
-                "The MLLM reads the prompt and the reference images together. Out come its hidden states: every layer,"
-                " every token."
+                "The MLLM reads the prompt and the reference images together; the output is its hidden states: every"
+                " layer, every token."
             ),
             search_aliases=["mllm encode", "text and image encode", "subject reference", "multimodal prompt"],
             inputs=[
@@ -102,7 +99,7 @@ class SubjectEncode(io.ComfyNode):
                     max=2048,
                     step=28,
                     tooltip=(
-                        "How large the MLLM sees each image, in pixels (side of a square of the same area, for"
+                        "Size at which the MLLM reads each image, in pixels (side of a square of the same area, for"
                         " InternVL of a tile; the aspect ratio is kept). 0: the MLLM's own default."
                     ),
                 ),
@@ -113,8 +110,8 @@ class SubjectEncode(io.ComfyNode):
                     min=0,
                     max=12,
                     tooltip=(
-                        "InternVL only: into how many tiles an image may be cut at most. More tiles: finer detail, more"
-                        " tokens. 0: one tile."
+                        "InternVL only: most tiles into which an image is cut. More tiles: finer detail, more tokens."
+                        " 0: one tile."
                     ),
                 ),
                 advanced(
@@ -172,7 +169,7 @@ class SubjectAggregateLayers(io.ComfyNode):
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip="A DLA for this MLLM and your DiT. Left open, the last layer passes through unchanged.",
+                    tooltip="A DLA for this MLLM and your DiT. Without one, the last layer passes through unchanged.",
                 ),
                 advanced(
                     io.Combo.Input,
@@ -180,8 +177,8 @@ class SubjectAggregateLayers(io.ComfyNode):
                     options=["auto", "keep", "drop"],
                     default="auto",
                     tooltip=(
-                        "What becomes of the chat template's tokens. auto: as the stock model (Qwen-Image drops what"
-                        " precedes the user's words) or as the DLA was trained. keep: all stay. drop: all go."
+                        "Tokens of the chat template that go to the DiT. auto: as the stock model (Qwen-Image drops what"
+                        " precedes the user's words) or as the DLA was trained. keep: all. drop: none."
                     ),
                 ),
                 advanced(
@@ -200,8 +197,8 @@ class SubjectAggregateLayers(io.ComfyNode):
                     "pooled_from",
                     optional=True,
                     tooltip=(
-                        "A CONDITIONING whose pooled vector is taken over: on FLUX.1 the CLIP-L encoding of the prompt."
-                        " Left open, FLUX.1 gets zeros."
+                        "A CONDITIONING whose pooled vector is copied: for FLUX.1 the CLIP-L encoding of the prompt."
+                        " Without one, FLUX.1 gets zeros."
                     ),
                 ),
             ],
@@ -242,8 +239,8 @@ class SubjectAddIdentity(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The DiT that will sample: its family decides size, cropping and placement. It is only"
-                        " looked at."
+                        "The DiT that will sample: its family decides size, cropping and placement. The model itself"
+                        " is not changed."
                     ),
                 ),
                 io.Vae.Input("vae", tooltip="The DiT's VAE."),
@@ -252,7 +249,7 @@ class SubjectAddIdentity(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "White: the part of the reference to use; black: its tokens are taken out. Scaled to the image."
+                        "White: the part of the reference to use; black parts get no tokens. Scaled to the image."
                     ),
                 ),
                 io.Float.Input(
@@ -262,9 +259,8 @@ class SubjectAddIdentity(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     tooltip=(
-                        "Strength of this reference, multiplied into the schedule's VAE strength. 1: as the model does"
-                        " by itself; 0: not there; otherwise attention to it is weighted by"
-                        " this much."
+                        "Strength of this reference, multiplied by the schedule's VAE strength. 1: the model's own"
+                        " behaviour; 0: the reference is left out; else attention to it is weighted by this factor."
                     ),
                 ),
                 io.Int.Input(
@@ -283,7 +279,7 @@ class SubjectAddIdentity(io.ComfyNode):
                     options=["auto", "uxo", "offset", "index", "index_timestep_zero"],
                     default="auto",
                     tooltip=(
-                        "Where the reference's tokens sit among the picture's. auto: the family's own. uxo: the"
+                        "Positions of the reference's tokens beside the picture's. auto: the family's own. uxo: the"
                         " diagonal of UNO and USO (FLUX.1 with such a LoRA, and the paper). offset, index: FLUX.1"
                         " Kontext's and Qwen-Image-Edit's. index_timestep_zero: Qwen-Image-Edit 2511."
                     ),

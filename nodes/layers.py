@@ -1,4 +1,4 @@
-"""Layer roles: layers taken out per modality, one by one in a sweep, and what a DLA's pooling attends to."""
+"""Nodes for layer roles: layers set to zero per modality, sweeps over groups, and the weights of a DLA's pooling."""
 
 from comfy_api.latest import io, ui
 
@@ -14,12 +14,12 @@ LAYERS_TIP = (
 )
 
 
-def action(name: str):
+def _action(name: str):
     return io.Combo.Input(
         name,
         options=CHOICES,
         default=UNTOUCHED,
-        tooltip=f"The {name} tokens' layers: zero those named below, or keep these and zero the rest.",
+        tooltip=f"Layers of the {name} tokens: zero the ones listed below, or keep these and zero the rest.",
     )
 
 
@@ -30,15 +30,15 @@ class SubjectAblateLayers(io.ComfyNode):
             node_id="SubjectAblateLayers",
             display_name="Ablate Layers",
             description=(
-                "Sets layers of the MLLM's hidden states to zero, for text tokens and image tokens apart: what a"
-                " picture loses shows what those layers are for. Template tokens stay."
+                "Sets layers of the MLLM's hidden states to zero, for text and image tokens separately: what a picture"
+                " loses shows what those layers are for. Template tokens stay."
             ),
             search_aliases=["layer ablation", "zero layers", "keep layers", "layer roles"],
             inputs=[
                 Features.Input("features", tooltip="From Encode Subject."),
-                action("text"),
+                _action("text"),
                 io.String.Input("text_layers", default="early", tooltip=LAYERS_TIP),
-                action("image"),
+                _action("image"),
                 io.String.Input("image_layers", default="early", tooltip=LAYERS_TIP),
             ],
             outputs=[
@@ -50,13 +50,10 @@ class SubjectAblateLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, features, text, text_layers, image, image_layers) -> io.NodeOutput:
-        from ..dla.ablation import ablate, parse_layers, zeroed_layers
+        from ..dla.ablation import ablate_lists
 
-        top, chosen = features.info.layers, {}
-        for modality, what, layers in (("text", text, text_layers), ("image", image, image_layers)):
-            if what != UNTOUCHED:
-                chosen[modality] = zeroed_layers(what, parse_layers(layers, top), top)
-        return io.NodeOutput(ablate(features, **chosen) if chosen else features)
+        choices = {"text": (text, text_layers), "image": (image, image_layers)}
+        return io.NodeOutput(ablate_lists(features, **{key: c for key, c in choices.items() if c[0] != UNTOUCHED}))
 
 
 class SubjectAblationSweep(io.ComfyNode):
@@ -67,7 +64,7 @@ class SubjectAblationSweep(io.ComfyNode):
             display_name="Ablation Sweep",
             description=(
                 "The features as they are, then with each group of layers zeroed and each kept alone, per modality:"
-                " what follows in the graph runs once for each, in one queued job. To one sheet with Contact Sheet."
+                " the nodes behind it run once for each, in one queued job. Contact Sheet puts the results together."
             ),
             search_aliases=["layer sweep", "layer roles", "ablation study", "layer groups"],
             inputs=[
@@ -122,19 +119,19 @@ class SubjectLayerWeights(io.ComfyNode):
             node_id="SubjectLayerWeights",
             display_name="Layer Weights",
             description=(
-                "What a DLA's pooling attends to: the weight of every layer in every token, text and image apart, as a"
-                " heat map, as an overlay on the reference image, and in words."
+                "The weight that a DLA's pooling gives to every layer in every token, text and image separately: as a heat"
+                " map, as an overlay on the reference image, and as a description."
             ),
             search_aliases=["attention map", "layer attention", "dla weights", "heat map", "layer roles"],
             is_output_node=True,
             inputs=[
                 Features.Input("features", tooltip="From Encode Subject, or from Ablate Layers."),
-                DLA.Input("dla", tooltip="The DLA to look into, trained on this MLLM."),
+                DLA.Input("dla", tooltip="The DLA whose weights are shown, trained on this MLLM."),
                 io.Image.Input(
                     "image",
                     optional=True,
                     tooltip=(
-                        "The reference image to lay the weights over, as Encode Subject read it. Left open: no overlay."
+                        "The reference image under the overlay, as Encode Subject read it. Without one: no overlay."
                     ),
                 ),
                 io.Int.Input(
@@ -161,7 +158,7 @@ class SubjectLayerWeights(io.ComfyNode):
                 io.Image.Output(
                     "overlay",
                     display_name="overlay",
-                    tooltip="The reference image under the weights. Without an image, nothing that hangs on it runs.",
+                    tooltip="The reference image under the weights. Without an image, nodes connected here do not run.",
                 ),
                 io.String.Output("text", display_name="text", tooltip="Mean layer, heaviest layers and group shares."),
             ],

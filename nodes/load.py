@@ -1,4 +1,4 @@
-"""Files to models: the MLLM (a folder, or the host's CLIP), the DLA, and all four parts at once."""
+"""Nodes that load models: the MLLM (a folder, or the host's CLIP), the DLA, and all four parts at once."""
 
 from comfy_api.latest import io
 
@@ -129,8 +129,8 @@ class SubjectLoadPipeline(io.ComfyNode):
             node_id="SubjectLoadPipeline",
             display_name="Load Subject Pipeline",
             description=(
-                "DiT, VAE, MLLM and DLA in one node. The files' headers are compared first, so that parts that do not "
-                "belong together are named before minutes of loading."
+                "DiT, VAE, MLLM and DLA in one node. The files' headers are compared first, so that an error about parts"
+                " that do not match comes before minutes of loading."
             ),
             search_aliases=["subject pipeline", "load all", "subject driven generation"],
             inputs=[
@@ -139,7 +139,7 @@ class SubjectLoadPipeline(io.ComfyNode):
                     options=files.options("diffusion_models"),
                     tooltip=(
                         "The DiT, under models/diffusion_models. For GGUF and other special formats use their own"
-                        " loader instead of this node."
+                        " loaders instead of this node."
                     ),
                 ),
                 io.Combo.Input("vae", options=files.options("vae"), tooltip="The DiT's VAE, under models/vae."),

@@ -187,7 +187,8 @@ def test_folder_of_subjects(tmp_path):
         assert reference != example.target and reference.parent == example.target.parent
         assert example.target_size == example.reference_sizes[0] == SIZE
         assert example.prompt == f"{example.subject} seen from {example.target.stem}"
-    for words in (("lonely", "1 picture"), ("silent", "caption"), ("empty", "0 picture"), ("3.txt", "UTF-8"), ("2.txt", "empty")):  # fmt: skip
+    causes = ["lonely: 1 picture", "silent: caption", "empty: 0 picture", "3.txt: UTF-8", "2.txt: empty"]
+    for words in (cause.split(": ") for cause in causes):
         assert sum(all(word in problem for word in words) for problem in data.problems) == 1, (words, data.problems)
     assert len(data.problems) == 5
     pairs = [(e.target, e.references) for e in read_data(tmp_path, validation=0, seed=1).training]
@@ -244,7 +245,8 @@ GOOD = [
     entry(),
     {"prompt": "one path", "image_path": "a/0.jpg", "target": "a/2.jpg"},
     {"prompt": "null is not there", "image_paths": None, "image_path": "a/1.jpg", "target_path": "a/2.jpg"},
-    {"prompt": "both\u2028lines", "image_paths": ["a/0.jpg", "./b//0.jpg"], "image_tgt_path": "b\\1.jpg", "subject": "ab"},
+    {"prompt": "both\u2028lines", "image_paths": ["a/0.jpg", "./b//0.jpg"], "image_tgt_path": "b\\1.jpg",
+     "subject": "ab"},
 ]  # fmt: skip
 BAD = {
     "null": "NoneType",
@@ -318,7 +320,10 @@ def test_lists_with_every_kind_of_damage(lists):
 
 @pytest.mark.parametrize(
     "text, word",
-    [("", "not JSON"), ('[{"prompt": ', "not JSON"), ("{}", "dict"), ("[]", "nothing"), ("[" * 99_999, "not JSON"), ("[1]", "1 problem")],
+    [
+        ("", "not JSON"), ('[{"prompt": ', "not JSON"), ("{}", "dict"), ("[]", "nothing"), ("[" * 99_999, "not JSON"),
+        ("[1]", "1 problem"),
+    ],
 )  # fmt: skip
 def test_lists_that_are_none(tmp_path, text, word):
     (tmp_path / "list.json").write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What a person who chooses settings or models needs to see: copy-paste, identity, layer roles. No ComfyUI here."""
+"""Metrics: copy-paste, identity, orientation, layer weights. No ComfyUI here, but for what loaders bring in."""

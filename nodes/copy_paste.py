@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .files import save_reports
-from .schema import Orientation, schema
+from .schema import CAPTION_TIP, Orientation, output, schema
 
 
 class SubjectCopyPasteReport(io.ComfyNode):
@@ -68,19 +68,10 @@ class SubjectCopyPasteReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", display_name="report", tooltip="Coverage and the table, in markdown."),
-                io.Image.Output(
-                    "plot", display_name="plot", tooltip="Where the subjects face, how far they turned, and the table."
-                ),
-                io.String.Output(
-                    "json", display_name="json", tooltip="Every metric with its interval, and every pair."
-                ),
-                io.String.Output(
-                    "figures",
-                    display_name="figures",
-                    is_output_list=True,
-                    tooltip="A short text for each picture, to figures of Contact Sheet.",
-                ),
+                output(io.String, "report", "Coverage and the table, in markdown."),
+                output(io.Image, "plot", "Where the subjects face, how far they turned, and the table."),
+                output(io.String, "json", "Every metric with its interval, and every pair."),
+                output(io.String, "figures", CAPTION_TIP, is_list=True),
             ],
         )
 

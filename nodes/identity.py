@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .files import save_reports
-from .schema import NONE, advanced, schema
+from .schema import CAPTION_TIP, NONE, advanced, output, schema
 
 ONE_EACH = " One per line, or a list: for each picture, or for each item of a list of batches, or one for all."
 MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -109,18 +109,9 @@ class SubjectIdentityScores(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", display_name="report", tooltip="The table with backbones and notes."),
-                io.String.Output(
-                    "json",
-                    display_name="json",
-                    tooltip="Every metric with its pairs, backbone and preprocessing, as JSON.",
-                ),
-                io.String.Output(
-                    "figures",
-                    display_name="figures",
-                    is_output_list=True,
-                    tooltip="A short text for each picture, to figures of Contact Sheet.",
-                ),
+                output(io.String, "report", "The table with backbones and notes."),
+                output(io.String, "json", "Every metric with its pairs, backbone and preprocessing, as JSON."),
+                output(io.String, "figures", CAPTION_TIP, is_list=True),
             ],
         )
 

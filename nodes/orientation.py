@@ -3,7 +3,14 @@
 from comfy_api.latest import io, ui
 
 from . import files
-from .schema import Orientation, advanced, schema
+from .schema import Orientation, advanced, output, schema
+
+ANGLES = {
+    "azimuth": "degrees, 0 to 360: 0 faces the camera, 90 faces the left of the picture.",
+    "polar": "degrees, -90 to 90: how far the camera is above the subject.",
+    "rotation": "degrees: how far the picture is turned, counter-clockwise.",
+    "confidence": "0 to 1: how sure it is that the subject has a front.",
+}
 
 
 class SubjectLoadOrientation(io.ComfyNode):
@@ -33,11 +40,7 @@ class SubjectLoadOrientation(io.ComfyNode):
                     tooltip="Of a .pt, write a .safetensors copy beside it, unless there is one. Press R to see it.",
                 ),
             ],
-            outputs=[
-                Orientation.Output(
-                    "ORIENTATION_MODEL", display_name="ORIENTATION_MODEL", tooltip="To Subject Orientation."
-                )
-            ],
+            outputs=[output(Orientation, "ORIENTATION_MODEL", "To Subject Orientation.")],
         )
 
     @classmethod
@@ -93,32 +96,9 @@ class SubjectOrientation(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("overlay", display_name="overlay", tooltip="The pictures with the subject's axes."),
-                io.String.Output("text", display_name="text", tooltip="A table, one line per picture."),
-                io.Float.Output(
-                    "azimuth",
-                    display_name="azimuth",
-                    is_output_list=True,
-                    tooltip="A list of degrees, 0 to 360: 0 faces the camera, 90 faces the left of the picture.",
-                ),
-                io.Float.Output(
-                    "polar",
-                    display_name="polar",
-                    is_output_list=True,
-                    tooltip="A list of degrees, -90 to 90: how far the camera is above the subject.",
-                ),
-                io.Float.Output(
-                    "rotation",
-                    display_name="rotation",
-                    is_output_list=True,
-                    tooltip="A list of degrees: how far the picture is turned, counter-clockwise.",
-                ),
-                io.Float.Output(
-                    "confidence",
-                    display_name="confidence",
-                    is_output_list=True,
-                    tooltip="A list of 0 to 1: how sure it is that the subject has a front.",
-                ),
+                output(io.Image, "overlay", "The pictures with the subject's axes."),
+                output(io.String, "text", "A table, one line per picture."),
+                *(output(io.Float, name, f"A list of {what}", is_list=True) for name, what in ANGLES.items()),
             ],
         )
 

@@ -17,12 +17,18 @@ Orientation = io.Custom("ORIENTATION_MODEL")
 
 WEIGHT_DTYPES = ["default", *DTYPES]
 NONE = "none"
+CAPTION_TIP = "A short text for each picture, to figures of Contact Sheet."
 
 
 def schema(**arguments) -> io.Schema:
     """io.Schema in the pack's category, without the arguments this host lacks (`search_aliases` came at 0.11)."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(category=CATEGORY, **{key: value for key, value in arguments.items() if key in known})
+
+
+def output(kind, name: str, tooltip: str, *, is_list: bool = False):
+    """An output of that io type whose id is also its label."""
+    return kind.Output(name, display_name=name, tooltip=tooltip, is_output_list=is_list)
 
 
 def advanced(input_type, *arguments, **keywords):

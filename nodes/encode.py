@@ -177,8 +177,8 @@ class SubjectAggregateLayers(io.ComfyNode):
                     options=["auto", "keep", "drop"],
                     default="auto",
                     tooltip=(
-                        "Tokens of the chat template that go to the DiT. auto: as the stock model (Qwen-Image drops what"
-                        " precedes the user's words) or as the DLA was trained. keep: all. drop: none."
+                        "Tokens of the chat template that go to the DiT. auto: as the stock model (Qwen-Image drops"
+                        " what precedes the user's words) or as the DLA was trained. keep: all. drop: none."
                     ),
                 ),
                 advanced(

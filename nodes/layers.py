@@ -119,8 +119,8 @@ class SubjectLayerWeights(io.ComfyNode):
             node_id="SubjectLayerWeights",
             display_name="Layer Weights",
             description=(
-                "The weight that a DLA's pooling gives to every layer in every token, text and image separately: as a heat"
-                " map, as an overlay on the reference image, and as a description."
+                "The weight that a DLA's pooling gives to every layer in every token, text and image separately: as a"
+                " heat map, as an overlay on the reference image, and as a description."
             ),
             search_aliases=["attention map", "layer attention", "dla weights", "heat map", "layer roles"],
             is_output_node=True,

@@ -129,8 +129,8 @@ class SubjectLoadPipeline(io.ComfyNode):
             node_id="SubjectLoadPipeline",
             display_name="Load Subject Pipeline",
             description=(
-                "DiT, VAE, MLLM and DLA in one node. The files' headers are compared first, so that an error about parts"
-                " that do not match comes before minutes of loading."
+                "DiT, VAE, MLLM and DLA in one node. The files' headers are compared first, so that an error about"
+                " parts that do not match comes before minutes of loading."
             ),
             search_aliases=["subject pipeline", "load all", "subject driven generation"],
             inputs=[

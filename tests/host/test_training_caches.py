@@ -305,7 +305,7 @@ def test_references_can_be_kept_from_the_mllm(mllm, pictures):
     assert same(blind, FeatureSource(mllm, layers=(3,)).get(PROMPTS[0], ()))
 
 
-def test_an_mllm_without_eyes_gets_the_prompt_alone(mllm, pictures, monkeypatch):
+def test_a_text_only_mllm_gets_the_prompt_alone(mllm, pictures, monkeypatch):
     monkeypatch.setattr(mllm, "reads_images", False, raising=False)
     source = FeatureSource(mllm, layers=(3,))
     seeing = source.get(PROMPTS[0], tuple(pictures))

@@ -23,13 +23,6 @@ class DiTHeader:
     context_width: int | None = None
 
 
-def list_dits() -> list[str]:
-    """File names under `models/diffusion_models`, as the host lists them."""
-    import folder_paths
-
-    return folder_paths.get_filename_list("diffusion_models")
-
-
 def read_header(path: str) -> DiTHeader:
     """Family and context width from a safetensors header, without reading weights.
 

@@ -81,11 +81,6 @@ class DLA:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required(self.config, features))
 
 
-def list_dlas() -> list[str]:
-    """Names of the files under models/dla."""
-    return folders.dla_files()
-
-
 def read_config(name: str) -> DLAConfig:
     """Config of a file under models/dla, from its header alone. Raises ValueError."""
     return checkpoint.read_config(folders.find("dla", name))

@@ -1,5 +1,7 @@
-"""The pack's own model folders, `models/mllm`, `models/dla` and `models/orientation`, among the host's: also in every
-folder that extra_model_paths.yaml gives for these names."""
+"""The pack's own model folders, `models/mllm`, `models/dla` and `models/orientation`, among the host's.
+
+Also in every folder that extra_model_paths.yaml gives for these names.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ FILES = {"dla": "DLA", "orientation": "orientation"}  # kinds that are single fi
 
 
 def register() -> None:
-    """Make these folders known to the host. May be called again. Folders that its YAML names for them stay, and stay
-    first where it says so; the extensions are set here, since the host would list every file under a new name."""
+    """Makes these folders known to the host; may be called again.
+
+    Folders that its YAML names for them stay, and stay first where it says so; the extensions are set here, since the
+    host would list every file under a new name.
+    """
     for kind, extensions in EXTENSIONS.items():
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
         paths, _ = folder_paths.folder_names_and_paths[kind]
@@ -27,8 +32,10 @@ def mllm_folders() -> list[str]:
 
 
 def mllm_names() -> list[str]:
-    """Hugging Face folders (those with a config.json) in any of `mllm_folders`, also one level deeper, as the
-    owner/name that a download may leave; names with forward slashes, sorted."""
+    """Names, with forward slashes and sorted, of the Hugging Face folders in any of `mllm_folders`.
+
+    Those are the ones with a config.json, also one level deeper, as the owner/name that a download may leave.
+    """
     found = set()
     for root in map(Path, mllm_folders()):
         for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):
@@ -44,16 +51,12 @@ def files(kind: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(kind) if _inside(name)] if _roots(kind) else []
 
 
-def dla_files() -> list[str]:
-    """DLA files, see `files`."""
-    return files("dla")
-
-
 def find(kind: str, name: str) -> Path:
     """The file or folder `name` of one of these kinds, in the first configured folder that has it.
 
-    Raises ValueError for a name that leads out of the configured folders (absolute, or with ".."), and for one that is
-    not there; the text lists what is.
+    Raises:
+        ValueError: The name leads out of the configured folders (absolute, or with ".."), or is not there; the text
+            lists what is.
     """
     if not isinstance(name, str) or not name or not _inside(name):
         raise ValueError(f"{name!r} is no name in models/{kind}: expected one without '..', drive or leading slash.")

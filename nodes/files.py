@@ -4,6 +4,9 @@ from pathlib import Path
 
 import folder_paths
 
+from ..common.files import save_text
+from ..loaders import folders
+
 KINDS = {
     "mllm": "a Hugging Face folder (config.json, tokenizer and *.safetensors)",
     "dla": "a .safetensors file made by this pack's training",
@@ -16,11 +19,7 @@ KINDS = {
 
 def options(kind: str) -> list[str]:
     """The names a combo of that kind offers now."""
-    if kind == "mllm":
-        from ..loaders.mllm import list_mllms
-
-        return list_mllms()
-    return folder_paths.get_filename_list(kind)
+    return folders.mllm_names() if kind == "mllm" else folder_paths.get_filename_list(kind)
 
 
 def missing(kind: str, name: str | None) -> str | None:
@@ -48,8 +47,6 @@ def fingerprint(kind: str, name: str | None) -> str:
 
 def save_reports(prefix: str, **contents: str) -> None:
     """Writes texts into the host's output folder under one number, as its Save Image does; `contents` by extension."""
-    from ..common.files import save_text
-
     folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     for extension, content in contents.items():
         save_text(Path(folder) / f"{name}_{counter:05}_.{extension}", content)

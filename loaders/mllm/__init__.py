@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from .base import MLLM
 
 
-def list_mllms() -> list[str]:
-    """Names of the Hugging Face folders under models/mllm."""
-    from ..folders import mllm_names
-
-    return mllm_names()
-
-
 def load_mllm(name: str, weight_dtype: str = "default") -> MLLM:
     """The MLLM in the folder `name` under models/mllm, run by transformers; weight_dtype: see huggingface.load_folder.
 

@@ -118,12 +118,12 @@ def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy
 
 def test_lists_files_of_every_configured_root(models):
     from subject_dla.loaders import folders
-    from subject_dla.loaders.dla import list_dlas, load_dla, read_config
+    from subject_dla.loaders.dla import load_dla, read_config
 
     make_file(models / "models" / "dla" / "b.safetensors")
     make_file(models / "extra" / "dla" / "a.safetensors", context_width=20)
     (models / "models" / "dla" / "notes.txt").write_text("no DLA")
-    assert list_dlas() == ["a.safetensors", "b.safetensors"]
+    assert folders.files("dla") == ["a.safetensors", "b.safetensors"]
     assert read_config("a.safetensors").context_width == 20 and load_dla("b.safetensors").config.context_width == 48
 
     for place in (

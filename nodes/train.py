@@ -1,25 +1,10 @@
-"""Training inside the graph: one node, which runs, saves and goes on."""
+"""Training inside the graph: one node, which trains, saves and resumes."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
+from ..training.inputs import BESIDE, NONE, TRAINING_STAGES, fingerprint_source, list_sources
 from . import files
-from .schema import DLA, MLLM, NONE, advanced, schema
-
-STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
-LISTS = (".json", ".jsonl")
-BESIDE = "beside the DLA"  # the LoRA that was trained with the connected DLA, which has its name
-
-
-def sources() -> list[str]:
-    """What the data input offers: folders in the host's input folder, and lists there and in these folders."""
-    root = Path(folder_paths.get_input_directory())
-    folders = [path for path in root.glob("*") if path.is_dir()]
-    lists = [path for place in (root, *folders) for path in place.glob("*") if path.suffix.lower() in LISTS]
-    names = (path.relative_to(root).as_posix() for path in (*folders, *lists))
-    return sorted((name for name in names if not name.startswith(".")), key=str.lower)
+from .schema import DLA, MLLM, advanced, schema
 
 
 class SubjectTrainDLA(io.ComfyNode):
@@ -30,7 +15,7 @@ class SubjectTrainDLA(io.ComfyNode):
             display_name="Train DLA",
             description=(
                 "Trains a Dual Layer Aggregator for this diffusion model and this MLLM and, if you like, a LoRA on the "
-                "diffusion model's attention. Stopping saves; queueing again goes on from there. The DLA goes to "
+                "diffusion model's attention. Stopping saves; queueing again resumes. The DLA goes to "
                 "models/dla and the LoRA to models/loras, under the run's name."
             ),
             search_aliases=["train", "training", "finetune", "dual layer aggregator", "lora"],
@@ -44,7 +29,7 @@ class SubjectTrainDLA(io.ComfyNode):
                 MLLM.Input("mllm", tooltip="From Load MLLM or MLLM from CLIP. It is not changed."),
                 io.Combo.Input(
                     "data",
-                    options=sources(),
+                    options=list_sources(),
                     tooltip=(
                         "In ComfyUI's input folder: a folder of subjects (SUBJECT/*.jpg, a caption in the .txt of the"
                         " same name), or a list .json or .jsonl of prompt, image_paths, image_tgt_path, as UNO's."
@@ -53,15 +38,15 @@ class SubjectTrainDLA(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my-dla",
-                    tooltip="Of the run and of its files. The same name goes on with a run, a new one begins another.",
+                    tooltip="Of the run and of its files. The same name resumes a run, a new one begins another.",
                 ),
                 io.Combo.Input(
                     "stage",
-                    options=STAGES,
-                    default=STAGES[0],
+                    options=TRAINING_STAGES,
+                    default=TRAINING_STAGES[0],
                     tooltip=(
                         "1: prompt and references through the MLLM alone. 2: with VAE tokens too, either left out at"
-                        " times, as staged sampling needs it. Begin stage 2 from stage 1's DLA."
+                        " times, as staged sampling needs it. Start stage 2 from stage 1's DLA."
                     ),
                 ),
                 io.Int.Input(
@@ -126,14 +111,14 @@ class SubjectTrainDLA(io.ComfyNode):
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip="Begin from this DLA. Left open: a new one, which hands on the MLLM's last layer.",
+                    tooltip="Start from this DLA. Not connected: a new one, which passes on the MLLM's last layer.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
                     tooltip=(
-                        "FLUX.1: CLIP-L and T5 from the host's loader, for the pooled vector. Left open: zeros; then"
-                        " leave pooled_from of Aggregate Layers open too."
+                        "FLUX.1: CLIP-L and T5 from the host's loader, for the pooled vector. Not connected: zeros;"
+                        " then leave pooled_from of Aggregate Layers unconnected too."
                     ),
                 ),
                 advanced(
@@ -143,7 +128,7 @@ class SubjectTrainDLA(io.ComfyNode):
                     default=NONE,
                     optional=True,
                     tooltip=(
-                        "Begin from this LoRA, of the same rank: stage 1's, in stage 2. beside the DLA: the one of the"
+                        "Start from this LoRA, of the same rank: stage 1's, in stage 2. beside the DLA: the one of the"
                         " connected DLA's name."
                     ),
                 ),
@@ -169,78 +154,24 @@ class SubjectTrainDLA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, data=None, name=None, stage=None, start_lora=NONE, options="", **widgets):
-        """Before any model is loaded. Raises what is wrong: hosts show that once, but a returned text for every input.
-        `widgets` takes over the host's check of bounds, which the recipe has too. A linked input is None."""
-        from ..training.graph_run import check
+    def validate_inputs(cls, **widgets):
+        """Raises what is wrong, since hosts show that once, but a returned text for every input."""
+        from ..training.graph_run import check_inputs
 
-        if start_lora not in (None, NONE, BESIDE) and (problem := files.missing("loras", start_lora)):
-            raise ValueError(problem)
-        source = None if data is None else find(data)
-        given = {"name": name, "stage": stage, "start_lora": start_lora, "options": options}
-        whole = None not in (data, *given.values(), widgets.get("lora_rank"), widgets.get("seed"))
-        check(recipe(source, **given, **widgets), whole)
+        check_inputs(**widgets)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, data=None, **_):
-        """Changed data are looked at again."""
-        place = Path(folder_paths.get_input_directory()) / (data or "linked")
-        found = [path for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
-        return str([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found])
+        return fingerprint_source(data)
 
     @classmethod
-    def execute(
-        cls, model, vae, mllm, data, name, stage, steps, learning_rate, resolution, batch_size, accumulate, lora_rank,
-        seed, dla=None, clip=None, start_lora=NONE, options="",
-    ) -> io.NodeOutput:  # fmt: skip
+    def execute(cls, model, vae, mllm, **widgets) -> io.NodeOutput:
         from ..training.graph_run import train_in_graph
 
-        if start_lora == BESIDE and dla is None:
-            raise ValueError(
-                f"Train DLA: start_lora is {BESIDE!r}, but no DLA is connected. Connect one, or set {NONE}."
-            )
-        settings = recipe(
-            find(data), name=name, stage=stage, steps=steps, learning_rate=learning_rate, resolution=resolution,
-            batch_size=batch_size, accumulate=accumulate, lora_rank=lora_rank, seed=seed, dla=dla,
-            start_lora=start_lora, options=options,
-        )  # fmt: skip
-        trained, plots, report, samples = train_in_graph(settings, model, vae, mllm, clip)
-        shown = [ui.PreviewImage(pictures, cls=cls).as_dict() for pictures in (plots, samples) if pictures is not None]
-        images = [image for preview in shown for image in preview["images"]]
-        return io.NodeOutput(trained, plots, report, ui={**shown[0], "images": images})
-
-
-def find(data: str | None) -> Path:
-    """What `data` names in the input folder. Raises ValueError where that is nothing, or nothing to train on."""
-    if data not in (found := sources()):
-        there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
-        raise ValueError(
-            f"Train DLA: no data {data!r} in ComfyUI's input folder; of folders and lists there is: {there}. Put a "
-            "folder of subjects or a .json list there and press R."
-        )
-    path = Path(folder_paths.get_input_directory()) / data
-    if path.is_dir() and not any(caption for place in ("*.txt", "*/*.txt") for caption in path.glob(place)):
-        raise ValueError(
-            f"Train DLA: the folder {data!r} has no captions, expected SUBJECT/PICTURE.jpg and SUBJECT/PICTURE.txt in "
-            "it. If it holds a .json list, choose that list instead of the folder."
-        )
-    return path
-
-
-def recipe(source: Path | None, *, name, stage, lora_rank=None, dla=None, start_lora=NONE, options="", **widgets):
-    """The node's widgets as a training.recipe.Recipe; `options` has the last word. None: linked, so not known yet."""
-    from ..training.recipe import Recipe, RecipeError
-
-    if stage not in (None, *STAGES):
-        raise RecipeError(f"Train DLA: stage is {stage!r}, expected {' or '.join(STAGES)}.")
-    kept = ("steps", "learning_rate", "resolution", "batch_size", "accumulate", "seed")
-    values = {key: widgets.get(key) for key in kept}
-    values |= {"stage": stage and STAGES.index(stage) + 1, "rank": lora_rank, "start_dla": getattr(dla, "name", None)}
-    values["start_lora"] = {NONE: "", BESIDE: values["start_dla"]}.get(start_lora, start_lora)
-    values = {key: value for key, value in values.items() if value is not None}
-    name = "linked" if name is None else name
-    return Recipe.from_widgets(source or Path("linked"), name, options or "", values)
+        trained, plots, report, samples = train_in_graph(model, vae, mllm, **widgets)
+        shown = [ui.PreviewImage(images, cls=cls).as_dict() for images in (plots, samples) if images is not None]
+        return io.NodeOutput(trained, plots, report, ui={**shown[0], "images": sum((s["images"] for s in shown), [])})
 
 
 NODES = [SubjectTrainDLA]

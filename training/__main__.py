@@ -1,4 +1,4 @@
-"""Trains a DLA from a recipe, as the node does, without the editor; Ctrl-C saves, the same command goes on.
+"""Trains a DLA from a recipe, as the node does, without the editor; Ctrl-C saves, the same command resumes.
 
     python training --template > recipe.toml            every setting, its default and its meaning
     python training recipe.toml --comfyui FOLDER         in ComfyUI's Python
@@ -22,29 +22,19 @@ if not __package__:  # started by its path, as `python training`
 
     runpy.run_path(str(Path(__file__).parents[1] / "common" / "bootstrap.py"))["run"]("training")
 
-
 from ..common import bootstrap
 
 
-def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The script's options, and the host's."""
     parser = argparse.ArgumentParser(prog="python training", description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="the settings; see --template")
-    parser.add_argument("--template", action="store_true", help="print a recipe with every setting, and end")
-    parser.add_argument(
-        "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), metavar="FOLDER", help="the ComfyUI to run in"
-    )
-    parser.add_argument(
-        "--models",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="a models folder laid out like ComfyUI's",
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="in place of ComfyUI's output folder")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="overrides a setting, as TOML"
-    )
+    add, folder, many = parser.add_argument, {"type": Path, "metavar": "FOLDER"}, {"action": "append", "default": []}
+    add("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="the settings; see --template")
+    add("--template", action="store_true", help="print a recipe with every setting, and end")
+    add("--comfyui", **folder, default=os.environ.get("COMFYUI_PATH"), help="the ComfyUI to run in")
+    add("--models", **folder, **many, help="a models folder laid out like ComfyUI's")
+    add("--output", **folder, help="in place of ComfyUI's output folder")
+    add("--set", **many, metavar="SECTION.NAME=VALUE", help="overrides a setting, as TOML")
     cut = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:cut])
     if not options.template:
@@ -56,50 +46,61 @@ def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> int:
-    options, host_options = arguments(sys.argv[1:])
+    """Runs the script; returns its exit status."""
+    options, host_options = _arguments(sys.argv[1:])
     if options.template:
         from .recipe import template
 
         print(template(), end="")
         return 0
-    accelerator = accelerate()
-    start_host(options, host_options)
+    accelerator = _accelerate()
+    _start_host(options, host_options)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):
         signal.signal(number, signal.default_int_handler)  # a plain kill saves too
-    from .parts import homes, load_parts
-    from .recipe import Recipe, RecipeError, read_toml
+    from .models import load_models
+    from .paths import run_paths
+    from .recipe import Recipe
     from .run import train
 
+    main_process = accelerator is None or accelerator.is_main_process
     try:
-        values = read_toml(options.recipe.read_text(encoding="utf-8"), str(options.recipe))
-        for change in options.set:
-            merge(values, read_toml(change, f"--set {change}"))
-        data = values.get("data")
-        for name in ("source", "validation_source"):  # relative to the recipe
-            if isinstance(data, dict) and isinstance(data.get(name), str) and data[name]:
-                data[name] = str(options.recipe.parent / data[name])
-        recipe = Recipe.from_dict(values)
-        runs, cache, places = homes(options.output)
-        result = train(
-            recipe, load_parts(recipe), runs / recipe.run.name, places, Terminal(accelerator), accelerator, cache
-        )
-    except (RecipeError, ValueError, FileNotFoundError) as problem:
+        recipe = Recipe.from_dict(_read(options.recipe, options.set))
+        callback = _print_line if main_process else lambda _: None
+        result = train(recipe, load_models(recipe), run_paths(recipe, options.output), callback, accelerator)
+    except (ValueError, FileNotFoundError) as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped; what was trained is saved. The same command goes on from there.", file=sys.stderr)
+        print("\nStopped; what was trained is saved. The same command resumes from there.", file=sys.stderr)
         return 130
-    if accelerator is None or accelerator.is_main_process:
+    if main_process:
         print(result.text(), file=sys.stderr)
-        lines = {"dla": str(result.dla), "lora": result.lora and str(result.lora), "steps": result.step}
-        print(json.dumps({**lines, "loss": result.losses[-1] if result.losses else None}), flush=True)
+        files, losses = {"dla": str(result.dla), "lora": result.lora and str(result.lora)}, result.history.losses
+        print(json.dumps({**files, "steps": len(losses), "loss": losses[-1] if losses else None}), flush=True)
     return 0
 
 
-def accelerate():
-    """Hugging Face's Accelerator where it launched several processes, else None. It sets this process's device, so it
-    comes before the host."""
+def _read(path: Path, changes: list[str]) -> dict:
+    """A recipe's sections with the changes of --set; the data's paths are relative to the recipe."""
+    from .recipe import read_toml
+
+    values = read_toml(path.read_text(encoding="utf-8"), str(path))
+    for change in changes:
+        for section, entries in read_toml(change, f"--set {change}").items():
+            if isinstance(entries, dict):
+                values.setdefault(section, {}).update(entries)
+            else:
+                values[section] = entries
+    data = values.get("data")
+    for name in ("source", "validation_source"):
+        if isinstance(data, dict) and isinstance(data.get(name), str) and data[name]:
+            data[name] = str(path.parent / data[name])
+    return values
+
+
+def _accelerate():
+    """Hugging Face's Accelerator where it launched several processes; sets this process's device, before the host."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from accelerate import Accelerator
@@ -107,8 +108,8 @@ def accelerate():
     return Accelerator()
 
 
-def start_host(options: argparse.Namespace, host_options: list[str]) -> None:
-    """The host's model management and loaders in this process, with its own options and folders."""
+def _start_host(options: argparse.Namespace, host_options: list[str]) -> None:
+    """Starts the host's model management and loaders in this process, with its own options and folders."""
     import torch
 
     accelerators = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", torch.cuda))
@@ -130,26 +131,10 @@ def start_host(options: argparse.Namespace, host_options: list[str]) -> None:
                 folder_paths.add_model_folder_path(kind, str((models / kind).resolve()), is_default=True)
 
 
-def merge(values: dict, change: dict) -> None:
-    for section, entries in change.items():
-        if isinstance(entries, dict):
-            values.setdefault(section, {}).update(entries)
-        else:
-            values[section] = entries
-
-
-class Terminal:
-    """One line for a step now and then, and every message."""
-
-    def __init__(self, accelerator):
-        self.quiet = accelerator is not None and not accelerator.is_main_process
-
-    def __call__(self, progress) -> None:
-        if self.quiet or (progress.loss is not None and progress.step % max(1, progress.steps // 100)):
-            return
-        loss = f" loss {progress.loss:.4f}" if progress.loss is not None else ""
-        if loss or progress.text:
-            print(f"step {progress.step}/{progress.steps}{loss} {progress.text}", file=sys.stderr, flush=True)
+def _print_line(progress) -> None:
+    """Prints each hundredth of the steps, and every message."""
+    if progress.text or progress.seconds is not None and progress.step % max(1, progress.steps // 100) == 0:
+        print(progress.line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are whole or not there, from which it goes on bit for bit.
+"""Checkpoints of a run: folders that are whole or not there, from which it resumes bit for bit.
 
     FOLDER/checkpoint-00000500/{dla,lora,optimizer}.safetensors, state.json
 
@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
 from ..common.files import sync
+from ..dla.aggregator import DualLayerAggregator
 from ..dla.checkpoint import check_finite, load_dla, save_dla
 from .dit.lora import LoRA
 from .recipe import Recipe, RecipeError
 
 PREFIX = "checkpoint-"
-# Settings that a run keeps; the others may change between its parts.
-BOUND = (
+# Settings that a run keeps; the others may change when it is resumed.
+FIXED = (
     ("dla", None),
     ("lora", "rank"),
     ("lora", "alpha"),
@@ -37,18 +39,38 @@ FILES = ("dla.safetensors", "optimizer.safetensors", "state.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint from which no run can go on; the text names it and says what to do."""
+    """A checkpoint from which no run can be resumed; the text says which one and what to do."""
 
     def __init__(self, checkpoint: Path, problem: str):
         super().__init__(f"{checkpoint.parent.name}/{checkpoint.name}: {problem}")
 
 
-def save(folder: Path, step: int, dla, lora: LoRA | None, optimizer, facts: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of `step`; a kill at any moment leaves it out or leaves it whole. The `keep` newest stay.
-    Raises ValueError for weights that are not finite; the earlier ones stay then."""
+def save(
+    folder: Path,
+    step: int,
+    dla: DualLayerAggregator,
+    lora: LoRA | None,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint and removes old ones; a kill at any moment leaves it out or leaves it whole.
+
+    Args:
+        folder: Of the checkpoints.
+        step: Number of finished steps.
+        dla: Its weights are saved in fp32.
+        lora: The same.
+        optimizer: Its moments are saved.
+        state: What else the run needs to resume, as JSON can hold it.
+        keep: How many of the newest checkpoints stay.
+
+    Raises:
+        ValueError: Weights are not finite; earlier checkpoints stay then.
+    """
     final = folder / f"{PREFIX}{step:08d}"
     if final in checkpoints(folder):
-        return final  # this run has been here: it would be the same
+        return final  # written before: it would be the same
     work = folder / f".{final.name}.part"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -58,56 +80,59 @@ def save(folder: Path, step: int, dla, lora: LoRA | None, optimizer, facts: dict
         lora.save(work / "lora.safetensors")
     tensors, rest = _pack(optimizer.state_dict()["state"])
     save_file(tensors, work / "optimizer.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step, "optimizer": rest, **facts}), encoding="utf-8")
+    (work / "state.json").write_text(json.dumps({"step": step, "optimizer": rest, **state}), encoding="utf-8")
     for file in work.iterdir():
         sync(file)
     _sync_folder(work)
-    if final.exists():  # somebody has taken files out of it
+    if final.exists():  # files were taken out of it
         _remove(final)
     work.rename(final)
     _sync_folder(folder)
     for path in checkpoints(folder)[:-keep]:
         _remove(path)
-    for path in folder.glob(f".{PREFIX}*"):  # parts that an earlier process left
+    for path in folder.glob(f".{PREFIX}*"):  # unfinished ones of an earlier process
         shutil.rmtree(path, ignore_errors=True)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, oldest first."""
+    """Returns the whole checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if all((path / name).is_file() for name in FILES))
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was told, and the step. Raises CheckpointError."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads the `state` that `save` got, and the step. Raises CheckpointError."""
     try:
-        facts = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {**facts, "step": int(facts["step"])}
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {**state, "step": int(state["step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(checkpoint, f"state.json cannot be read ({error!r})") from None
 
 
-def check_same_run(facts: dict[str, Any], recipe: Recipe) -> None:
-    """Raises RecipeError where the checkpoint with these facts is of a run with other settings."""
-    for section, name in BOUND:
-        before, now = (values[section] for values in (facts["recipe"], recipe.to_dict()))
+def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
+    """Raises RecipeError where a checkpoint's state is of a run with other FIXED settings."""
+    for section, name in FIXED:
+        before, now = (values[section] for values in (state["recipe"], recipe.to_dict()))
         if name is not None:
             before, now = before[name], now[name]
         if before != now:
             raise RecipeError(
                 f"Run '{recipe.run.name}' was begun with {section}{'.' + name if name else ''} = {before}, now it is "
-                f"{now}. Put it back to go on with that run, or choose another name to begin a new one."
+                f"{now}. Put it back to resume that run, or choose another name to begin a new one."
             )
 
 
 @torch.no_grad()
-def restore(checkpoint: Path, dla, lora: LoRA | None, optimizer) -> int:
-    """Puts weights and moments back, but no rates; returns the step. Raises CheckpointError where a file is damaged, or
-    the DLA is of another shape than the one that is trained now."""
-    facts = read_facts(checkpoint)
+def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer) -> int:
+    """Loads weights and moments, but no learning rates; returns the step.
+
+    Raises:
+        CheckpointError: A file is damaged, or the DLA has another config than the one that is trained now.
+    """
+    state = read_state(checkpoint)
     try:
         saved = load_dla(checkpoint / "dla.safetensors")
-        moments = _unpack(load_file(checkpoint / "optimizer.safetensors"), facts["optimizer"])
+        moments = _unpack(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         if lora is not None:
             lora.load(checkpoint / "lora.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -117,23 +142,23 @@ def restore(checkpoint: Path, dla, lora: LoRA | None, optimizer) -> int:
         if before != now and field.name != "provenance":
             raise CheckpointError(
                 checkpoint,
-                f"its DLA has {field.name} {before}, the one to train has {now}. Put back the MLLM and the DLA that the "
-                "run began with, or choose another run name to begin a new one.",
+                f"its DLA has {field.name} {before}, the one to train has {now}. Put back the MLLM and the DLA that "
+                "the run began with, or choose another run name to begin a new one.",
             )
     dla.load_state_dict(saved.state_dict())
     groups = optimizer.state_dict()["param_groups"]  # rates and decay are the recipe's, which may have changed
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return facts["step"]
+    return state["step"]
 
 
 def _damaged(checkpoint: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        checkpoint, f"{problem}. Move this folder away to go on from the checkpoint before it, or to begin anew."
+        checkpoint, f"{problem}. Move this folder away to resume from the checkpoint before it, or to begin anew."
     )
 
 
 def _remove(checkpoint: Path) -> None:
-    """Gone at once for `checkpoints`, whatever ends the process meanwhile."""
+    """Removes a checkpoint; `checkpoints` does not list it any more, whatever ends the process meanwhile."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
@@ -149,7 +174,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _pack(state: dict, path: str = "") -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimiser's state, which may be nested, as tensors by path, and as JSON for the rest."""
+    """An optimiser's state, which may be nested, as tensors by path and as JSON for the rest."""
     tensors, rest = {}, {}
     for name, value in state.items():
         if isinstance(value, dict):
@@ -166,8 +191,8 @@ def _unpack(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
     state: dict = {}
     for path, value in {**tensors, **rest}.items():
         index, *names, last = path.split("/")
-        place = state.setdefault(int(index), {})
+        entry = state.setdefault(int(index), {})
         for name in names:
-            place = place.setdefault(name, {})
-        place[last] = value
+            entry = entry.setdefault(name, {})
+        entry[last] = value
     return state

@@ -1,6 +1,6 @@
 """Flow matching: which flow times are trained on, the noisy latent, and the loss.
 
-Flow time t is 1 for noise and 0 for the picture, as the host's sigma: x_t = (1 - t) x_0 + t noise, and the DiT predicts
+Flow time t is 1 for noise and 0 for the image, as the host's sigma: x_t = (1 - t) x_0 + t noise, and the DiT predicts
 the velocity noise - x_0. The paper says no more than that its loss is this one's mean square [inferred].
 """
 
@@ -23,18 +23,17 @@ class FlowTimes:
     shift: float = 1.0  # s; FLUX calls its logarithm the shift
 
     def __call__(self, share: Tensor) -> Tensor:
-        """Uniform numbers in (0, 1) -> flow times (same shape), monotone."""
+        """Maps uniform numbers in (0, 1) to flow times (same shape), monotonically."""
         share = share.double().clamp(1e-6, 1 - 1e-6)
         if self.times == "logit_normal":
             share = torch.special.ndtri(share).sigmoid()
         return (self.shift * share / (1 + (self.shift - 1) * share)).float()
 
 
-def generator(seed: int, *place: int) -> torch.Generator:
-    """A generator on the CPU that depends on the seed and a place (stream, step, ...) alone, so that resuming a run
-    needs no state of random numbers."""
+def generator(seed: int, *key: int) -> torch.Generator:
+    """Makes a CPU generator from a seed and a key (stream, position, ...) alone: resuming needs no RNG state."""
     state = seed & (2**64 - 1)
-    for number in place:  # splitmix64 steps: neighbouring places give unrelated streams
+    for number in key:  # splitmix64 steps: neighbouring keys give unrelated streams
         state = (state + 0x9E3779B97F4A7C15 * (number + 1)) & (2**64 - 1)
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -43,14 +42,18 @@ def generator(seed: int, *place: int) -> torch.Generator:
 
 
 def noisy(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t for flow times t (b,)."""
+    """Returns x_t for flow times t (b,)."""
     t = t.reshape(-1, *[1] * (clean.ndim - 1)).to(clean)
     return (1 - t) * clean + t * noise
 
 
 def weight(t: Tensor, weighting: str) -> Tensor:
-    """Weights (b,) of the loss: "none" = 1, which the logit-normal times already concentrate; "sigma_sqrt" = t^-2 and
-    "cosmap" as in SD3 (arXiv 2403.03206, section 3.1)."""
+    """Returns the loss weights (b,) of flow times t (b,).
+
+    "none" = 1, which the logit-normal times already concentrate; "sigma_sqrt" = t^-2 and "cosmap" as in SD3.
+
+    Source: arXiv 2403.03206, section 3.1.
+    """
     if weighting == "sigma_sqrt":
         return t**-2.0
     if weighting == "cosmap":
@@ -59,5 +62,5 @@ def weight(t: Tensor, weighting: str) -> Tensor:
 
 
 def losses(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Mean square error (b,) of the predicted velocity, in fp32."""
+    """Returns the mean square errors (b,) of the predicted velocity, in fp32."""
     return (velocity.float() - (noise - clean).float()).square().flatten(1).mean(dim=1)

@@ -1,11 +1,11 @@
-"""A run inside the graph: the host's progress bar and previews, its folders, its interrupt."""
+"""A run inside the graph: from a node's inputs, with the host's progress bar, previews, folders and interrupt."""
 
 from __future__ import annotations
 
 import logging
 import time
-from math import ceil, inf
-from types import SimpleNamespace
+from math import inf
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -16,92 +16,99 @@ from torch import Tensor
 from ..common.drawing.palette import PAPER, WIDTH
 from ..common.drawing.sheet import contact_sheet, to_tensor
 from ..loaders.dla import DLA, load_dla
-from . import checkpoints as state
+from .checkpoints import check_same_run, checkpoints, read_state
 from .export import check_free
-from .parts import Parts, homes, starts
-from .recipe import Recipe
+from .inputs import BESIDE, NONE, TRAINING_STAGES, find_source
+from .models import TrainingModels, find_lora, start_files
+from .paths import RunPaths, run_paths
+from .recipe import Recipe, RecipeError
 from .reporting.plots import validation_plot
-from .reporting.progress import Progress
-from .run import Run
+from .reporting.progress import History, Progress
+from .run import train
 
 log = logging.getLogger(__name__)
-SECONDS = 5  # between pictures of a run on its node
+SECONDS = 5  # between previews on the node
 
 
-def check(recipe: Recipe, whole: bool = True) -> None:
-    """Raises ValueError where a run of these settings could neither begin nor go on, from files' headers alone. whole:
-    the recipe holds all that the node will be given; else what may come by a link is left to the run itself."""
-    if whole:
-        starts(recipe)
-        runs, _, places = homes()
-        found = state.checkpoints(runs / recipe.run.name)
-        facts = state.read_facts(found[-1]) if found else {}
-        if facts:
-            state.check_same_run(facts, recipe)
-        check_free(SimpleNamespace(recipe=recipe, places=places, identity=facts.get("identity", "")))
+def check_inputs(*, data=None, name=None, stage=None, start_lora=NONE, options="", **widgets) -> None:
+    """Checks the node's inputs before any model is loaded, from files' headers alone; a linked input is None.
+
+    Raises:
+        ValueError: A run of these settings could neither begin nor resume. What comes by a link is left to the run.
+    """
+    if start_lora not in (None, NONE, BESIDE):
+        find_lora(start_lora)
+    source = None if data is None else find_source(data)
+    given = {"name": name, "stage": stage, "start_lora": start_lora, "options": options}
+    recipe = _recipe(source, **given, **widgets)
+    if None not in (data, *given.values(), widgets.get("lora_rank"), widgets.get("seed")):
+        start_files(recipe)
+        paths = run_paths(recipe)
+        found = checkpoints(paths.output_dir)
+        state = read_state(found[-1]) if found else {}
+        if state:
+            check_same_run(state, recipe)
+        check_free(paths, state.get("identity", ""))
 
 
-def train_in_graph(recipe: Recipe, model, vae, mllm, clip=None) -> tuple[DLA, Tensor, str, Tensor | None]:
-    """(DLA, plots (n, h, w, 3) in 0..1, report, last sample pictures (1, h, w, 3) or None). Raises what the host raises
-    for an interrupt, once all is saved."""
-    runs, cache, places = homes()
-    board = Board(recipe)
-    parts = Parts(model, vae, mllm, clip, *starts(recipe))
-    # Hosts run nodes under inference mode, where nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        board.run = run = Run(recipe, parts, runs / recipe.run.name, places, board, cache=cache)
-        try:
-            result = run.train()
-        except comfy.model_management.InterruptProcessingException:
-            saved = "all is saved, queue again to go on" if run.step else "nothing was trained yet"
-            log.info("%s: stopped at step %d, %s", recipe.run.name, run.step, saved)
-            raise
-    report = result.text()
-    log.info("%s: %s", recipe.run.name, report)
-    plots = [result.curve, *([validation_plot(result.validation)] if result.validation else [])]
-    sheet = board.sheet()
-    return load_dla(result.dla.name), batch(plots), report, None if sheet is None else to_tensor(sheet)
+def train_in_graph(
+    model, vae, mllm, *, data: str, dla: DLA | None = None, clip=None, start_lora: str = NONE, **widgets
+) -> tuple[DLA, Tensor, str, Tensor | None]:
+    """Trains with the node's inputs.
+
+    Returns:
+        The trained DLA, plots (n, h, w, 3) in 0..1, a report, and the last sample sheet (1, h, w, 3) or None.
+
+    Raises:
+        InterruptProcessingException: The host's, for an interrupt, once all is saved.
+        ValueError: The settings, data or files cannot be used.
+    """
+    if start_lora == BESIDE and dla is None:
+        raise ValueError(f"Train DLA: start_lora is {BESIDE!r}, but no DLA is connected. Connect one, or set {NONE}.")
+    recipe = _recipe(find_source(data), dla=dla, start_lora=start_lora, **widgets)
+    paths, name = run_paths(recipe), recipe.run.name
+    preview = Preview(recipe, paths)
+    try:
+        result = train(recipe, TrainingModels(model, vae, mllm, clip, *start_files(recipe)), paths, preview)
+    except comfy.model_management.InterruptProcessingException:
+        step = preview.history.step if preview.history else 0
+        saved = "all is saved, queue again to resume" if step else "nothing was trained yet"
+        log.info("%s: stopped at step %d, %s", name, step, saved)
+        raise
+    report, history, sheet = result.text(), result.history, newest_samples(paths)
+    log.info("%s: %s", name, report)
+    plots = [history.curve(), *([validation_plot(history.validation)] if history.validation else [])]
+    return load_dla(result.dla.name), _batch(plots), report, None if sheet is None else to_tensor(sheet)
 
 
-class Board:
-    """What the node shows while it runs: the host's progress bar, and a picture with a line of text, the losses so far
-    and the last sample pictures. Hears the run's Progress."""
+class Preview:
+    """A callback that shows on the node the host's progress bar, a line of text, the losses and the newest samples."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.run = recipe, None
+    def __init__(self, recipe: Recipe, paths: RunPaths):
+        self.name, self.paths = recipe.run.name, paths
+        self.history: History | None = None
         self.bar = comfy.utils.ProgressBar(recipe.steps)
-        self.begun: tuple[int, float] | None = None  # first step here, and when
         self.text, self.shown = "", -inf
 
     def __call__(self, progress: Progress) -> None:
-        now, picture = time.monotonic(), None
-        if progress.loss is not None:
-            self.text = self.line(progress, now)
-        elif progress.text:
-            log.info("%s: %s", self.recipe.run.name, progress.text)
-            self.text = progress.text if progress.picture is None else self.text  # else a table
-        if progress.loss is None or now - self.shown > SECONDS:
-            page = self.page()
+        """Updates bar and preview."""
+        now, picture, self.history = time.monotonic(), None, progress.history
+        message = progress.seconds is None
+        if message and progress.text:
+            log.info("%s: %s", self.name, progress.text)
+        if not message or progress.text and progress.picture is None:  # else it is a table
+            self.text = progress.line
+        if message or now - self.shown > SECONDS:
+            page = self._page(progress.history)
             picture, self.shown = ("JPEG", page, max(page.size)), now
         self.bar.update_absolute(progress.step, progress.steps, picture)
 
-    def line(self, progress: Progress, now: float) -> str:
-        text = f"step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.4f}"
-        first, start = self.begun = self.begun or (progress.step, now)
-        if progress.step > first:
-            seconds = (now - start) / (progress.step - first)
-            minutes = ceil(seconds * (progress.steps - progress.step) / 60)
-            text += f", {seconds:.2f} s a step"
-            if minutes:
-                text += f", {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f", {minutes} min left"
-        return text
-
-    def page(self) -> Image.Image:
-        """In the picture rather than as text on the node, which the editor would save among the node's values."""
+    def _page(self, history: History) -> Image.Image:
+        """In the image rather than as text on the node, which the editor would save among the node's values."""
         parts = [contact_sheet([(self.text, [])])]
-        if self.run.losses:
-            parts.append(self.run.curve())
-        sheet = self.sheet()
+        if history.losses:
+            parts.append(history.curve())
+        sheet = newest_samples(self.paths)
         if sheet is not None:
             parts.append(sheet.resize((WIDTH, round(sheet.height * WIDTH / sheet.width)), Image.Resampling.LANCZOS))
         page, top = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), PAPER), 0
@@ -110,14 +117,30 @@ class Board:
             top += part.height
         return page
 
-    def sheet(self) -> Image.Image | None:
-        """The run's newest sample pictures."""
-        newest = max((self.run.folder / "samples").glob("step-*.jpg"), default=None)
-        return None if newest is None else Image.open(newest).convert("RGB")
+
+def newest_samples(paths: RunPaths) -> Image.Image | None:
+    """Opens the run's newest sample sheet."""
+    newest = max(paths.samples.glob("step-*.jpg"), default=None)
+    return None if newest is None else Image.open(newest).convert("RGB")
 
 
-def batch(pictures: list[Image.Image]) -> Tensor:
-    """(n, h, w, 3) in 0..1: smaller ones stand on the largest's paper."""
+def _recipe(
+    source: Path | None, *, name, stage, lora_rank=None, dla=None, start_lora=NONE, options="", **widgets
+) -> Recipe:
+    """The node's inputs as a Recipe; None: linked, so not known yet."""
+    if stage not in (None, *TRAINING_STAGES):
+        raise RecipeError(f"Train DLA: stage is {stage!r}, expected {' or '.join(TRAINING_STAGES)}.")
+    own = ("steps", "learning_rate", "resolution", "batch_size", "accumulate", "seed")
+    values = {key: widgets.get(key) for key in own}
+    values |= {"stage": stage and TRAINING_STAGES.index(stage) + 1, "rank": lora_rank}
+    values["start_dla"] = getattr(dla, "name", None)
+    values["start_lora"] = {NONE: "", BESIDE: values["start_dla"]}.get(start_lora, start_lora)
+    values = {key: value for key, value in values.items() if value is not None}
+    return Recipe.from_widgets(source or Path("linked"), "linked" if name is None else name, options or "", values)
+
+
+def _batch(pictures: list[Image.Image]) -> Tensor:
+    """(n, h, w, 3) in 0..1: smaller ones at the top left of the largest's size."""
     size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures)))
     pages = [Image.new("RGB", size, PAPER) for _ in pictures]
     for page, picture in zip(pages, pictures):

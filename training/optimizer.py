@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, its groups, and the rate at each step."""
+"""AdamW, its parameter groups, and the learning rate at each step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from .recipe import Recipe, RecipeError
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Factor on the learning rates at the step number `step`, counted from 0; a function of it alone, so that resuming
-    needs no state."""
+    """Returns the factor on the learning rates at step number `step`, counted from 0; resuming needs no state."""
     options = recipe.training
     rise = min(1.0, (step + 1) / (options.warmup + 1))
     if options.schedule == "constant":
@@ -22,23 +21,27 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> torch.optim.Optimizer:
-    """AdamW over groups that keep their rate under "base". Raises RecipeError where a package is missing."""
+    """Makes AdamW over groups that keep their learning rate under "base".
+
+    Raises:
+        RecipeError: There is nothing to train, or a package is missing.
+    """
     options = recipe.training
     kinds: dict[str, list] = {"gate": [], "layers": [], "other": []}
     for name, parameter in dla.named_parameters():
         kind = name.split(".")[-2]
         kinds["gate" if kind in ("gate", "score") else kind if kind == "layers" else "other"].append(parameter)
-    rate = options.learning_rate
+    base = options.learning_rate
     groups = [
-        {"params": kinds["other"], "base": rate},
-        {"params": kinds["gate"], "base": rate * options.gate_rate, "weight_decay": 0.0},
-        {"params": kinds["layers"], "base": rate, "weight_decay": 0.0},
+        {"params": kinds["other"], "base": base},
+        {"params": kinds["gate"], "base": base * options.gate_rate, "weight_decay": 0.0},
+        {"params": kinds["layers"], "base": base, "weight_decay": 0.0},
         {"params": list(lora.parameters()) if lora is not None else [], "base": recipe.lora.learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise RecipeError("Nothing learns: dla.modalities is 'last' with equal widths and lora.rank is 0. Set one.")
-    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+        raise RecipeError("Nothing is trained: dla.modalities is 'last' with equal widths and lora.rank is 0. Set one.")
+    settings = {"lr": base, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":
         # fused needs no temporaries as large as the parameters
         return torch.optim.AdamW(groups, **settings, fused=groups[0]["params"][0].device.type == "cuda")

@@ -1,7 +1,7 @@
-"""A training run's settings: sections of plain values, from TOML or from the node, each checked where it is given.
+"""A training run's settings: sections of plain values, from TOML or from the node, each checked when it is read.
 
-What the paper leaves open is an option here; the comment says where the default comes from ([T] and the rest as in
-docs/training.md: the paper's tables as a third party transcribed them, otherwise our choice).
+What the paper leaves open is an option here; its help says where the default comes from ([T]: the paper's tables as a
+third party transcribed them; else our choice, see docs/training.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 
 
 def option(default: Any, help: str, *, low=None, high=None, among: tuple = ()):
-    """A field with its meaning and its bounds."""
+    """Makes a field with its meaning and its bounds."""
     keywords = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": help, "low": low, "high": high, "among": among}, **keywords)
 
@@ -50,7 +50,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A new DLA. Ignored where training goes on from one (run.start_dla)."""
+    """A new DLA. Ignored where training starts from one (run.start_dla)."""
 
     pooling: str = option("softmax", "softmax = the paper's reading [T], linear = UniFusion's", among=POOLINGS)
     modalities: str = option("dual", "dual = the paper's, shared = one pooling, last = none", among=MODALITIES)
@@ -64,6 +64,8 @@ class Aggregator:
 
 @dataclass(frozen=True)
 class Adapter:
+    """A LoRA on the DiT."""
+
     rank: int = option(0, "LoRA on the DiT's attention; 0 = none. The paper has 512 [T]", low=0, high=4096)
     alpha: float = option(0.0, "its scale is alpha / rank; 0 = rank", low=0, high=65536)
     learning_rate: float = option(1e-4, "the LoRA's own", low=0, high=1)
@@ -71,6 +73,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Data:
+    """Examples, and how they are encoded."""
+
     source: str = option("", "a folder of subjects, or a UNO-style .json or .jsonl list")
     validation: float = option(0.1, "share of subjects held out", low=0, high=0.9)
     validation_source: str = option("", "held-out examples from a folder or list of their own instead")
@@ -80,12 +84,14 @@ class Data:
     mllm_images: bool = option(True, "the MLLM reads prompt and references together; false = the prompt alone")
     max_references: int = option(4, "most references of one example", low=1, high=10)
     pairs_per_target: int = option(4, "folders: how many references each target is paired with in turn", low=1, high=64)
-    cache_features: bool = option(False, "keep the MLLM's features on disk; the size is told before it begins")
+    cache_features: bool = option(False, "keep the MLLM's features on disk; the run logs their size before it begins")
     encode_ahead: int = option(16, "examples encoded while the MLLM is on the device", low=1, high=65536)
 
 
 @dataclass(frozen=True)
 class Training:
+    """Training stage, optimizer and loss."""
+
     stage: int = option(1, "1 = MLLM tokens alone; 2 = MLLM and VAE tokens", low=1, high=2)
     steps: int = option(0, "optimiser steps; 0 = the paper's 25,000 and 10,000 [T]", low=0, high=10_000_000)
     batch_size: int = option(1, "examples in one pass through the DiT", low=1, high=4096)
@@ -117,13 +123,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Run:
-    name: str = option("my-dla", "of the run's folder, of the DLA and of the LoRA")
-    start_dla: str = option("", "go on from this DLA, under models/dla (stage 2: stage 1's)")
-    start_lora: str = option("", "go on from this LoRA, under models/loras, of the same rank")
+    """Names, files, validation and samples."""
+
+    name: str = option("my-dla", "of the run's folder, the DLA and the LoRA")
+    start_dla: str = option("", "start from this DLA, under models/dla (stage 2: stage 1's)")
+    start_lora: str = option("", "start from this LoRA, under models/loras, of the same rank")
     save_every: int = option(500, "steps between checkpoints; 0 = at the end alone", low=0)
-    keep: int = option(2, "newest checkpoints that stay", low=1, high=1000)
+    keep: int = option(2, "how many of the newest checkpoints are kept", low=1, high=1000)
     validate_every: int = option(500, "steps between validations; 0 = never", low=0)
-    validation_examples: int = option(16, "held-out examples that are looked at", low=1, high=100_000)
+    validation_examples: int = option(16, "held-out examples that are validated on", low=1, high=100_000)
     sample_every: int = option(500, "steps between sample pictures; 0 = never", low=0)
     samples: int = option(2, "how many examples", low=1, high=16)
     sample_steps: int = option(20, "sampler steps of one", low=1, high=1000)
@@ -133,6 +141,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
+    """All settings of a run."""
+
     models: Models = Models()
     dla: Aggregator = Aggregator()
     lora: Adapter = Adapter()
@@ -159,18 +169,19 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return self.training.steps or STEPS[self.training.stage]
 
     @property
     def shares(self) -> dict[str, float]:
-        """Condition -> share of the passes that have it."""
+        """Share of the passes by condition ("mllm", "vae", "both")."""
         if self.training.stage == 1:
             return {"mllm": 1.0}
-        vae = self.training.vae_only if self.lora.rank else 0.0  # without a LoRA such a pass has nothing to train
+        vae = self.training.vae_only if self.lora.rank else 0.0  # without a LoRA such a pass trains nothing
         return {"mllm": self.training.mllm_only, "vae": vae, "both": 1 - self.training.mllm_only - vae}
 
     def dla_config(self, mllm: MLLMInfo, context_width: int, family: str) -> DLAConfig:
-        """Of a new DLA. Raises RecipeError where the settings do not fit the MLLM."""
+        """Returns the config of a new DLA. Raises RecipeError where the settings do not fit the MLLM."""
         values = asdict(self.dla)
         values["heads"] = values["heads"] or (mllm.width // 128 if mllm.width % 128 == 0 else 1)
         values["blocks"] = values["blocks"] or None
@@ -182,7 +193,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """From nested dictionaries, as TOML gives them. Raises RecipeError naming an unknown or bad entry."""
+        """Reads nested dictionaries, as TOML gives them. Raises RecipeError for an unknown or bad entry."""
         sections = {}
         known = {f.name: f.default for f in fields(cls)}
         for name, entries in values.items():
@@ -198,7 +209,17 @@ class Recipe:
 
     @classmethod
     def from_widgets(cls, source: Path, name: str, options: str, values: dict[str, Any]) -> Recipe:
-        """From a node: `values` by their names, whichever section has them; `options` is TOML and has the last word."""
+        """Reads a node's inputs.
+
+        Args:
+            source: Folder or list of the data.
+            name: Of the run.
+            options: TOML, which overrides `values`.
+            values: Settings by their names, whichever section has them.
+
+        Raises:
+            RecipeError: A setting is unknown, bad, or an input of the node.
+        """
         sections: dict[str, dict] = {"data": {"source": str(source)}, "run": {"name": name}}
         for section in fields(cls):
             here = {f.name for f in fields(section.default)} & set(values) - (
@@ -208,8 +229,8 @@ class Recipe:
         for section, entries in read_toml(options, "options").items():
             if section in ("models",) or not isinstance(entries, dict) or section not in sections:
                 raise RecipeError(
-                    f"options: {section!r} is no setting of a run here, expected lines such as training.warmup = 50, of the "
-                    f"sections {', '.join(k for k in sections if k != 'models')}."
+                    f"options: {section!r} is no setting of a run here, expected lines such as training.warmup = 50, "
+                    f"of the sections {', '.join(k for k in sections if k != 'models')}."
                 )
             if section == "data" and {"source", "validation_source"} & set(entries):
                 raise RecipeError(
@@ -219,11 +240,12 @@ class Recipe:
         return cls.from_dict(sections)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what `from_dict` reads."""
         return asdict(self)
 
 
 def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
-    """Nested dictionaries of a TOML text. Raises RecipeError, which names `path`."""
+    """Parses a TOML text into nested dictionaries. Raises RecipeError with `path`."""
     if not text.strip():
         return {}  # on Python 3.10 too
     try:
@@ -240,7 +262,7 @@ def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
 
 
 def template() -> str:
-    """Every setting with its default and its meaning, as TOML."""
+    """Returns every setting with its default and its meaning, as TOML."""
     lines = []
     for section in fields(Recipe):
         lines.append(f"[{section.name}]")

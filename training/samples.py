@@ -1,6 +1,8 @@
-"""Pictures of a run as it goes: references, target, and what the weights of the moment make of the prompt."""
+"""Sample pictures during a run: references, target, and what the present weights make of the prompt."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from PIL import Image
@@ -9,49 +11,59 @@ from torch import Tensor
 from ..common.drawing.sheet import contact_sheet, to_picture
 from ..common.picture_files import load_picture
 from ..dla.context import aggregate
+from ..dla.features import Features
 from ..loaders.conditioning import values_of
 from ..sampling.sample import staged_sample
 from ..sampling.stages import preset
-from .data.batches import EMPTY, Batch
+from .data.batches import EMPTY, Batch, Batches
 from .data.latent_cache import cut
+from .recipe import Recipe
+from .step import TrainingStep
 
 PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": "both", "staged": "paper"}}
 
 
 @torch.no_grad()
-def sample_sheet(run) -> Image.Image:
-    """One row for each of the first held-out examples (or training examples, where none are held out)."""
-    options, batches = run.recipe.run, run.held_out or run.batches
-    passes = batches.held_out(options.samples)
+def sample_sheet(recipe: Recipe, module: TrainingStep, batches: Batches, vae: Any) -> Image.Image:
+    """Samples the first examples of `batches`, a row for each, and draws them on one sheet.
+
+    Args:
+        recipe: Number of examples, sampler settings and seed.
+        module: DLA, LoRA and DiT as they are now.
+        batches: Of the held-out examples, or of the training examples where none are held out.
+        vae: The host's VAE, which decodes.
+    """
+    options, seed = recipe.run, recipe.training.seed
+    loaded = [batches.load(plan) for plan in batches.plan_held_out(options.samples)]
     empty = batches.features.get(*EMPTY)
     rows = []
-    for index, (example, batch) in enumerate(zip(batches.examples, passes)):
-        negative = _conditioning(run, batch, empty.features, empty.pooled)
-        positive = _conditioning(run, batch, batch.features, batch.pooled)
+    for index, (example, batch) in enumerate(zip(batches.examples, loaded)):
+        negative = _conditioning(module, batch, empty.features, empty.pooled)
+        positive = _conditioning(module, batch, batch.features, batch.pooled)
         paths, (first, *others) = (*example.references, example.target), batches.sizes[index]
         pictures = [to_picture(cut(load_picture(path), *size)) for path, size in zip(paths, (*others, first))]
         titles = [*(f"reference {number}" for number in range(1, len(paths))), "target"]
-        for title, name in PRESETS[run.recipe.training.stage].items():
+        for title, name in PRESETS[recipe.training.stage].items():
             sampled = staged_sample(
-                run.backbone.patcher, run.recipe.training.seed, options.sample_steps, options.sample_cfg, "euler",
+                module.backbone.patcher, seed, options.sample_steps, options.sample_cfg, "euler",
                 "simple", positive, negative, {"samples": torch.zeros_like(batch.clean)}, 1.0, preset(name),
             )  # fmt: skip
-            pictures.append(_decode(run, sampled["samples"]))
+            pictures.append(_decode(vae, sampled["samples"]))
             titles.append(title)
         rows.append((example.prompt, pictures, titles))
     return contact_sheet(rows)
 
 
-def _conditioning(run, batch: Batch, features, pooled: Tensor | None) -> list:
+def _conditioning(module: TrainingStep, batch: Batch, features: Features, pooled: Tensor | None) -> list:
     """CONDITIONING, as Aggregate Layers and Add Identity would make it."""
-    context, options = aggregate(features, run.dla, device=run.backbone.device), run.recipe.training
+    context, backbone = aggregate(features, module.dla, device=module.backbone.device), module.backbone
     values = values_of(
-        context.attention_mask, run.backbone.family.counts_context, pooled=pooled, references=batch.references,
-        method=run.method, guidance=options.guidance,
+        context.attention_mask, backbone.family.counts_context, pooled=pooled, references=batch.references,
+        method=module.method, guidance=module.training_options.guidance,
     )  # fmt: skip
     return [[context.tokens.cpu(), values]]
 
 
-def _decode(run, latent: Tensor) -> Image.Image:
-    pixels = run.parts.vae.decode(latent)
+def _decode(vae: Any, latent: Tensor) -> Image.Image:
+    pixels = vae.decode(latent)
     return to_picture(pixels.reshape(-1, *pixels.shape[-3:])[0])

@@ -1,4 +1,4 @@
-"""One pass: DLA, DiT, loss. The module that data parallelism wraps."""
+"""One pass: DLA, DiT, loss."""
 
 from __future__ import annotations
 
@@ -11,23 +11,35 @@ from .data.batches import Batch
 from .dit.frozen import FrozenDiT
 from .dit.lora import LoRA
 from .flow import losses, noisy, weight
+from .recipe import Recipe
 
 
 class TrainingStep(nn.Module):
-    """The DLA and, where asked for, the LoRA: what learns. The DiT is reached through `backbone`, which is no part."""
+    """DLA and LoRA, whose parameters are trained, and the loss through the frozen DiT; data parallelism wraps it.
 
-    def __init__(self, dla: DualLayerAggregator, lora: LoRA | None, backbone: FrozenDiT, method: str | None, recipe):
+    Args:
+        dla: The DLA.
+        lora: The LoRA on the DiT, if one is trained.
+        backbone: The frozen DiT, whose parameters are none of this module's.
+        method: Placement of reference latents; None = the DiT's only one.
+        recipe: Settings of the loss.
+    """
+
+    def __init__(
+        self, dla: DualLayerAggregator, lora: LoRA | None, backbone: FrozenDiT, method: str | None, recipe: Recipe
+    ):
         super().__init__()
         self.dla, self.lora = dla, lora
-        self._frozen = (backbone,)
+        self._frozen = (backbone,)  # in a tuple: not a submodule
         self.method, self.training_options = method, recipe.training
 
     @property
     def backbone(self) -> FrozenDiT:
+        """The frozen DiT."""
         return self._frozen[0]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Weighted flow-matching losses (b,), fp32."""
+        """Returns the weighted flow-matching losses (b,), fp32."""
         mixed = self.training_options.mixed_precision == "bf16"
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=mixed):
             return self._losses(batch)
@@ -51,5 +63,5 @@ class TrainingStep(nn.Module):
         return losses(velocity, clean, noise) * weight(t, options.weighting)
 
     def untouched(self) -> Tensor:
-        """Zero, by way of every parameter: data parallelism waits for a gradient of each."""
+        """Returns zero as a function of every parameter: data parallelism waits for a gradient of each."""
         return sum((parameter.sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))

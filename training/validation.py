@@ -1,39 +1,46 @@
-"""Held-out flow-matching loss, for each condition and each range of flow times."""
+"""Held-out flow-matching loss, for each condition and each bin of flow times."""
 
 from __future__ import annotations
-
-from math import sqrt
-from statistics import fmean, stdev
 
 import comfy.model_management
 import torch
 
-from .data.batches import STRATA, Batches
-from .reporting.losses import Loss
+from .data.batches import BINS, Batches
+from .flow import FlowTimes
+from .reporting.losses import CONDITIONS, Loss
 from .step import TrainingStep
 
-CONDITIONS = ("mllm", "vae", "both")
 NAMES = tuple(
-    f"t >= {low:g}" if high == 1 else f"{low:g} <= t < {high:g}" if low else f"t < {high:g}" for low, high in STRATA
+    f"t >= {low:g}" if high == 1 else f"{low:g} <= t < {high:g}" if low else f"t < {high:g}" for low, high in BINS
 )
 
 
 @torch.no_grad()
 def evaluate(module: TrainingStep, batches: Batches, count: int) -> list[Loss]:
-    """Losses of the first `count` examples of `batches`, unweighted means with 95 % intervals. Flow times and noise are
-    the same at every call and under every condition, so that rows may be compared."""
-    passes = batches.held_out(count)  # encoded first: MLLM and DiT need not be on the device together
+    """Returns the unweighted losses of the first `count` examples: means with Student's t intervals (95 %).
+
+    Flow times and noise are the same at every call and under every condition, so that rows can be compared. All
+    examples are encoded first: MLLM and DiT need not be on the device together.
+    """
+    loaded = [batches.load(plan) for plan in batches.plan_held_out(count)]
     module.backbone.load()
     found: dict[tuple[str, str], list[float]] = {(c, name): [] for c in CONDITIONS for name in NAMES}
-    for index, held_out in enumerate(passes):
+    for index, held_out in enumerate(loaded):
         for number, name in enumerate(NAMES):
-            batch = batches.at_stratum(held_out, index, number)
+            batch = batches.at_bin(held_out, index, number)
             for condition in CONDITIONS:
                 found[condition, name].append(float(module(batch.under(condition))))
                 comfy.model_management.throw_exception_if_processing_interrupted()
-    return [_interval(*key, values) for key, values in found.items()]
+    return [Loss.of(*key, values) for key, values in found.items()]
 
 
-def _interval(condition: str, stage: str, values: list[float]) -> Loss:
-    half = 1.96 * stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-    return Loss(condition, stage, fmean(values), fmean(values) - half, fmean(values) + half, len(values))
+def frequencies(shares: dict[str, float], times: FlowTimes) -> dict[tuple[str, str], float]:
+    """Returns for each condition and bin the share of the training passes that have both.
+
+    Args:
+        shares: Condition -> share of the passes that have it.
+        times: Distribution of the flow times in training.
+    """
+    t = times(torch.linspace(0, 1, 10_001))
+    often = [float(((t >= low) & (t < high)).float().mean()) for low, high in BINS]
+    return {(c, name): share * f for c, share in shares.items() for name, f in zip(NAMES, often)}

@@ -22,11 +22,12 @@ from subject_dla.loaders.mllm import load_mllm
 from subject_dla.tests.small.dit import tiny_flux
 from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
-from subject_dla.training import checkpoints as state
+from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_state
 from subject_dla.training.data.batches import EMPTY
 from subject_dla.training.dit.frozen import FrozenDiT
 from subject_dla.training.export import RUN_KEY
-from subject_dla.training.parts import Parts, load_parts, starts
+from subject_dla.training.models import TrainingModels, load_models, start_files
+from subject_dla.training.paths import RunPaths
 from subject_dla.training.recipe import Recipe, RecipeError
 from subject_dla.training.reporting.losses import read_table
 from subject_dla.training.run import train
@@ -49,32 +50,34 @@ class Place:
     def __init__(self, folder):
         self.folder = folder
         self.models, self.data = small_family(folder / "models"), paint_subjects(folder / "my subjects", 5)
-        self.homes = (folder / "models" / "dla", folder / "models" / "loras")
+        self.targets = (folder / "models" / "dla", folder / "models" / "loras")
         with torch.inference_mode():  # as nodes load them
-            self.parts = load_parts(self.recipe("any"))
+            self.loaded = load_models(self.recipe("any"))
 
     def recipe(self, name, **changes):
         merged = {section: {**STAGE_2.get(section, {}), **changes.get(section, {})} for section in {*STAGE_2, *changes}}
         merged["run"] = {"name": name, **merged.get("run", {})}
         return Recipe.from_dict(small_recipe(self.models, self.data, **merged))
 
-    def train(self, name, listen=lambda _: None, cache="cache", **changes):
+    def train(self, name, callback=lambda _: None, cache="cache", **changes):
         recipe = self.recipe(name, **changes)
-        self.parts.start_dla, self.parts.start_lora = starts(recipe)
+        self.loaded.start_dla, self.loaded.start_lora = start_files(recipe)
         with torch.inference_mode():  # as nodes run
-            return train(recipe, self.parts, self.folder / name, self.homes, listen, cache=self.folder / cache)
+            return train(
+                recipe, self.loaded, RunPaths(self.folder / name, self.folder / cache, *self.files(name)), callback
+            )
 
     def newest(self, name):
-        return state.checkpoints(self.folder / name)[-1]
+        return checkpoints(self.folder / name)[-1]
 
     def files(self, name):
-        return [home / f"{name}.safetensors" for home in self.homes]
+        return [target / f"{name}.safetensors" for target in self.targets]
 
     def end(self, name):
         """All that a run leaves: weights, moments, losses, finished files."""
         tensors = {path.name: load_file(path) for path in self.newest(name).glob("*.safetensors")}
         tensors |= {str(path.parent.name): load_file(path) for path in self.files(name)}
-        return tensors, state.read_facts(self.newest(name))["losses"]
+        return tensors, read_state(self.newest(name))["losses"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def whole(place):
     with passes() as seen:
         result = place.train("whole")
     assert len(seen) == STEPS * 2 and set(seen) == {"mllm", "vae", "both"}
-    assert result.step == STEPS and len(result.losses) == STEPS
+    assert result.history.step == STEPS and len(result.history.losses) == STEPS
     return place.end("whole")
 
 
@@ -119,11 +122,11 @@ def assert_equal(found, expected):
 
 
 def stop_at(*steps):
-    def listen(progress):
-        if progress.loss is not None and progress.step in steps:
+    def callback(progress):
+        if progress.seconds is not None and progress.step in steps:
             raise Stop
 
-    return listen
+    return callback
 
 
 # resuming -----------------------------------------------------------------------------------------------------------
@@ -133,12 +136,12 @@ def test_stopped_after_every_step_it_is_the_whole_run(place, whole):
     for step in range(1, STEPS):
         with pytest.raises(Stop):
             place.train("steps", stop_at(step))
-        assert state.read_facts(place.newest("steps"))["step"] == step
+        assert read_state(place.newest("steps"))["step"] == step
         for path in place.files("steps"):
             assert path.is_file()  # what there is may be used already
     place.train("steps")
     assert_equal(place.end("steps"), whole)
-    assert len(state.checkpoints(place.folder / "steps")) == 2
+    assert len(checkpoints(place.folder / "steps")) == 2
     assert not list((place.folder / "steps").glob(".*"))
 
 
@@ -155,8 +158,8 @@ def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(place, whole, p
     for step in range(1, STEPS + 1):  # each part ends one step, but the first, and breaks off in the next
         with passes(fail), pytest.raises(Stop):
             place.train(name, **cache)
-        found = state.checkpoints(place.folder / name)
-        assert [state.read_facts(path)["step"] for path in found[-1:]] == [step - 1] * (step > 1)
+        found = checkpoints(place.folder / name)
+        assert [read_state(path)["step"] for path in found[-1:]] == [step - 1] * (step > 1)
     place.train(name, **cache)
     assert_equal(place.end(name), whole)
 
@@ -169,13 +172,15 @@ def test_looking_on_does_not_change_a_run(place, whole):
     torch.manual_seed(12345)
     result = place.train("watched", lambda progress: pictures.append(progress.picture), run=watch)
     assert_equal(place.end("watched"), whole)
-    assert sorted(result.validation) == sorted(result.held_out) == list(range(STEPS + 1))
-    assert all({row.condition for row in rows} == {"mllm", "vae", "both"} for rows in result.validation.values())
+    assert sorted(result.history.validation) == sorted(result.history.held_out) == list(range(STEPS + 1))
+    assert all(
+        {row.condition for row in rows} == {"mllm", "vae", "both"} for rows in result.history.validation.values()
+    )
     assert sum(picture is not None for picture in pictures) >= 3 * STEPS
     assert len(list((place.folder / "watched" / "samples").iterdir())) == STEPS + 1
-    assert len(state.checkpoints(place.folder / "watched")) == 1
+    assert len(checkpoints(place.folder / "watched")) == 1
     again = place.train("watched", run=watch)  # it is done
-    assert (again.losses, again.validation) == (result.losses, result.validation)
+    assert (again.history.losses, again.history.validation) == (result.history.losses, result.history.validation)
 
 
 def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, monkeypatch):
@@ -191,7 +196,7 @@ def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, mon
             raise Stop
         return rows
 
-    def listen(progress):
+    def callback(progress):
         if progress.picture is not None and progress.step == 3 and not (place.folder / "looked" / "stopped").exists():
             (place.folder / "looked" / "stopped").touch()
             raise Stop
@@ -200,14 +205,23 @@ def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, mon
     watch = {"validate_every": 1, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}
     for _ in range(3):
         with pytest.raises(Stop):
-            place.train("looked", listen, run=watch)
-    result = place.train("looked", listen, run=watch)
+            place.train("looked", callback, run=watch)
+    result = place.train("looked", callback, run=watch)
     assert_equal(place.end("looked"), whole)
-    assert sorted(result.validation) == list(range(STEPS + 1))
+    assert sorted(result.history.validation) == list(range(STEPS + 1))
     once = place.train("looked-once", run=watch)
-    assert result.validation == once.validation and result.held_out == once.held_out
+    assert result.history.validation == once.history.validation and result.history.held_out == once.history.held_out
     tables = [(place.folder / name / "validation.csv").read_text() for name in ("looked", "looked-once")]
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + 9 * (STEPS + 1)
+
+
+def draw_weights(model):
+    """As the tests of 0.1.0 drew them."""
+    draw = torch.Generator().manual_seed(0)
+    for key, value in model.model.diffusion_model.state_dict().items():
+        normal = torch.empty(value.shape).normal_(0, 0.2 if value.ndim > 1 else 0.1, generator=draw)
+        value.copy_(normal + (value.ndim == 1 and not key.endswith("bias")))
+    return model
 
 
 def rounding() -> str:
@@ -236,20 +250,21 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
     build_qwen25vl(tmp_path / "models/mllm/tiny", width=16, layers=2, heads=2, kv_heads=1, dtype=torch.float32)
     paint_subjects(tmp_path / "subjects", 5)
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe.from_dict(state.read_facts(state.checkpoints(tmp_path / "run")[-1])["recipe"])
+    recipe = Recipe.from_dict(read_state(checkpoints(tmp_path / "run")[-1])["recipe"])
     with torch.inference_mode():
-        parts = Parts(tiny_flux(24), load_vae(models["vae"]), load_mllm("tiny"))
-    files, heard = (tmp_path / "run" / "dla", tmp_path / "run" / "loras"), []
+        loaded = TrainingModels(draw_weights(tiny_flux(24)), load_vae(models["vae"]), load_mllm("tiny"))
+    files, messages = (tmp_path / f"run/{kind}/small.safetensors" for kind in ("dla", "loras")), []
     with passes() as seen:
-        result = train(recipe, parts, tmp_path / "run", files, heard.append)
+        paths = RunPaths(tmp_path / "run", tmp_path / "cache", *files)
+        history = train(recipe, loaded, paths, lambda progress: messages.append(progress.text)).history
     assert set(seen) == {"mllm", "vae", "both"} and len(seen) == 4
-    assert any("step 3 " in progress.text for progress in heard)
+    assert "Resuming from step 3 (checkpoint-00000003)" in messages
     with safe_open(FIXTURE / "expected.safetensors", framework="pt") as file:
         made = file.metadata()
     expected = load_file(FIXTURE / "expected.safetensors")
     found, start = {}, {}
     for weights, checkpoint in (
-        (found, state.checkpoints(tmp_path / "run")[-1]),
+        (found, checkpoints(tmp_path / "run")[-1]),
         (start, FIXTURE / "checkpoint-00000003"),
     ):
         for part in ("dla", "lora"):
@@ -257,14 +272,14 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
     assert found.keys() == expected.keys()
     if made["rounding"] == rounding():
         assert all(torch.equal(found[key], value) for key, value in expected.items())
-        assert result.losses == json.loads(made["losses"])
+        assert history.losses == json.loads(made["losses"])
     else:  # other kernels round otherwise; other noise or another order would give other steps altogether
         off, way = (sum(float((found[k] - side[k]).square().sum()) for k in expected) for side in (expected, start))
         assert off < 1e-4 * way
-        assert result.losses == pytest.approx(json.loads(made["losses"]), rel=1e-3)
-    assert sorted(result.validation) == [0, 3, 5] == sorted(read_table(tmp_path / "run" / "validation.csv"))
+        assert history.losses == pytest.approx(json.loads(made["losses"]), rel=1e-3)
+    assert sorted(history.validation) == [0, 3, 5] == sorted(read_table(tmp_path / "run" / "validation.csv"))
     for step, means in json.loads(made["validation"]).items():
-        assert [row.mean for row in result.validation[int(step)]] == pytest.approx(means, rel=1e-3)
+        assert [row.mean for row in history.validation[int(step)]] == pytest.approx(means, rel=1e-3)
 
 
 def test_a_changed_learning_rate_is_taken_over(place):
@@ -274,10 +289,11 @@ def test_a_changed_learning_rate_is_taken_over(place):
     before, _ = place.end("rates")
     result = place.train("rates", **rates)
     after, losses = place.end("rates")
-    assert result.step == len(losses) == STEPS
+    assert result.history.step == len(losses) == STEPS
     for name in ("dla.safetensors", "lora.safetensors"):
         assert all(torch.equal(value, after[name][key]) for key, value in before[name].items())
-    assert any(not torch.equal(value, after["optimizer.safetensors"][key]) for key, value in before["optimizer.safetensors"].items())  # fmt: skip
+    moments, others = before["optimizer.safetensors"], after["optimizer.safetensors"]
+    assert any(not torch.equal(value, others[key]) for key, value in moments.items())
 
 
 def test_more_steps_go_on_from_a_finished_run(place, whole):
@@ -298,11 +314,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("setting", CHANGES)
 def test_another_run_under_the_same_name_is_refused_by_setting(place, whole, monkeypatch, setting):
-    from subject_dla.training import run as loop
+    from subject_dla.training import build
 
     if setting == "training.optimizer":  # whether its package is there or not
-        real = loop.make_optimizer
-        monkeypatch.setattr(loop, "make_optimizer", lambda recipe, *rest: real(place.recipe("any"), *rest))
+        real = build.make_optimizer
+        monkeypatch.setattr(build, "make_optimizer", lambda recipe, *rest: real(place.recipe("any"), *rest))
     before = everything(place.folder / "whole"), everything(place.folder / "models")
     with passes() as seen, pytest.raises(RecipeError, match=rf"'whole' was begun with {setting} = .* choose another"):
         place.train("whole", **CHANGES[setting])
@@ -310,12 +326,12 @@ def test_another_run_under_the_same_name_is_refused_by_setting(place, whole, mon
 
 
 def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(place, whole):
-    dla = load_dla(place.homes[0] / "whole.safetensors")
+    dla = load_dla(place.targets[0] / "whole.safetensors")
     dla.config = DLAConfig.from_dict({**dla.config.to_dict(), "vit_blend": 0.5})
-    save_dla(place.homes[0] / "blended.safetensors", dla)
+    save_dla(place.targets[0] / "blended.safetensors", dla)
     with pytest.raises(Stop):
         place.train("begun", stop_at(1))
-    with passes() as seen, pytest.raises(state.CheckpointError, match="vit_blend"):
+    with passes() as seen, pytest.raises(CheckpointError, match="vit_blend"):
         place.train("begun", run={"start_dla": "blended.safetensors"})
     assert not seen
 
@@ -337,12 +353,12 @@ def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(place):
 
 def test_an_interrupt_saves_and_is_the_hosts(place, whole):
     def interrupt(progress):
-        if progress.loss is not None and progress.step == 3:
+        if progress.seconds is not None and progress.step == 3:
             comfy.model_management.interrupt_current_processing()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         place.train("interrupted", interrupt)
-    assert state.read_facts(place.newest("interrupted"))["step"] == 3
+    assert read_state(place.newest("interrupted"))["step"] == 3
     place.train("interrupted")
     assert_equal(place.end("interrupted"), whole)
 
@@ -366,7 +382,7 @@ def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(plac
 
     with passes(act), pytest.raises(RuntimeError, match="(loss|norm) is (nan|inf) at step 3"):
         place.train(name, **options)
-    assert state.read_facts(place.newest(name))["step"] == 2
+    assert read_state(place.newest(name))["step"] == 2
     if clip_norm:
         place.train(name, **options)
         assert_equal(place.end(name), whole)
@@ -377,9 +393,9 @@ def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(plac
 def test_lora_leaves_the_model_as_it_was(place, whole):
     with passes(lambda number, velocity: 1 / 0), pytest.raises(ZeroDivisionError):
         place.train("hooks")
-    modules = place.parts.model.model.diffusion_model.modules()
+    modules = place.loaded.model.model.diffusion_model.modules()
     assert not any(module._forward_hooks or "forward" in vars(module) for module in modules)
-    assert not (place.folder / "hooks").exists() or not state.checkpoints(place.folder / "hooks")
+    assert not (place.folder / "hooks").exists() or not checkpoints(place.folder / "hooks")
     assert not any(path.exists() for path in place.files("hooks"))  # nothing was learnt
 
 
@@ -423,7 +439,7 @@ def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(place, monkeypat
         return real(self, noisy, t, context, references, **values)
 
     monkeypatch.setattr(FrozenDiT, "velocity", velocity)
-    monkeypatch.setattr(place.parts, "clip", Pooled())
+    monkeypatch.setattr(place.loaded, "clip", Pooled())
     place.train("pooled", training={"steps": 3})
     prompts = {EMPTY[0], *(path.read_text() for path in place.data.glob("*/*.txt"))}
     known = [Pooled().of(prompt)[0] for prompt in prompts]
@@ -464,7 +480,7 @@ def test_a_file_that_is_somebody_elses_is_left_alone(place, what):
     with passes() as seen, pytest.raises(ValueError, match=f"{name}.safetensors is there already"):
         place.train(name)
     assert not seen and everything(path.parent) == before
-    assert not state.checkpoints(place.folder / name)
+    assert not checkpoints(place.folder / name)
 
 
 def test_the_finished_dla_tells_how_it_was_made_and_nothing_of_the_machine(place, whole):
@@ -490,7 +506,7 @@ def test_the_finished_dla_tells_how_it_was_made_and_nothing_of_the_machine(place
 def test_the_host_takes_every_key_of_the_finished_lora(place, whole, caplog):
     weights = comfy.utils.load_torch_file(str(place.files("whole")[1]), safe_load=True)
     with caplog.at_level(logging.WARNING):
-        patched, _ = comfy.sd.load_lora_for_models(place.parts.model, None, weights, 1.0, 0)
+        patched, _ = comfy.sd.load_lora_for_models(place.loaded.model, None, weights, 1.0, 0)
     assert not [record for record in caplog.records if "lora" in record.getMessage().lower()]
     assert 3 * len(patched.patches) == len(weights) > 0
     assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)

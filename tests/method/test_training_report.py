@@ -2,6 +2,8 @@
 
 import numpy
 import pytest
+import scipy.stats
+import torch
 from PIL import Image
 from subject_dla.common.drawing.axes import Axes, round_ticks
 from subject_dla.common.drawing.canvas import Canvas
@@ -9,6 +11,7 @@ from subject_dla.common.drawing.palette import BLUE, ORANGE
 from subject_dla.common.drawing.sheet import contact_sheet
 from subject_dla.training.reporting.losses import Loss, read_table, table, with_all, write_table
 from subject_dla.training.reporting.plots import loss_curve, validation_plot
+from subject_dla.training.reporting.progress import History, Progress
 
 ROWS = [
     Loss("vae", "t >= 0.95", 0.2, 0.17, 0.24, 30),
@@ -22,17 +25,38 @@ def where(image: Image.Image, colour) -> numpy.ndarray:
     return numpy.argwhere((numpy.asarray(image) == colour).all(axis=-1))
 
 
-def test_all_flow_times_weigh_the_stages_by_their_samples():
-    found = {row.condition: row for row in with_all(ROWS) if row.stage == "all"}
+def test_all_flow_times_weigh_the_bins_by_their_samples():
+    found = {row.condition: row for row in with_all(ROWS) if row.bin == "all"}
     assert found["vae"].mean == pytest.approx(0.75 * 0.2 + 0.25 * 0.6)
     assert found["vae"].samples == 40
     assert found["vae"].mean - found["vae"].low == pytest.approx(((0.75 * 0.03) ** 2 + (0.25 * 0.04) ** 2) ** 0.5)
     assert found["vae"].high - found["vae"].mean == pytest.approx(((0.75 * 0.04) ** 2 + (0.25 * 0.03) ** 2) ** 0.5)
     given = Loss("vae", "all", 9.0, 8.0, 10.0, 40)
-    assert [row for row in with_all([given, *ROWS]) if (row.condition, row.stage) == ("vae", "all")] == [given]
+    assert [row for row in with_all([given, *ROWS]) if (row.condition, row.bin) == ("vae", "all")] == [given]
 
 
-def test_table_has_a_line_per_condition_and_a_column_per_stage():
+@pytest.mark.parametrize("count", [2, 3, 5, 16, 200])
+def test_a_bins_interval_is_students_t(count):
+    losses = torch.rand(count, generator=torch.Generator().manual_seed(count)).double()
+    row = Loss.of("both", "t < 0.85", losses.tolist())
+    low, high = scipy.stats.t.interval(0.95, count - 1, losses.mean().item(), scipy.stats.sem(losses.numpy()))
+    assert (row.mean, row.low, row.high) == pytest.approx((losses.mean().item(), low, high), rel=1e-9)
+    assert (row.condition, row.bin, row.samples) == ("both", "t < 0.85", count)
+    assert Loss.of("both", "t < 0.85", [0.25]) == Loss("both", "t < 0.85", 0.25, 0.25, 0.25, 1)
+
+
+def test_a_line_tells_step_loss_pace_and_time_left():
+    history = History("a", {}, losses=[0.5, 0.25])
+    for steps, seconds, line in (
+        (10, 0.5, "step 2/10, loss 0.2500, 0.50 s/step, 1 min left"),
+        (10_002, 0.72, "step 2/10002, loss 0.2500, 0.72 s/step, 2 h 0 min left"),
+        (2, 0.5, "step 2/2, loss 0.2500, 0.50 s/step"),
+    ):
+        assert Progress(history, steps, seconds).line == line
+    assert Progress(history, 10, text="left out: a.png").line == "step 2/10: left out: a.png"
+
+
+def test_table_has_a_line_per_condition_and_a_column_per_bin():
     lines = table(ROWS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(line) for line in lines}) == 1  # aligned
@@ -100,17 +124,17 @@ def test_odd_runs_can_be_drawn():
         loss_curve([1, 2], [0.5])
 
 
-def test_validation_plot_has_a_panel_per_stage_and_a_line_per_condition():
+def test_validation_plot_has_a_panel_per_bin_and_a_line_per_condition():
     history = {
         step: [
-            Loss(condition, stage, mean, mean - 0.02, mean + 0.02, 9)
-            for stage in ("t >= 0.95", "t < 0.95")
+            Loss(condition, name, mean, mean - 0.02, mean + 0.02, 9)
+            for name in ("t >= 0.95", "t < 0.95")
             for condition, mean in (("mllm", 0.3), ("vae", 0.5))
         ]
         for step in (0, 100, 200)
     }
     image = validation_plot(history)
-    for left, top in ((0, 40), (384, 40), (0, 270)):  # two stages, and all flow times
+    for left, top in ((0, 40), (384, 40), (0, 270)):  # two bins, and all flow times
         part = image.crop((left, top, left + 384, top + 230))
         mllm, vae = (where(part, colour) for colour in (BLUE, ORANGE))
         assert len(mllm) > 200 and len(vae) > 200

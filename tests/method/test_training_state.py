@@ -11,7 +11,7 @@ import torch
 from subject_dla.common import bootstrap
 from subject_dla.dla import MLLMInfo
 from subject_dla.tests.small.killed import Trained
-from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_facts
+from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = MLLMInfo("small", "qwen2_5_vl", 3, 32)
@@ -32,7 +32,7 @@ def test_comes_back_bit_for_bit_and_the_newest_stay(tmp_path):
         assert values.keys() == after[index].keys() >= {"exp_avg", "exp_avg_sq", "step"}
         for name, value in values.items():
             assert torch.equal(value, after[index][name]) and value.dtype == after[index][name].dtype
-    assert read_facts(checkpoints(tmp_path)[-1])["losses"] == [0.1] * 4
+    assert read_state(checkpoints(tmp_path)[-1])["losses"] == [0.1] * 4
 
 
 def test_rates_are_the_recipes_not_the_checkpoints(tmp_path):
@@ -52,7 +52,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path, name
         trained.fill(step)
         newest = trained.save(tmp_path, step)
     whole = (newest / name).read_bytes()
-    other = b"[1]" if name == "state.json" else (newest / {"dla": "optimizer"}.get(name[:3], "dla")).with_suffix(".safetensors").read_bytes()  # fmt: skip
+    another = newest / ("optimizer.safetensors" if name.startswith("dla") else "dla.safetensors")
+    other = b"[1]" if name == "state.json" else another.read_bytes()
     damaged = {"cut off": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole), "another's": other}[damage]
     (newest / name).write_bytes(damaged)
     with pytest.raises(CheckpointError, match=f"{tmp_path.name}/{newest.name}: .* Move this folder away"):
@@ -64,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path, name
 
 def test_a_checkpoint_of_another_dla_or_lora_is_refused_by_name(tmp_path):
     checkpoint = Trained(1.0).save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="context_width 32, the one to train has 64|mllm MLLMInfo"):
+    with pytest.raises(CheckpointError, match="has mllm small .*width 32.*, the one to train has small .*width 64"):
         Trained(width=64).restore(checkpoint)
     with pytest.raises(CheckpointError, match="rank 4"):
         Trained(rank=4).restore(checkpoint)

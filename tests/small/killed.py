@@ -59,8 +59,8 @@ class Trained:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     draw = random.Random(0)
-    last = parts = 0
-    for number in range(25):
+    last = parts = took = 0
+    for _ in range(25):
         child = os.fork()
         if child == 0:
             trained, step = Trained(width=256), last
@@ -68,10 +68,14 @@ def main(folder: Path) -> None:
                 step += 1
                 trained.fill(float(step))
                 trained.save(folder, step)
+        before = set(folder.iterdir())
+        while set(folder.iterdir()) == before:  # until it saves, however busy the machine
+            time.sleep(0.002)
         began = time.monotonic()
-        while number == 0 and not checkpoints(folder) and time.monotonic() < began + 60:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.02, 0.2))
+        while not checkpoints(folder):
+            time.sleep(0.002)
+        took = took or time.monotonic() - began  # of the first one
+        time.sleep(draw.uniform(0, 2) * took)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         parts += any(path.name.startswith(".") for path in folder.iterdir())

@@ -26,6 +26,7 @@ from ...common.console import say
 
 
 def main(given: list[str]) -> None:
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- training", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="of the short run")
     options = parser.parse_args(given)
@@ -51,7 +52,7 @@ class Stop(Exception):
 
 
 def gradient_error(family: str) -> float:
-    """Worst of both poolings, with and without checkpointing; a random direction in each parameter."""
+    """Returns the worst error of both poolings, with and without checkpointing, along a random direction each."""
     import torch
 
     from ...dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
@@ -75,6 +76,21 @@ def gradient_error(family: str) -> float:
     reference = random(1, backbone.latent_channels, *frames, 8, 12)
     method, guidance = backbone.family.default_placement, 1.0 if backbone.family.takes_guidance else None
     worst = 0.0
+
+    def loss(dla):
+        context = aggregate(features, dla)
+        out = backbone.velocity(noisy, torch.tensor([0.6]), context, [reference], method=method, guidance=guidance)
+        return (out - target).square().mean()
+
+    def difference(dla, parameter, direction, size=1e-2):
+        with torch.no_grad():
+            start, sides = parameter.clone(), []
+            for sign in (1, -1):
+                parameter.copy_(start + sign * size * direction)
+                sides.append(loss(dla).double())
+            parameter.copy_(start)
+        return (sides[0] - sides[1]) / (2 * size)
+
     for pooling in ("softmax", "linear"):
         dla = DualLayerAggregator(
             DLAConfig(info, backbone.context_width, pooling=pooling, heads=2, refiner_blocks=int(pooling == "linear"))
@@ -82,40 +98,25 @@ def gradient_error(family: str) -> float:
         parameters = list(dla.parameters())
         for parameter in parameters:  # a new DLA has gradients of zero: its branches start at zero
             parameter.data = random(*parameter.shape) * parameter.shape[-1] ** -0.5
-
-        def loss():
-            context = aggregate(features, dla)
-            t = torch.tensor([0.6])
-            out = backbone.velocity(noisy, t, context, [reference], method=method, guidance=guidance)
-            return (out - target).square().mean()
-
-        def difference(parameter, direction, size=1e-2):
-            with torch.no_grad():
-                start, sides = parameter.clone(), []
-                for sign in (1, -1):
-                    parameter.copy_(start + sign * size * direction)
-                    sides.append(loss().double())
-                parameter.copy_(start)
-            return (sides[0] - sides[1]) / (2 * size)
-
         directions = [random(*p.shape) * p.detach().square().mean().sqrt() for p in parameters]
-        found = torch.stack([difference(*pair) for pair in zip(parameters, directions)])
+        found = torch.stack([difference(dla, *pair) for pair in zip(parameters, directions)])
         for backbone.checkpointing in (True, False):
             dla.zero_grad()
             with backbone.gradients():
-                loss().backward()
+                loss(dla).backward()
             ours = torch.stack([(p.grad * d).sum() for p, d in zip(parameters, directions)]).double()
             worst = max(worst, float((found - ours).norm() / found.norm()))
     return worst
 
 
 def runs(folder: Path, steps: int) -> tuple[float, dict]:
-    """(largest difference between a whole run and one in four parts, losses of the whole one)."""
+    """Returns the largest difference between a whole run and one in four parts, and the whole one's losses."""
     import torch
 
     from ...dla import load_dla
     from ...tests.small.training import paint_subjects, small_family, small_recipe
-    from ...training.parts import load_parts
+    from ...training.models import load_models
+    from ...training.paths import RunPaths
     from ...training.recipe import Recipe
     from ...training.run import train
 
@@ -129,15 +130,16 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
 
     def go(name, stops=()):
         recipe = Recipe.from_dict(small_recipe(models, data, **{**settings, "run": {**settings["run"], "name": name}}))
-        places = (folder / name / "dla", folder / name / "loras")
+        files = (folder / name / f"{kind}.safetensors" for kind in ("dla", "lora"))
+        paths = RunPaths(folder / "runs" / name, folder / "runs" / name / "cache", *files)
 
-        def listen(progress):
-            if progress.loss is not None and progress.step in stops:
+        def stop(progress):
+            if progress.seconds is not None and progress.step in stops:
                 raise Stop
 
         for _ in range(len(stops) + 1):
             try:
-                result = train(recipe, load_parts(recipe), folder / "runs" / name, places, listen)
+                result = train(recipe, load_models(recipe), paths, stop)
             except Stop:
                 stops = [stop for stop in stops if stop != min(stops)]
         state = dict(load_dla(result.dla).state_dict())
@@ -149,6 +151,7 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
     go("whole")
     go("parts", [steps // 5, steps // 2, steps - 1])
     (whole, result), (parts, resumed) = ends["whole"], ends["parts"]
+    result, resumed = result.history, resumed.history
     difference = max(float((whole[key].double() - parts[key].double()).abs().max()) for key in whole)
     difference = max([difference, *(abs(a - b) for a, b in zip(result.losses, resumed.losses, strict=True))])
     tenth = max(1, steps // 10)
@@ -159,12 +162,12 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
         "held_out_end": result.held_out[steps],
         "steps": steps,
     }
-    assert torch.isfinite(torch.tensor([v for v in losses.values()])).all()
+    assert torch.isfinite(torch.tensor(list(losses.values()))).all()
     return difference, losses
 
 
 def peak(checkpointing: bool) -> float:
-    """MB that the allocator hands out at most for a forward and backward pass, beyond what was there before."""
+    """Returns the peak in MB that a forward and backward pass allocates."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,5 +1,8 @@
-"""From examples to what one pass through the DiT needs; all of it a function of seed and position, so that a resumed
-run sees what the uninterrupted one saw."""
+"""From examples to the inputs of one pass through the DiT.
+
+Each pass is planned once, by a function of the seed and its position alone, so that a resumed run sees what an
+uninterrupted one sees. The plan is then used to encode ahead and to assemble the batch.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,40 @@ from ..flow import FlowTimes, generator
 from ..recipe import Recipe
 from .buckets import Order, bucket
 from .dataset import Example
-from .feature_cache import FeatureSource, stack
+from .feature_cache import FeatureSource, Prompt, stack
 from .latent_cache import LatentCache
 
-SHARE, NOISE, TIME, PROMPT, HELD_OUT = range(5)  # streams of random numbers
+CONDITION, NOISE, TIME, PROMPT, HELD_OUT = range(5)  # streams of random numbers, see flow.generator
 EMPTY = (" ", ())  # prompt and references on CFG's negative side; in the graph, too, an empty prompt is a space
-STRATA = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds [T]
+BINS = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds [T]
+
+
+@dataclass(frozen=True, eq=False)
+class PassPlan:
+    """What one pass through the DiT consists of, decided before anything is encoded."""
+
+    indices: tuple[int, ...]  # of the b examples; their images have the same sizes
+    condition: str  # "mllm" | "vae" | "both": which tokens the DiT gets
+    prompts: tuple[Prompt, ...]  # what the MLLM encodes for each example; () = nothing
+    t: Tensor  # (b,) flow times
+    noise_key: tuple[int, ...]  # of flow.generator: stream and position
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One pass: b examples whose pictures have the same sizes. Latents are the VAE's, on the CPU."""
+    """Inputs of one pass. Latents are the VAE's, on the CPU."""
 
-    condition: str  # "mllm" | "vae" | "both": which tokens the DiT gets
     features: Features | None  # None without MLLM tokens
-    pooled: Tensor | None  # (b, p); the stages of sampling keep it, so it stays without MLLM tokens too
+    pooled: Tensor | None  # (b, p); staged sampling keeps it, so it stays without MLLM tokens too
     clean: Tensor  # (b, c, h, w) or (b, c, 1, h, w)
     references: tuple[Tensor, ...]  # the same per reference; () without VAE tokens
     noise: Tensor  # as clean
     t: Tensor  # (b,) flow times
 
     def under(self, condition: str) -> Batch:
-        """The same pass with the tokens of one condition; what it lacks must be there."""
+        """Returns the same pass with the tokens of one condition; the tokens must be there."""
         return replace(
             self,
-            condition=condition,
             features=None if condition == "vae" else self.features,
             references=() if condition == "mllm" else self.references,
         )
@@ -58,9 +70,9 @@ class Batches:
         placement: str | None,
     ):
         self.examples, self.recipe, self.latents, self.features = tuple(examples), recipe, latents, features
-        self.times, self.placement = times, placement
+        self.times, self.placement, self.seed = times, placement, recipe.training.seed
         self.sizes = [self._sizes(example) for example in self.examples]
-        self.order = Order(self.sizes, recipe.training.batch_size, recipe.training.seed)
+        self.order = Order(self.sizes, recipe.training.batch_size, self.seed)
 
     def _sizes(self, example: Example) -> tuple[tuple[int, int], ...]:
         """(width, height) in px of target and references, all snapped to buckets so that they stack."""
@@ -71,74 +83,68 @@ class Batches:
         ]
         return target, *references
 
-    def prepare(self, positions: Iterable[int]) -> None:
-        """Encodes what these passes need, while MLLM and VAE are on the device."""
-        wanted = []
-        for position in positions:
-            indices = self.order.at(position)
-            wanted += self._prompts(indices, position)
-            for index in indices:
-                self._latents(index)
-        self.features.prefetch(wanted)
-
-    def at(self, position: int) -> Batch:
-        """The pass number `position` of the run, counted from 0 over all epochs and processes."""
+    def plan(self, position: int) -> PassPlan:
+        """Plans pass number `position` of the run, counted from 0 over all epochs and processes."""
         indices = self.order.at(position)
-        shares = torch.rand(len(indices), generator=generator(self.recipe.training.seed, TIME, position))
-        prompts = self._prompts(indices, position)
-        batch = self._batch(indices, prompts, self.times(shares), (NOISE, position))
-        return batch.under(self._condition(position))
 
-    def held_out(self, count: int) -> list[Batch]:
-        """One pass with all tokens for each of the first `count` examples, all encoded; always the same. The pass is at
-        noise and flow time of the first of STRATA; `at_stratum` gives the others."""
-        passes = []
-        for index, example in enumerate(self.examples[:count]):
-            prompts = [(example.prompt, example.references)]
-            passes.append(self._batch([index], prompts, torch.ones(1), (HELD_OUT, index)))
-        return passes
+        def draw(stream: int, count: int) -> Tensor:
+            return torch.rand(count, generator=generator(self.seed, stream, position))
 
-    def at_stratum(self, batch: Batch, index: int, number: int) -> Batch:
-        """The held-out pass number `index` at a flow time in STRATA[number], with noise of its own."""
-        low, high = STRATA[number]
-        draw = generator(self.recipe.training.seed, HELD_OUT, index, number)
-        t = (low + (high - low) * torch.rand(1, generator=draw)).clamp(min=0.01)
-        return replace(batch, t=t, noise=torch.randn(batch.noise.shape, generator=draw))
+        condition = _choose(self.recipe.shares, draw(CONDITION, 1).item())
+        dropped = (draw(PROMPT, len(indices)) < self.recipe.training.drop_prompt).tolist()
+        examples = [self.examples[index] for index in indices]
+        # without MLLM tokens the prompt is encoded only for the pooled vector
+        prompts = tuple(EMPTY if drop else (e.prompt, e.references) for drop, e in zip(dropped, examples))
+        prompts = () if condition == "vae" and self.features.clip is None else prompts
+        return PassPlan(tuple(indices), condition, prompts, self.times(draw(TIME, len(indices))), (NOISE, position))
 
-    def _batch(self, indices: list[int], prompts: list, t: Tensor, place: tuple[int, ...]) -> Batch:
-        """`prompts`: [] = no MLLM tokens."""
-        encoded = [self.features.get(*prompt) for prompt in prompts]
-        pictures = [self._latents(index) for index in indices]
-        clean = torch.stack([rows[0] for rows in pictures])
+    def plan_held_out(self, count: int) -> list[PassPlan]:
+        """Plans one pass with all tokens for each of the first `count` examples; `at_bin` sets their flow times."""
+        return [
+            PassPlan((index,), "both", ((example.prompt, example.references),), torch.ones(1), (HELD_OUT, index))
+            for index, example in enumerate(self.examples[:count])
+        ]
+
+    def encode(self, plans: Iterable[PassPlan]) -> None:
+        """Encodes what these passes need, first by the VAE, then by the MLLM, each on the device in turn."""
+        plans = list(plans)
+        for plan in plans:
+            for index in plan.indices:
+                self._latents(index)
+        self.features.prefetch([prompt for plan in plans for prompt in plan.prompts])
+
+    def load(self, plan: PassPlan) -> Batch:
+        """Assembles the inputs of a planned pass; encodes what has not been encoded yet."""
+        encoded = [self.features.get(*prompt) for prompt in plan.prompts]
+        latents = [self._latents(index) for index in plan.indices]
+        clean = torch.stack([rows[0] for rows in latents])
         pooled = [e.pooled for e in encoded if e.pooled is not None]
         return Batch(
-            condition="both",
             features=stack([e.features for e in encoded]) if encoded else None,
             pooled=torch.cat(pooled) if pooled else None,
             clean=clean,
-            references=tuple(torch.stack(column) for column in zip(*(rows[1:] for rows in pictures))),
-            noise=torch.randn(clean.shape, generator=generator(self.recipe.training.seed, *place)),
-            t=t,
-        )
+            references=tuple(torch.stack(column) for column in zip(*(rows[1:] for rows in latents))),
+            noise=torch.randn(clean.shape, generator=generator(self.seed, *plan.noise_key)),
+            t=plan.t,
+        ).under(plan.condition)
+
+    def at_bin(self, batch: Batch, index: int, number: int) -> Batch:
+        """Returns held-out pass number `index` at a flow time in BINS[number]; time and noise are always the same."""
+        low, high = BINS[number]
+        draw = generator(self.seed, HELD_OUT, index, number)
+        t = (low + (high - low) * torch.rand(1, generator=draw)).clamp(min=0.01)
+        return replace(batch, t=t, noise=torch.randn(batch.noise.shape, generator=draw))
 
     def _latents(self, index: int) -> list[Tensor]:
         example, sizes = self.examples[index], self.sizes[index]
         return [self.latents.get(path, *size) for path, size in zip((example.target, *example.references), sizes)]
 
-    def _condition(self, position: int) -> str:
-        draw = torch.rand(1, generator=generator(self.recipe.training.seed, SHARE, position)).item()
-        shares = [(name, share) for name, share in self.recipe.shares.items() if share]
-        for name, share in shares:
-            if draw < share:
-                return name
-            draw -= share
-        return shares[-1][0]
 
-    def _prompts(self, indices: list[int], position: int) -> list[tuple[str, tuple]]:
-        """What the MLLM reads: at times nothing, which is the negative side of CFG; [] where nobody needs it."""
-        if self._condition(position) == "vae" and self.features.clip is None:
-            return []
-        draws = torch.rand(len(indices), generator=generator(self.recipe.training.seed, PROMPT, position))
-        dropped = (draws < self.recipe.training.drop_prompt).tolist()
-        examples = [self.examples[index] for index in indices]
-        return [EMPTY if drop else (example.prompt, example.references) for drop, example in zip(dropped, examples)]
+def _choose(shares: dict[str, float], draw: float) -> str:
+    """The condition into whose share of 0..1 a uniform number falls."""
+    possible = [(name, share) for name, share in shares.items() if share]
+    for name, share in possible:
+        if draw < share:
+            return name
+        draw -= share
+    return possible[-1][0]

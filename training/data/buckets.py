@@ -1,4 +1,4 @@
-"""Picture sizes that stack, and the order in which a run meets its examples."""
+"""Image sizes that stack, and the order in which a run reads its examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORDER = 100  # stream of random numbers, see flow.generator
 
 
 def bucket(width: int, height: int, side: int, grid: int = 16) -> tuple[int, int]:
-    """(width, height) in px of about side * side, in multiples of `grid`, of the ratio in RATIOS that is nearest."""
+    """Returns the bucket's (width, height) in px: about side * side, multiples of `grid`, the nearest of RATIOS."""
     ratios = [*RATIOS, *(1 / ratio for ratio in RATIOS[:-1])]
     ratio = min(ratios, key=lambda ratio: abs(log(width / height / ratio)))
     return tuple(max(grid, round(side * scale / grid) * grid) for scale in (sqrt(ratio), 1 / sqrt(ratio)))
@@ -24,7 +24,7 @@ def bucket(width: int, height: int, side: int, grid: int = 16) -> tuple[int, int
 class Order:
     """Micro-batches of a run: a function of keys, batch size, seed and position, so that resuming needs no state.
 
-    All indices of one have the same key. Every epoch is a new permutation in which each example comes once.
+    All examples of one micro-batch have the same key. Every epoch is a new permutation with each example once.
     """
 
     def __init__(self, keys: Sequence[Hashable], batch_size: int, seed: int):
@@ -35,13 +35,13 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch."""
+        """Number of micro-batches of an epoch."""
         return sum(-(-len(group) // self.batch_size) for group in self.groups.values())
 
     def at(self, position: int) -> list[int]:
-        """Indices of the micro-batch number `position`, counted from 0 over all epochs."""
-        epoch, place = divmod(position, len(self))
-        return self._epoch(epoch)[place]
+        """Returns the example indices of micro-batch number `position`, counted from 0 over all epochs."""
+        epoch, offset = divmod(position, len(self))
+        return self._epoch(epoch)[offset]
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         draw = generator(self.seed, ORDER, epoch)

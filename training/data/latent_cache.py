@@ -1,4 +1,4 @@
-"""VAE latents of pictures, encoded once and kept on disk."""
+"""VAE latents of image files, encoded once and kept on disk."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ HEADER = 88  # bytes of a latent's file beside its values
 
 
 class LatentCache:
-    """vae: the host's. folder: of one .safetensors for each picture and size; None keeps them in memory alone."""
+    """VAE latents by image file and size.
+
+    Args:
+        vae: The host's VAE.
+        folder: Of one .safetensors for each image and size; None keeps them in memory only.
+    """
 
     def __init__(self, vae, folder: Path | None):
         self.vae, self.folder = vae, folder
         self._model = ""
         self._memory: dict[str, Tensor] = {}
 
-    # Not inference mode, where hosts run nodes: a backward pass may keep what comes out; and the host may offload the
-    # DiT meanwhile, whose weights would then be of no use to autograd.
+    # Not inference mode, in which hosts run nodes: a backward pass may keep the result; and the host may offload the
+    # DiT meanwhile, whose weights autograd could then not use.
     @torch.inference_mode(False)
     @torch.no_grad()
     def get(self, path: Path, width: int, height: int) -> Tensor:
-        """The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU, of the picture cut to
-        width x height px. Raises ImageError; ValueError where the VAE fails."""
+        """Returns the latent of an image cropped to width x height px.
+
+        Returns:
+            The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU.
+
+        Raises:
+            ImageError: The image cannot be read.
+            ValueError: The VAE gives values that are not finite.
+        """
         key = self._key(path, width, height)
         if self.folder is None:
             if key not in self._memory:
@@ -48,11 +60,11 @@ class LatentCache:
             return latent
 
     def put(self, path: Path, width: int, height: int, latent: Tensor) -> None:
-        """Keeps on disk what was encoded elsewhere, many at a time, as `get` gives it."""
+        """Stores on disk a latent that was encoded elsewhere, in the form that `get` returns."""
         self._save(self.folder / f"{self._key(path, width, height)}.safetensors", latent.float().cpu().contiguous())
 
     def size(self, images: Iterable[tuple[Path, int, int]]) -> int:
-        """Bytes on disk that these pictures (path, width, height) will take, each once, from encoding the first."""
+        """Returns the bytes on disk that these images (path, width, height) will take, from encoding the first."""
         images = list(dict.fromkeys(images))
         if not images:
             return 0
@@ -81,7 +93,7 @@ class LatentCache:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights: names, shapes, dtypes, and some values of each."""
+    """Hashes a model's weights: names, shapes, dtypes, and some values of each."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
@@ -89,6 +101,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cut(picture: Tensor, width: int, height: int) -> Tensor:
-    """(H, W, 3) -> (height, width, 3): as Add Identity does it, scaled evenly and cut at the centre."""
-    return rearrange(resize(rearrange(picture, "h w c -> c h w"), width, height), "c h w -> h w c")
+def cut(image: Tensor, width: int, height: int) -> Tensor:
+    """Scales an image (H, W, 3) evenly and crops it at the centre to (height, width, 3), as Add Identity does."""
+    return rearrange(resize(rearrange(image, "h w c -> c h w"), width, height), "c h w -> h w c")

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from ...common.files import replacing
+from ...common.intervals import mean_interval
 from ...common.markdown import markdown
 
-ALL = "all"  # the stage that stands for all flow times together
+ALL = "all"  # the bin that stands for all flow times together
 CONDITIONS = {"mllm": "MLLM only", "vae": "VAE only", "both": "both"}
+KEYS = ("condition", "stage", "mean", "low", "high", "samples")  # a Loss in files: 0.1.0 called the bin "stage"
+COLUMNS = ("step", *KEYS)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Held-out flow-matching loss of one condition over one range of flow times."""
+    """Held-out flow-matching loss of one condition over one bin of flow times."""
 
-    condition: str  # "mllm" | "vae" | "both": what the model was given
-    stage: str  # name of the range of flow times, e.g. "t >= 0.95"; "all" = every flow time
+    condition: str  # "mllm" | "vae" | "both": the tokens that the DiT got
+    bin: str  # name of the range of flow times, e.g. "t >= 0.95"; "all" = every flow time
     mean: float
     low: float  # 95 % interval of the mean
     high: float
     samples: int
 
+    @classmethod
+    def of(cls, condition: str, bin: str, values: Sequence[float]) -> Loss:
+        """Summarizes losses by their mean and Student's t interval, which has no width where there is one loss only."""
+        mean, low, high = mean_interval(values) if len(values) > 1 else (values[0],) * 3
+        return cls(condition, bin, mean, low, high, len(values))
 
-COLUMNS = ("step", *(field.name for field in fields(Loss)))
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Loss:
+        """Reads what `to_dict` gives."""
+        return cls(*(values[key] for key in KEYS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values by their names in files."""
+        return dict(zip(KEYS, astuple(self)))
 
 
 def with_all(rows: Sequence[Loss]) -> list[Loss]:
-    """`rows`, and for each condition without one a row of stage "all": the stages' mean weighted by their samples.
+    """Returns `rows`, and for each condition without one a row of bin "all": the bins' mean weighted by their samples.
 
-    Its interval takes the stages' means to be independent, as in stratified sampling.
+    Its interval takes the bins' means to be independent, as in stratified sampling.
     """
     out = list(rows)
     for condition in _ordered(row.condition for row in rows):
         parts = [row for row in rows if row.condition == condition]
-        if any(row.stage == ALL for row in parts):
+        if any(row.bin == ALL for row in parts):
             continue
         total = sum(row.samples for row in parts)
         shares = [row.samples / total if total else 1 / len(parts) for row in parts]
@@ -52,33 +68,35 @@ def with_all(rows: Sequence[Loss]) -> list[Loss]:
 
 
 def conditions(rows: Sequence[Loss]) -> list[str]:
-    """The conditions in `rows`: MLLM, VAE, both, then any others as they come."""
+    """Returns the conditions in `rows`: MLLM, VAE, both, then any others in their order."""
     found = _ordered(row.condition for row in rows)
     return [name for name in CONDITIONS if name in found] + [name for name in found if name not in CONDITIONS]
 
 
-def stages(rows: Sequence[Loss]) -> list[str]:
-    """The stages in `rows` as they come, "all" at the end."""
-    found = _ordered(row.stage for row in rows)
+def bins(rows: Sequence[Loss]) -> list[str]:
+    """Returns the bins in `rows` in their order, "all" at the end."""
+    found = _ordered(row.bin for row in rows)
     return [name for name in found if name != ALL] + [ALL] * (ALL in found)
 
 
 def table(rows: Sequence[Loss]) -> str:
-    """Markdown, columns aligned: a line per condition, a column per stage and one for all; mean and interval."""
+    """Formats means and intervals as Markdown: a line per condition, a column per bin and one for all."""
     rows = with_all(rows)
-    cells = {(row.condition, row.stage): f"{row.mean:.4f} ({row.low:.4f} to {row.high:.4f})" for row in rows}
-    columns = stages(rows)
+    cells = {(row.condition, row.bin): f"{row.mean:.4f} ({row.low:.4f} to {row.high:.4f})" for row in rows}
+    columns = bins(rows)
     lines = [["held-out loss", *columns]]
     for condition in conditions(rows):
-        lines.append([CONDITIONS.get(condition, condition), *(cells.get((condition, s), "") for s in columns)])
+        lines.append([CONDITIONS.get(condition, condition), *(cells.get((condition, name), "") for name in columns)])
     return markdown(lines)
 
 
 def write_table(path: Path, step: int, rows: Sequence[Loss]) -> None:
-    """Puts the losses of a training step into a CSV file (step, condition, stage, mean, low, high, samples).
+    """Writes the losses of a training step into a CSV file with COLUMNS.
 
-    Lines of the same step are replaced, so that a resumed run does not repeat itself. The file is the old one or the
-    new one at any moment. Raises ValueError, and leaves it alone, if it is not such a table.
+    Lines of the same step are replaced, so that a resumed run does not repeat itself. The file is replaced atomically.
+
+    Raises:
+        ValueError: The file is there and is no such table; it stays as it is.
     """
     history = read_table(path) if path.exists() else {}
     history[step] = list(rows)
@@ -89,7 +107,7 @@ def write_table(path: Path, step: int, rows: Sequence[Loss]) -> None:
 
 
 def read_table(path: Path) -> dict[int, list[Loss]]:
-    """What `write_table` wrote, by step. Raises ValueError naming the file and the line."""
+    """Reads what `write_table` wrote, by step. Raises ValueError with the file and the line."""
     history: dict[int, list[Loss]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
@@ -101,8 +119,8 @@ def read_table(path: Path) -> dict[int, list[Loss]]:
             )
         for line in lines:
             try:
-                step, condition, stage, mean, low, high, samples = line
-                row = Loss(condition, stage, float(mean), float(low), float(high), int(samples))
+                step, condition, name, mean, low, high, samples = line
+                row = Loss(condition, name, float(mean), float(low), float(high), int(samples))
                 history.setdefault(int(step), []).append(row)
             except ValueError as error:
                 raise ValueError(
@@ -112,5 +130,5 @@ def read_table(path: Path) -> dict[int, list[Loss]]:
     return history
 
 
-def _ordered(names) -> list[str]:
+def _ordered(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))

@@ -11,7 +11,7 @@ from PIL import Image
 from ...common.drawing.axes import Axes
 from ...common.drawing.canvas import Canvas
 from ...common.drawing.palette import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE, RED, WIDTH, faint
-from .losses import ALL, CONDITIONS, Loss, conditions, stages, with_all
+from .losses import ALL, CONDITIONS, Loss, bins, conditions, with_all
 
 TRAINING, HELD_OUT = BLUE, ORANGE
 LINES = {"mllm": BLUE, "vae": ORANGE, "both": GREEN}
@@ -58,18 +58,18 @@ def validation_plot(history: Mapping[int, Sequence[Loss]], title: str = "held-ou
     history = {step: with_all(history[step]) for step in sorted(history)}
     rows = [row for step in history for row in history[step]]
     names, columns = conditions(rows), 2
-    panels = stages(rows) or [ALL]
+    panels = bins(rows) or [ALL]
     colours = {name: LINES.get(name) or OTHERS[i % len(OTHERS)] for i, name in enumerate(names)}
     high, lines = 230, ceil(len(panels) / columns)
     canvas = Canvas(WIDTH, 40 + lines * high)
-    for number, stage in enumerate(panels):
+    for number, bin in enumerate(panels):
         left, top = (number % columns) * (WIDTH // columns), 40 + (number // columns) * high
-        found = [row for row in rows if row.stage == stage]
+        found = [row for row in rows if row.bin == bin]
         shown = [value for row in found for value in (row.mean, row.low, row.high) if isfinite(value)]
         panel = Axes(canvas, (left + 64, top + 20, left + WIDTH // columns - 14, top + high - 46), list(history), shown)
-        panel.frame("step", stage if stage != ALL else "all flow times")
+        panel.frame("step", bin if bin != ALL else "all flow times")
         series = {
-            name: [(s, row) for s in history for row in history[s] if (row.condition, row.stage) == (name, stage)]
+            name: [(s, row) for s in history for row in history[s] if (row.condition, row.bin) == (name, bin)]
             for name in names
         }
         for name, points in series.items():

@@ -1,4 +1,4 @@
-"""From the names in a recipe to what a run trains with, through the host's loaders and this pack's."""
+"""The models that a recipe names, through the host's loaders and this pack's."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from ..loaders import folders
 from ..loaders.dit import load_dit
 from ..loaders.host import load_clip, load_dual_clip, load_vae
 from ..loaders.mllm import load_mllm, mllm_from_clip
+from ..loaders.mllm.base import MLLM
 from .recipe import Models, Recipe, RecipeError
 
 
 @dataclass
-class Parts:
-    """What the run trains with: the host's MODEL, VAE and CLIP (None: no pooled vector), this pack's MLLM, and the
-    files to go on from."""
+class TrainingModels:
+    """The models that a run trains with, and the files that it starts from."""
 
-    model: Any
-    vae: Any
-    mllm: Any
-    clip: Any = None
+    model: Any  # the host's MODEL
+    vae: Any  # the host's VAE
+    mllm: MLLM
+    clip: Any = None  # the host's CLIP for the pooled vector; None = zeros
     start_dla: Path | None = None
     start_lora: Path | None = None
 
 
-def load_parts(recipe: Recipe) -> Parts:
-    """Loads what [models] names. Raises ValueError for a file that is missing or does not fit."""
+def load_models(recipe: Recipe) -> TrainingModels:
+    """Loads the models of the recipe's [models]. Raises ValueError for a file that is missing or does not fit."""
     models = recipe.models
     for name in ("diffusion_model", "vae"):
         if not getattr(models, name):
@@ -38,7 +38,7 @@ def load_parts(recipe: Recipe) -> Parts:
         )
     if bool(models.clip) != bool(models.t5):
         raise RecipeError(
-            "models.clip and models.t5 go together (the host's Load CLIP for FLUX), expected both or none."
+            "models.clip and models.t5 belong together (the host's Load CLIP for FLUX), expected both or none."
         )
     dit = load_dit(models.diffusion_model, models.weight_dtype)
     if models.mllm:
@@ -47,29 +47,28 @@ def load_parts(recipe: Recipe) -> Parts:
         clip = load_clip(models.text_encoder, models.text_encoder_type)
         mllm = mllm_from_clip(clip, models.text_encoder)
     pooled = load_dual_clip(models.clip, models.t5, "flux") if models.clip else None
-    return Parts(dit, load_vae(models.vae), mllm, pooled, *starts(recipe))
+    return TrainingModels(dit, load_vae(models.vae), mllm, pooled, *start_files(recipe))
 
 
-def starts(recipe: Recipe) -> tuple[Path | None, Path | None]:
-    """Files of the DLA and the LoRA that a run goes on from. Raises ValueError where they are not there."""
-    import folder_paths
-
+def start_files(recipe: Recipe) -> tuple[Path | None, Path | None]:
+    """Finds the files of the DLA and the LoRA that a run starts from. Raises ValueError where they are missing."""
     run = recipe.run
     dla = folders.find("dla", run.start_dla) if run.start_dla else None
-    lora = folder_paths.get_full_path_or_raise("loras", run.start_lora) if run.start_lora else None
+    lora = find_lora(run.start_lora) if run.start_lora else None
     if lora and not recipe.lora.rank:
         raise RecipeError(f"run.start_lora is {run.start_lora!r}, but lora.rank is 0. Set the rank of that LoRA.")
-    return dla, Path(lora) if lora else None
+    return dla, lora
 
 
-def homes(output: Path | None = None) -> tuple[Path, Path, tuple[Path, Path]]:
-    """Folders under the host's output folder (or `output`) for runs and for what is cached, and those of finished DLAs
-    and LoRAs: the first that the host knows for each."""
+def find_lora(name: str) -> Path:
+    """Finds a file under models/loras. Raises ValueError where it is missing."""
     import folder_paths
 
-    base = Path(output or folder_paths.get_output_directory()) / "subject_dla"
-    first = tuple(Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("dla", "loras"))
-    return base / "runs", base / "cache", first
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        there = ", ".join(folder_paths.get_filename_list("loras")) or "nothing"
+        raise ValueError(f"models/loras has no {name!r}; it holds: {there}. Put the LoRA there and press R to refresh.")
+    return Path(path)
 
 
 def _meaning(name: str) -> str:

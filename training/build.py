@@ -1,0 +1,137 @@
+"""From a recipe and its models to everything that the training loop uses: data, DLA, LoRA, optimizer, caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from torch.optim import Optimizer
+
+from ..dla.aggregator import DualLayerAggregator
+from ..dla.checkpoint import load_dla
+from ..loaders.backbones import Backbone
+from ..loaders.dla import compute_dtype
+from ..loaders.reference_latents import reference_method
+from .data.batches import Batches
+from .data.dataset import Collection, read_data
+from .data.feature_cache import FeatureSource
+from .data.latent_cache import LatentCache
+from .dit.frozen import FrozenDiT
+from .dit.lora import LoRA
+from .dit.memory import estimate
+from .flow import FlowTimes
+from .models import TrainingModels
+from .optimizer import make_optimizer
+from .recipe import Recipe, RecipeError
+from .step import TrainingStep
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Everything that the training loop uses."""
+
+    data: Collection
+    module: TrainingStep  # DLA, LoRA, DiT
+    optimizer: Optimizer
+    batches: Batches
+    held_out: Batches | None
+
+
+def build(recipe: Recipe, models: TrainingModels, cache: Path) -> Components:
+    """Builds what a run trains with; loads no model onto the device.
+
+    Args:
+        recipe: The run's settings.
+        models: The frozen models, and the files to start from.
+        cache: Directory of latents and features.
+
+    Raises:
+        ValueError: The data cannot be trained on, or a file to start from does not fit.
+    """
+    options = recipe.training
+    backbone = FrozenDiT(models.model, options.checkpointing)
+    method = reference_method(models.model, "auto")
+    data = _read_data(recipe, backbone.family)
+    dla, lora = _make_dla(recipe, models, backbone), None
+    if recipe.lora.rank:
+        lora = LoRA(backbone.dit, backbone.family, recipe.lora.rank, recipe.lora.alpha or None, options.seed)
+        if models.start_lora is not None:
+            lora.load(models.start_lora)
+        backbone.lora = lora
+    module = TrainingStep(dla, lora, backbone, method, recipe).to(backbone.device)
+    features = FeatureSource(
+        models.mllm,
+        layers=dla.config.required_layers,
+        clip=models.clip,
+        folder=cache / "features" if recipe.data.cache_features else None,
+        image_size=recipe.data.mllm_image_size,
+        images=recipe.data.mllm_images,
+        keep=2 * max(recipe.data.encode_ahead, options.batch_size),
+    )
+    times = FlowTimes(options.times, options.shift or backbone.shift)
+    inputs = (recipe, LatentCache(models.vae, cache / "latents"), features, times, method)
+    held_out = Batches(data.validation, *inputs) if data.validation else None
+    return Components(data, module, make_optimizer(recipe, dla, lora), Batches(data.training, *inputs), held_out)
+
+
+def required_memory(components: Components, recipe: Recipe) -> int:
+    """Returns the bytes to leave free beside the DiT's weights for a training step with the largest images."""
+    backbone, dla = components.module.backbone, components.module.dla
+    if comfy.model_management.is_device_cpu(backbone.device):
+        return 0
+    sizes = max(components.batches.sizes, key=lambda sizes: sum(w * h for w, h in sizes))
+    (width, height), *references = sizes
+    found = estimate(
+        backbone.family,
+        sizes=backbone.family.training.measure(backbone.dit),
+        resolution=(width, height),
+        references=len(references),
+        reference_side=max((round((w * h) ** 0.5) for w, h in references), default=512),
+        mllm=(dla.config.mllm.layers, dla.config.mllm.width),
+        dla_parameters=sum(p.numel() for p in dla.parameters()),
+        lora_rank=recipe.lora.rank,
+        optimizer="adamw" if recipe.training.optimizer == "adamw" else "adamw8bit",
+        batch_size=recipe.training.batch_size,
+        checkpointing=recipe.training.checkpointing,
+    )
+    # what is trained is on the device from the first step on, its moments after it
+    return found.passing + (found.trained if not components.optimizer.state else 0)
+
+
+def _read_data(recipe: Recipe, family: Backbone) -> Collection:
+    options, source = recipe.data, recipe.data.validation_source
+    data = read_data(
+        Path(options.source),
+        validation=Path(source) if source else options.validation,
+        seed=recipe.training.seed,
+        max_references=options.max_references,
+        pairs_per_target=options.pairs_per_target,
+    )
+    most = max(len(example.references) for example in (*data.training, *data.validation))
+    if family.most_references is not None and most > family.most_references:
+        raise RecipeError(
+            f"An example has {most} references, {family.title} takes at most {family.most_references}. Set "
+            f"data.max_references = {family.most_references}, which leaves such examples out."
+        )
+    return data
+
+
+def _make_dla(recipe: Recipe, models: TrainingModels, backbone: FrozenDiT) -> DualLayerAggregator:
+    """The DLA to start from, or a new one."""
+    if models.start_dla is not None:
+        dla = load_dla(models.start_dla, dtype=torch.float32)
+        dla.config.check_mllm(models.mllm.info)
+        if dla.config.context_width != backbone.context_width:
+            raise ValueError(
+                f"DLA '{models.start_dla.name}' makes tokens {dla.config.context_width} wide, this diffusion "
+                f"model reads {backbone.context_width}. Start from another DLA, or from none."
+            )
+    else:
+        config = recipe.dla_config(models.mllm.info, backbone.context_width, backbone.family.name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.training.seed)
+            dla = DualLayerAggregator(config)
+    dla.compute_dtype = compute_dtype(backbone.device, torch.float32)
+    return dla.train().requires_grad_(True)

@@ -1,0 +1,39 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Output directory, cache directory and target files of a run."""
+
+    output_dir: Path  # of checkpoints, losses, plots and samples
+    cache_dir: Path  # of latents and features; runs share it
+    dla: Path  # the finished DLA, where Load DLA finds it
+    lora: Path | None  # the finished LoRA, where the host's own loader finds it
+
+    @property
+    def samples(self) -> Path:
+        """Directory of the sample images."""
+        return self.output_dir / "samples"
+
+
+def run_paths(recipe: Recipe, output: Path | None = None) -> RunPaths:
+    """Returns the paths of a recipe's run.
+
+    Args:
+        recipe: The run's settings.
+        output: In place of the host's output folder. DLA and LoRA go to the first folder that the host has for each.
+    """
+    import folder_paths
+
+    base = Path(output or folder_paths.get_output_directory()) / "subject_dla"
+    dla, lora = (
+        Path(folder_paths.get_folder_paths(kind)[0]) / f"{recipe.run.name}.safetensors" for kind in ("dla", "loras")
+    )
+    return RunPaths(base / "runs" / recipe.run.name, base / "cache", dla, lora if recipe.lora.rank else None)

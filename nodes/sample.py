@@ -5,6 +5,8 @@ from comfy_api.latest import io
 
 from .schema import Stages, schema
 
+MODEL_TIP = "The DiT, with LoRAs and patches of your choice."
+POSITIVE_TIP = "From Add Identity or Aggregate Layers."
 STAGES_TIP = (
     "From Stage Schedule or Stage Keyframe: when the context tokens and the reference latents are read, and how"
     " strongly."
@@ -12,21 +14,13 @@ STAGES_TIP = (
 NEGATIVE_TIP = (
     "What to avoid, staged like the positive. Needed when cfg is not 1 (an empty prompt will do), unused when it is."
 )
+CFG_TIP = (
+    "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper samples with 2.5."
+)
 
 
 def _cfg():
-    return io.Float.Input(
-        "cfg",
-        default=1.0,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        round=0.01,
-        tooltip=(
-            "Classifier-free guidance. 1: off, for guidance-distilled models such as FLUX.1-dev. The paper"
-            " samples with 2.5."
-        ),
-    )
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=CFG_TIP)
 
 
 class SubjectStagedGuider(io.ComfyNode):
@@ -41,8 +35,8 @@ class SubjectStagedGuider(io.ComfyNode):
             ),
             search_aliases=["guider", "multi-stage denoising", "custom sampler stages"],
             inputs=[
-                io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
-                io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
+                io.Model.Input("model", tooltip=MODEL_TIP),
+                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 Stages.Input("stages", tooltip=STAGES_TIP),
                 _cfg(),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
@@ -52,12 +46,9 @@ class SubjectStagedGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, stages, cfg, negative=None) -> io.NodeOutput:
-        from ..sampling.guider import StagedGuider
+        from ..sampling.guider import staged_guider
 
-        guider = StagedGuider(model, stages)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        return io.NodeOutput(guider)
+        return io.NodeOutput(staged_guider(model, stages, positive, negative, cfg))
 
 
 class SubjectStagedSampler(io.ComfyNode):
@@ -69,8 +60,8 @@ class SubjectStagedSampler(io.ComfyNode):
             description="KSampler with stages: reads MLLM and VAE tokens as the schedule says, step by step.",
             search_aliases=["ksampler", "sample subject", "multi-stage denoising"],
             inputs=[
-                io.Model.Input("model", tooltip="The DiT, with LoRAs and patches of your choice."),
-                io.Conditioning.Input("positive", tooltip="From Add Identity or Aggregate Layers."),
+                io.Model.Input("model", tooltip=MODEL_TIP),
+                io.Conditioning.Input("positive", tooltip=POSITIVE_TIP),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="The latent to denoise: an empty one, or a picture's for img2img and inpainting.",

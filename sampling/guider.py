@@ -14,6 +14,14 @@ from .patch import add_stages, is_staged
 from .stages import Stages
 
 
+def staged_guider(model: Model, stages: Stages, positive: list, negative: list | None, cfg: float) -> StagedGuider:
+    """A guider with its conditions and guidance scale; `negative` may be left out when CFG is 1."""
+    guider = StagedGuider(model, stages)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
 class StagedGuider(comfy.samplers.CFGGuider):
     """CFG guider whose context and reference tokens follow a schedule.
 

@@ -34,27 +34,23 @@ log = logging.getLogger(__name__)
 
 def add_stages(model_options: dict, stages: Stages) -> None:
     """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one."""
-    wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
-    wrappers.setdefault(OUTER_SAMPLE, {})[KEY] = [partial(_outer_sample, stages)]
+    _wrappers(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages)]
 
 
 def is_staged(model_options: dict) -> bool:
     """Whether a staged run has begun, by the options of its guider."""
-    return bool(comfy.patcher_extension.get_wrappers_with_key(PREDICT_NOISE, KEY, model_options, is_model_options=True))
+    return KEY in _wrappers(model_options, PREDICT_NOISE)
 
 
-def _outer_sample(
-    stages: Stages,
-    executor: Any,
-    noise: Tensor,
-    latent: Tensor,
-    sampler: Any,
-    sigmas: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _wrappers(model_options: dict, kind: str) -> dict[str, list]:
+    """The host's wrappers of one kind, by key."""
+    wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+    return wrappers.setdefault(kind, {})
+
+
+def _outer_sample(stages: Stages, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
-    guider = executor.class_obj
+    guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
     for name, conditions in guider.conds.items():
         check_conditions(guider.model_patcher, stages, conditions, name)
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
@@ -65,11 +61,9 @@ def _outer_sample(
     run.add_variants(guider.conds)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    comfy.patcher_extension.add_wrapper_with_key(
-        PREDICT_NOISE, KEY, run.predict_noise, guider.model_options, is_model_options=True
-    )
+    _wrappers(guider.model_options, PREDICT_NOISE)[KEY] = [run.predict_noise]
     try:
-        return executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        return executor(*args, **kwargs)
     finally:
         guider.model_options = options
 
@@ -120,9 +114,11 @@ class StagedRun:
         sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch))
         context, reference = self.stages.at_sigma(sigma, self.sigmas, tokens)
         index = self.variants.index((context > 0, reference > 0))
+        cache = model_options.get("transformer_options", {}).get("easycache")  # EasyCache's or LazyCache's
         if index != self._current:
             self._current = index
-            _reset_step_cache(model_options)
+            if hasattr(cache, "reset"):  # it compares with the condition that it saw first; a new stage has another
+                cache.reset()
         all_conds = guider.conds
         chosen = {name: all_conds[_name(name, index)] for name in self.names}
         override = self._override(chosen, context, reference, x, patch, model_options)
@@ -134,7 +130,7 @@ class StagedRun:
             out = executor(x, timestep, model_options, seed)
         finally:
             guider.conds = all_conds
-        if override is not None and not override.applied and not _skipped_by_cache(model_options):
+        if override is not None and not override.applied and cache is None:
             raise RuntimeError(
                 "Token strengths were asked for, but the model's attention never passed through ComfyUI's "
                 f"optimized_attention_override ({type(diffusion_model).__name__}). Another extension replaces the "
@@ -190,14 +186,3 @@ def _covered(condition: Condition, shape: tuple[int, ...]) -> tuple[int, ...]:
     dims = len(area) // 2
     sizes = [min(area[i], shape[i - dims] - area[dims + i]) for i in range(dims)]
     return (*shape[: len(shape) - 2], *sizes[-2:])
-
-
-def _reset_step_cache(model_options: dict) -> None:
-    """EasyCache and LazyCache compare with the condition they saw first; a new stage is a new condition."""
-    holder = model_options.get("transformer_options", {}).get("easycache")
-    if holder is not None and hasattr(holder, "reset"):
-        holder.reset()
-
-
-def _skipped_by_cache(model_options: dict) -> bool:
-    return "easycache" in model_options.get("transformer_options", {})

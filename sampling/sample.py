@@ -7,7 +7,7 @@ import latent_preview
 
 from ..loaders.host import fit_latent, to_intermediate
 from ..loaders.protocols import Model
-from .guider import StagedGuider
+from .guider import staged_guider
 from .stages import Stages
 
 
@@ -25,19 +25,10 @@ def staged_sample(
     stages: Stages,
 ) -> dict:
     """KSampler's job under a schedule: LATENT in, LATENT out; `denoise` and `noise_mask` work as there."""
-    guider = StagedGuider(model, stages)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
+    guider = staged_guider(model, stages, positive, negative, cfg)
     image = fit_latent(model, latent)
-    sigmas = comfy.samplers.KSampler(
-        model,
-        steps=steps,
-        device=model.load_device,
-        sampler=sampler_name,
-        scheduler=scheduler,
-        denoise=denoise,
-        model_options=model.model_options,
-    ).sigmas
+    device, options = model.load_device, model.model_options
+    sigmas = comfy.samplers.KSampler(model, steps, device, sampler_name, scheduler, denoise, options).sigmas
     samples = guider.sample(
         comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
         image,

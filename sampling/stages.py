@@ -136,29 +136,27 @@ def plan(stages: Stages, sigmas: Iterable[float], tokens: int = REFERENCE_TOKENS
 class Preset(NamedTuple):
     """Strengths (context, reference) from the start, from tau1 and from tau2 on, as far as the preset reads them."""
 
-    strengths: tuple[tuple[float, float], ...]
     description: str
+    strengths: tuple[tuple[float, float], ...]
 
 
 _MLLM, _BOTH, _VAE = (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)
 PRESETS = {
     "paper": Preset(
-        (_MLLM, _BOTH, _VAE),
         "MLLM only until tau1, both until tau2, then VAE only. Needs weights trained on each condition alone.",
+        (_MLLM, _BOTH, _VAE),
     ),
     "semantics_first": Preset(
-        (_MLLM, _BOTH),
-        "MLLM only until tau1, then both to the end. For stock models, not trained on VAE tokens alone.",
+        "MLLM only until tau1, then both to the end. For stock models, not trained on VAE tokens alone.", (_MLLM, _BOTH)
     ),
     "two_stage": Preset(
-        (_MLLM, _VAE), "MLLM only until tau1, then VAE only. Needs weights trained on each condition alone."
+        "MLLM only until tau1, then VAE only. Needs weights trained on each condition alone.", (_MLLM, _VAE)
     ),
     "mllm_only": Preset(
-        (_MLLM,),
-        "No VAE tokens. For prompts that need reasoning, and for a picture free of the reference's framing.",
+        "No VAE tokens. For prompts that need reasoning, and for a picture free of the reference's framing.", (_MLLM,)
     ),
-    "vae_only": Preset((_VAE,), "No MLLM tokens. What the references alone do; mostly for comparison."),
-    "both": Preset((_BOTH,), "Both throughout: the host's own behaviour, bit for bit."),
+    "vae_only": Preset("No MLLM tokens. What the references alone do; mostly for comparison.", (_VAE,)),
+    "both": Preset("Both throughout: the host's own behaviour, bit for bit.", (_BOTH,)),
 }
 
 

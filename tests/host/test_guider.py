@@ -29,21 +29,11 @@ def condition(tokens=7, seed=2, references=2, **values):
 
 
 def run(
-    model,
-    stages,
-    positive,
-    negative=None,
-    cfg=1.0,
-    sampler="euler",
-    steps=6,
-    size=8,
-    batch=1,
-    scheduler="simple",
-    **latents,
-):
+    model, stages, positive, negative=None, cfg=1.0, sampler="euler", steps=6, size=8, batch=1, scheduler="simple",
+    denoise=1.0, **latents,
+):  # fmt: skip
     from subject_dla.sampling.sample import staged_sample
 
-    denoise = latents.pop("denoise", 1.0)
     values = {"samples": torch.zeros(batch, 16, size, size), **latents}
     return staged_sample(model, 3, steps, cfg, sampler, scheduler, positive, negative, values, denoise, stages)[
         "samples"
@@ -57,20 +47,9 @@ def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, size=8, b
     image = latents.get("samples", torch.zeros(batch, 16, size, size))
     noise = comfy.sample.prepare_noise(image, 3)
     return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        cfg,
-        sampler,
-        scheduler,
-        positive,
-        negative,
-        image,
-        denoise=denoise,
-        noise_mask=mask,
-        disable_pbar=True,
-        seed=3,
-    )
+        model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise, noise_mask=mask,
+        disable_pbar=True, seed=3,
+    )  # fmt: skip
 
 
 def seen_by(model):

@@ -1,4 +1,4 @@
-"""Gradients through the host's DiTs (full width, one layer, the host's own loaders), and a LoRA that the host reads."""
+"""Gradients through the host's DiTs (tiny, and once a layer of full width), and a LoRA that the host reads."""
 
 import gc
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from subject_dla.dla.context import Context
 from subject_dla.loaders.backbones import BACKBONES
-from subject_dla.tests.small.dit import load, tiny_flux
+from subject_dla.tests.small.dit import load, tiny, tiny_flux
 from subject_dla.training.dit.frozen import FrozenDiT, GradientError
 from subject_dla.training.dit.lora import LoRA
 
@@ -16,14 +16,14 @@ from subject_dla.training.dit.lora import LoRA
 class Problem:
     """A loss of one DiT: two prompts of unequal length, a reference, flow times of their own."""
 
-    def __init__(self, model, family):
+    def __init__(self, model, family, side=16):
         self.backbone, self.family = FrozenDiT(model), BACKBONES[family]
         self.backbone.load()
         frames = (1,) if family == "qwen_image" else ()
         draw = torch.Generator().manual_seed(0)
         shape = (2, self.backbone.latent_channels, *frames)
-        self.noisy, self.target = (torch.randn(*shape, 16, 16, generator=draw) for _ in range(2))
-        self.reference = torch.randn(*shape, 8, 12, generator=draw)
+        self.noisy, self.target = (torch.randn(*shape, side, side, generator=draw) for _ in range(2))
+        self.reference = torch.randn(*shape, side // 2, side * 3 // 4, generator=draw)
         self.tokens = torch.randn(2, 7, self.backbone.context_width, generator=draw)
         self.mask = torch.ones(2, 7, dtype=torch.bool)
         self.mask[1, 5:] = False
@@ -56,13 +56,14 @@ class Problem:
         return [tokens.grad] + [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
-@pytest.fixture(scope="module", params=["flux", "qwen_image", "omnigen2"])
+FAMILIES = ["flux", "qwen_image", "omnigen2"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def problem(request):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        with torch.inference_mode():  # as a node of the host loads it
-            model = load(request.param, monkeypatch)
-        yield Problem(model, request.param)
-    gc.collect()
+    with torch.inference_mode():  # as a node of the host loads it
+        model = tiny(request.param)
+    return Problem(model, request.param)
 
 
 def difference(loss, point, direction, size=1e-2):
@@ -70,8 +71,7 @@ def difference(loss, point, direction, size=1e-2):
         return (loss(point + size * direction) - loss(point - size * direction)) / (2 * size)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_of_the_context(problem, checkpointing):
+def check_gradient_of_the_context(problem, checkpointing):
     (gradient,) = problem.gradients(checkpointing)
     assert gradient[1, 5:].abs().max() == 0  # padding has no say
     directions = [gradient / gradient.norm() * 30]
@@ -79,6 +79,20 @@ def test_gradient_of_the_context(problem, checkpointing):
     found = torch.stack([difference(problem.loss, problem.tokens, d) for d in directions])
     ours = torch.stack([(gradient * d).sum() for d in directions])
     assert (found - ours).norm() / found.norm() < 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_of_the_context(problem, checkpointing):
+    check_gradient_of_the_context(problem, checkpointing)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_of_the_context_at_full_width(monkeypatch, family):
+    with torch.inference_mode():
+        model = load(family, monkeypatch)
+    check_gradient_of_the_context(Problem(model, family, side=8), True)
+    del model
+    gc.collect()
 
 
 def test_gradients_of_a_lora_and_the_host_reads_it(problem, tmp_path):

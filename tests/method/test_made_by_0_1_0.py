@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 made: recipes and a DLA are read as they were then (a run: tests/host/test_training_run.py)."""
+"""Recipes and a DLA that 0.1.0 made are read as they were then (a run of 0.1.0: tests/host/test_training_run.py)."""
 
 from dataclasses import fields
 from pathlib import Path

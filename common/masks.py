@@ -62,6 +62,13 @@ def subject_box(mask: Tensor) -> tuple[int, int, int, int]:
     return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
 
 
+def shown_box(mask: Tensor | None, image: Tensor) -> tuple[int, int, int, int]:
+    """`subject_box` of an (H, W) mask, or the whole (H, W, 3) picture where there is none or it shows nothing."""
+    if mask is None or not bool((mask > SUBJECT).any()):
+        return 0, image.shape[0], 0, image.shape[1]
+    return subject_box(mask)
+
+
 def empty_masks(images: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> set[int]:
     """Numbers, from 0, of the (H, W, 3) pictures whose mask shows nothing."""
     pairs = enumerate(zip(images, masks or []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, hypot, radians, sin
 
 import numpy
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..common.drawing.palette import AXES, INK, MID, PAPER, typeface
-from ..common.masks import SUBJECT, fit_mask, subject_box
+from ..common.masks import fit_mask, shown_box
 from ..loaders.orient_anything.network import Angles
 
 CLEAR = 0.5  # confidence below this: no meaningful front (published)
@@ -61,7 +62,11 @@ def overlay(
     height, width, _ = image.shape
     scale = min(max(1.0, OVERLAY[0] / max(height, width)), OVERLAY[1] / max(height, width)) * FINE
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    pixels, (top, bottom, left, right) = _darkened(image, mask)
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    mask = None if mask is None else fit_mask(mask.cpu(), image.cpu())
+    top, bottom, left, right = shown_box(mask, image)
+    if mask is not None:
+        pixels = (pixels * (0.35 + 0.65 * mask[..., None].numpy())).astype(numpy.uint8)  # what is cut away, darker
     text = 15 * FINE
     font = typeface(text)
     lines = [f"azimuth {azimuth:.0f}, polar {polar:.0f}, rotation {rotation:.0f}"]
@@ -91,25 +96,13 @@ def overlay(
     return result.reduce(FINE)
 
 
-def overlays(images: list[Tensor], angles: Angles, masks: list[Tensor] | None = None, **options) -> Tensor:
+def overlays(images: list[Tensor], angles: Angles, masks: Sequence | None = None, **options) -> Tensor:
     """`overlay` of N pictures of one size as an IMAGE (N, h, w, 3) in 0..1."""
     drawn = [
         numpy.asarray(overlay(image, found, mask, **options))
         for image, found, mask in zip(images, angles.rows(), masks or [None] * len(images))
     ]
     return torch.from_numpy(numpy.stack(drawn)).float() / 255
-
-
-def _darkened(image: Tensor, mask: Tensor | None) -> tuple[numpy.ndarray, tuple[int, int, int, int]]:
-    """8-bit pixels, darker where the mask cuts away, and the (top, bottom, left, right) of what is left."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    box = (0, image.shape[0], 0, image.shape[1])
-    if mask is not None:
-        shown = fit_mask(mask.cpu(), image.cpu())
-        pixels = (pixels * (0.35 + 0.65 * shown[..., None].numpy())).astype(numpy.uint8)
-        if bool((shown > SUBJECT).any()):
-            box = subject_box(shown)
-    return pixels, box
 
 
 def _seen(axis: list[float]) -> float:

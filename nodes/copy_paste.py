@@ -81,9 +81,8 @@ class SubjectCopyPasteReport(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..evaluation.copy_paste.measure import copy_paste
 
-        found = copy_paste(  # the host hands every input over as a list
-            orientation_model[0], references, images, reference_masks, masks, threshold=min_confidence[0]
-        )
+        model, threshold = orientation_model[0], min_confidence[0]  # the host passes every input as a list
+        found = copy_paste(model, references, images, reference_masks, masks, threshold)
         save_reports(filename_prefix[0], csv=found.csv, json=found.json)
         shown = ui.PreviewImage(found.plot, cls=cls).as_dict()
         return io.NodeOutput(found.text, found.plot, found.json, found.captions, ui={**shown, "text": (found.text,)})

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ...common.drawing.sheet import to_tensor
 from ...common.images import ImageError
-from ...common.masks import SUBJECT, fit_mask, split_batch, subject_box
+from ...common.masks import fit_mask, shown_box, split_batch
 from .metrics import Pairs, compare
 from .plot import report_plot
 from .report import captions, report_csv, report_json, report_text
@@ -32,9 +32,9 @@ class Report:
     plot: Tensor
 
 
-def copy_paste(orientation, *pictures, threshold: float = 0.5) -> Report:
-    """`measure` of these pictures as a report; `orientation.name` says whose angles they are."""
-    outputs, floor = measure(orientation, *pictures, threshold=threshold)
+def copy_paste(orientation, *arguments) -> Report:
+    """What `measure` gives for these arguments, as a report; `orientation.name` says whose angles they are."""
+    outputs, floor = measure(orientation, *arguments)
     about = (outputs, floor, orientation.name)
     return Report(
         report_text(*about),
@@ -92,8 +92,7 @@ def _mirrored_crop(image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, T
     image, shape = image.float(), image.shape[:2]
     height, width = (round(CROP * side) for side in shape)
     mask = None if mask is None else fit_mask(mask, image)
-    found = mask is not None and bool((mask > SUBJECT).any())
-    top, bottom, left, right = subject_box(mask) if found else (0, shape[0], 0, shape[1])
+    top, bottom, left, right = shown_box(mask, image)
     top = _start(top, bottom, height, shape[0])
     left = _start(left, right, width, shape[1])
     planes = rearrange(image, "h w c -> 1 c h w")

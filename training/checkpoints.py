@@ -46,27 +46,12 @@ class CheckpointError(ValueError):
 
 
 def save(
-    folder: Path,
-    step: int,
-    dla: DualLayerAggregator,
-    lora: LoRA | None,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    keep: int,
+    folder: Path, step: int, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer, state: dict, keep: int
 ) -> Path:
-    """Writes a checkpoint and removes old ones; a kill at any moment leaves it out or leaves it whole.
+    """Writes the checkpoint of `step`, whole or not at all, and keeps the `keep` newest.
 
-    Args:
-        folder: Of the checkpoints.
-        step: Number of finished steps.
-        dla: Its weights are saved in fp32.
-        lora: The same.
-        optimizer: Its moments are saved.
-        state: What else the run needs to resume, as JSON can hold it.
-        keep: How many of the newest checkpoints stay.
-
-    Raises:
-        ValueError: Weights are not finite; earlier checkpoints stay then.
+    `state` is what else the run needs to resume, as JSON can hold it. Raises ValueError for weights that are not
+    finite; earlier checkpoints stay then.
     """
     final = folder / f"{PREFIX}{step:08d}"
     if final in checkpoints(folder):

@@ -23,15 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(paths: RunPaths, dla: DualLayerAggregator, lora: LoRA | None, dtype: str, made: dict[str, Any]) -> None:
-    """Writes DLA and LoRA as they are now, each atomically.
-
-    Args:
-        paths: Target files.
-        dla: The trained DLA.
-        lora: The trained LoRA.
-        dtype: Of the weights in the files, a key of DTYPES.
-        made: Their provenance.
-    """
+    """Writes DLA and LoRA as they are now, each atomically, in a dtype of DTYPES, with their provenance `made`."""
     dla = copy.deepcopy(dla).to("cpu", DTYPES[dtype])
     dla.config = replace(dla.config, provenance=made)
     paths.dla.parent.mkdir(parents=True, exist_ok=True)

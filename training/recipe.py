@@ -209,17 +209,7 @@ class Recipe:
 
     @classmethod
     def from_widgets(cls, source: Path, name: str, options: str, values: dict[str, Any]) -> Recipe:
-        """Reads a node's inputs.
-
-        Args:
-            source: Folder or list of the data.
-            name: Of the run.
-            options: TOML, which overrides `values`.
-            values: Settings by their names, whichever section has them.
-
-        Raises:
-            RecipeError: A setting is unknown, bad, or an input of the node.
-        """
+        """Reads a node's inputs: `values` by their names in any section, overridden by `options`, which is TOML."""
         sections: dict[str, dict] = {"data": {"source": str(source)}, "run": {"name": name}}
         for section in fields(cls):
             here = {f.name for f in fields(section.default)} & set(values) - (

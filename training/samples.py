@@ -25,14 +25,7 @@ PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": 
 
 @torch.no_grad()
 def sample_sheet(recipe: Recipe, module: TrainingStep, batches: Batches, vae: Any) -> Image.Image:
-    """Samples the first examples of `batches`, a row for each, and draws them on one sheet.
-
-    Args:
-        recipe: Number of examples, sampler settings and seed.
-        module: DLA, LoRA and DiT as they are now.
-        batches: Of the held-out examples, or of the training examples where none are held out.
-        vae: The host's VAE, which decodes.
-    """
+    """Samples the first examples of `batches` with the present weights and draws a row for each on one sheet."""
     options, seed = recipe.run, recipe.training.seed
     loaded = [batches.load(plan) for plan in batches.plan_held_out(options.samples)]
     empty = batches.features.get(*EMPTY)

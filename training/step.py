@@ -15,15 +15,7 @@ from .recipe import Recipe
 
 
 class TrainingStep(nn.Module):
-    """DLA and LoRA, whose parameters are trained, and the loss through the frozen DiT; data parallelism wraps it.
-
-    Args:
-        dla: The DLA.
-        lora: The LoRA on the DiT, if one is trained.
-        backbone: The frozen DiT, whose parameters are none of this module's.
-        method: Placement of reference latents; None = the DiT's only one.
-        recipe: Settings of the loss.
-    """
+    """DLA and LoRA, whose parameters are trained, and the loss through the frozen DiT; data parallelism wraps it."""
 
     def __init__(
         self, dla: DualLayerAggregator, lora: LoRA | None, backbone: FrozenDiT, method: str | None, recipe: Recipe

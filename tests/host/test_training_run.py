@@ -44,7 +44,7 @@ class Stop(Exception):
     """What a run is ended by in these tests."""
 
 
-class Place:
+class Workspace:
     """Models, data, and a folder in which runs are made."""
 
     def __init__(self, folder):
@@ -81,18 +81,18 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("runs"))
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(workspace):
     """A run that nothing stopped."""
     with passes() as seen:
-        result = place.train("whole")
+        result = workspace.train("whole")
     assert len(seen) == STEPS * 2 and set(seen) == {"mllm", "vae", "both"}
     assert result.history.step == STEPS and len(result.history.losses) == STEPS
-    return place.end("whole")
+    return workspace.end("whole")
 
 
 @contextmanager
@@ -132,21 +132,21 @@ def stop_at(*steps):
 # resuming -----------------------------------------------------------------------------------------------------------
 
 
-def test_stopped_after_every_step_it_is_the_whole_run(place, whole):
+def test_stopped_after_every_step_it_is_the_whole_run(workspace, whole):
     for step in range(1, STEPS):
         with pytest.raises(Stop):
-            place.train("steps", stop_at(step))
-        assert read_state(place.newest("steps"))["step"] == step
-        for path in place.files("steps"):
+            workspace.train("steps", stop_at(step))
+        assert read_state(workspace.newest("steps"))["step"] == step
+        for path in workspace.files("steps"):
             assert path.is_file()  # what there is may be used already
-    place.train("steps")
-    assert_equal(place.end("steps"), whole)
-    assert len(checkpoints(place.folder / "steps")) == 2
-    assert not list((place.folder / "steps").glob(".*"))
+    workspace.train("steps")
+    assert_equal(workspace.end("steps"), whole)
+    assert len(checkpoints(workspace.folder / "steps")) == 2
+    assert not list((workspace.folder / "steps").glob(".*"))
 
 
 @pytest.mark.parametrize("part", [1, 2])
-def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(place, whole, part):
+def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(workspace, whole, part):
     """By an error in the first or second pass of a step; features come from the disk, written by an earlier part."""
 
     def fail(number, velocity):
@@ -157,61 +157,65 @@ def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(place, whole, p
     name, cache = f"middle-{part}", {"cache": f"cache-{part}", "data": {"cache_features": True}}
     for step in range(1, STEPS + 1):  # each part ends one step, but the first, and breaks off in the next
         with passes(fail), pytest.raises(Stop):
-            place.train(name, **cache)
-        found = checkpoints(place.folder / name)
+            workspace.train(name, **cache)
+        found = checkpoints(workspace.folder / name)
         assert [read_state(path)["step"] for path in found[-1:]] == [step - 1] * (step > 1)
-    place.train(name, **cache)
-    assert_equal(place.end(name), whole)
+    workspace.train(name, **cache)
+    assert_equal(workspace.end(name), whole)
 
 
-def test_looking_on_does_not_change_a_run(place, whole):
+def test_validation_and_samples_do_not_change_a_run(workspace, whole):
     """Validation, samples and checkpoints at every step."""
     pictures = []
     watch = {"validate_every": 1, "sample_every": 1, "save_every": 1, "keep": 1}
     watch |= {"validation_examples": 2, "samples": 1, "sample_steps": 1}
     torch.manual_seed(12345)
-    result = place.train("watched", lambda progress: pictures.append(progress.picture), run=watch)
-    assert_equal(place.end("watched"), whole)
+    result = workspace.train("watched", lambda progress: pictures.append(progress.picture), run=watch)
+    assert_equal(workspace.end("watched"), whole)
     assert sorted(result.history.validation) == sorted(result.history.held_out) == list(range(STEPS + 1))
     assert all(
         {row.condition for row in rows} == {"mllm", "vae", "both"} for rows in result.history.validation.values()
     )
     assert sum(picture is not None for picture in pictures) >= 3 * STEPS
-    assert len(list((place.folder / "watched" / "samples").iterdir())) == STEPS + 1
-    assert len(checkpoints(place.folder / "watched")) == 1
-    again = place.train("watched", run=watch)  # it is done
+    assert len(list((workspace.folder / "watched" / "samples").iterdir())) == STEPS + 1
+    assert len(checkpoints(workspace.folder / "watched")) == 1
+    again = workspace.train("watched", run=watch)  # it is done
     assert (again.history.losses, again.history.validation) == (result.history.losses, result.history.validation)
 
 
-def test_stopped_in_validation_and_samples_it_is_the_whole_run(place, whole, monkeypatch):
+def test_stopped_in_validation_and_samples_it_is_the_whole_run(workspace, whole, monkeypatch):
     """Both come again; what was validated before is not validated twice."""
     from subject_dla.training import run as loop
 
-    looked = []
+    calls = []
 
     def evaluate(module, batches, count, real=loop.evaluate):
         rows = real(module, batches, count)
-        looked.append(0)
-        if len(looked) in (2, 5):
+        calls.append(0)
+        if len(calls) in (2, 5):
             raise Stop
         return rows
 
     def callback(progress):
-        if progress.picture is not None and progress.step == 3 and not (place.folder / "looked" / "stopped").exists():
-            (place.folder / "looked" / "stopped").touch()
+        if (
+            progress.picture is not None
+            and progress.step == 3
+            and not (workspace.folder / "validated" / "stopped").exists()
+        ):
+            (workspace.folder / "validated" / "stopped").touch()
             raise Stop
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     watch = {"validate_every": 1, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}
     for _ in range(3):
         with pytest.raises(Stop):
-            place.train("looked", callback, run=watch)
-    result = place.train("looked", callback, run=watch)
-    assert_equal(place.end("looked"), whole)
+            workspace.train("validated", callback, run=watch)
+    result = workspace.train("validated", callback, run=watch)
+    assert_equal(workspace.end("validated"), whole)
     assert sorted(result.history.validation) == list(range(STEPS + 1))
-    once = place.train("looked-once", run=watch)
+    once = workspace.train("validated-once", run=watch)
     assert result.history.validation == once.history.validation and result.history.held_out == once.history.held_out
-    tables = [(place.folder / name / "validation.csv").read_text() for name in ("looked", "looked-once")]
+    tables = [(workspace.folder / name / "validation.csv").read_text() for name in ("validated", "validated-once")]
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + 9 * (STEPS + 1)
 
 
@@ -263,10 +267,7 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
         made = file.metadata()
     expected = load_file(FIXTURE / "expected.safetensors")
     found, start = {}, {}
-    for weights, checkpoint in (
-        (found, checkpoints(tmp_path / "run")[-1]),
-        (start, FIXTURE / "checkpoint-00000003"),
-    ):
+    for weights, checkpoint in ((found, checkpoints(tmp_path / "run")[-1]), (start, FIXTURE / "checkpoint-00000003")):
         for part in ("dla", "lora"):
             weights |= {f"{part}.{k}": v for k, v in load_file(checkpoint / f"{part}.safetensors").items()}
     assert found.keys() == expected.keys()
@@ -282,13 +283,13 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
         assert [row.mean for row in history.validation[int(step)]] == pytest.approx(means, rel=1e-3)
 
 
-def test_a_changed_learning_rate_is_taken_over(place):
+def test_a_changed_learning_rate_is_taken_over(workspace):
     rates = {"training": {"learning_rate": 0.0}, "lora": {"learning_rate": 0.0}}
     with pytest.raises(Stop):
-        place.train("rates", stop_at(2))
-    before, _ = place.end("rates")
-    result = place.train("rates", **rates)
-    after, losses = place.end("rates")
+        workspace.train("rates", stop_at(2))
+    before, _ = workspace.end("rates")
+    result = workspace.train("rates", **rates)
+    after, losses = workspace.end("rates")
     assert result.history.step == len(losses) == STEPS
     for name in ("dla.safetensors", "lora.safetensors"):
         assert all(torch.equal(value, after[name][key]) for key, value in before[name].items())
@@ -296,10 +297,10 @@ def test_a_changed_learning_rate_is_taken_over(place):
     assert any(not torch.equal(value, others[key]) for key, value in moments.items())
 
 
-def test_more_steps_go_on_from_a_finished_run(place, whole):
-    place.train("longer", training={"steps": 3})
-    place.train("longer")
-    assert_equal(place.end("longer"), whole)
+def test_more_steps_go_on_from_a_finished_run(workspace, whole):
+    workspace.train("longer", training={"steps": 3})
+    workspace.train("longer")
+    assert_equal(workspace.end("longer"), whole)
 
 
 CHANGES = {
@@ -313,54 +314,57 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("setting", CHANGES)
-def test_another_run_under_the_same_name_is_refused_by_setting(place, whole, monkeypatch, setting):
+def test_another_run_under_the_same_name_is_refused_by_setting(workspace, whole, monkeypatch, setting):
     from subject_dla.training import build
 
     if setting == "training.optimizer":  # whether its package is there or not
         real = build.make_optimizer
-        monkeypatch.setattr(build, "make_optimizer", lambda recipe, *rest: real(place.recipe("any"), *rest))
-    before = everything(place.folder / "whole"), everything(place.folder / "models")
+        monkeypatch.setattr(build, "make_optimizer", lambda recipe, *rest: real(workspace.recipe("any"), *rest))
+    before = everything(workspace.folder / "whole"), everything(workspace.folder / "models")
     with passes() as seen, pytest.raises(RecipeError, match=rf"'whole' was begun with {setting} = .* choose another"):
-        place.train("whole", **CHANGES[setting])
-    assert not seen and before == (everything(place.folder / "whole"), everything(place.folder / "models"))
+        workspace.train("whole", **CHANGES[setting])
+    assert not seen and before == (everything(workspace.folder / "whole"), everything(workspace.folder / "models"))
 
 
-def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(place, whole):
-    dla = load_dla(place.targets[0] / "whole.safetensors")
+def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(workspace, whole):
+    dla = load_dla(workspace.targets[0] / "whole.safetensors")
     dla.config = DLAConfig.from_dict({**dla.config.to_dict(), "vit_blend": 0.5})
-    save_dla(place.targets[0] / "blended.safetensors", dla)
+    save_dla(workspace.targets[0] / "blended.safetensors", dla)
     with pytest.raises(Stop):
-        place.train("begun", stop_at(1))
+        workspace.train("begun", stop_at(1))
     with passes() as seen, pytest.raises(CheckpointError, match="vit_blend"):
-        place.train("begun", run={"start_dla": "blended.safetensors"})
+        workspace.train("begun", run={"start_dla": "blended.safetensors"})
     assert not seen
 
 
-def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(place):
+def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(workspace):
     with pytest.raises(Stop):
-        place.train("damaged", stop_at(2), run={"save_every": 1})
-    path = place.newest("damaged") / "lora.safetensors"
+        workspace.train("damaged", stop_at(2), run={"save_every": 1})
+    path = workspace.newest("damaged") / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    before = everything(place.folder / "damaged"), [file.read_bytes() for file in place.files("damaged")]
+    before = everything(workspace.folder / "damaged"), [file.read_bytes() for file in workspace.files("damaged")]
     with passes() as seen, pytest.raises(ValueError, match=r"damaged/checkpoint-00000002: .* Move this folder away"):
-        place.train("damaged")
+        workspace.train("damaged")
     assert not seen
-    assert before == (everything(place.folder / "damaged"), [file.read_bytes() for file in place.files("damaged")])
+    assert before == (
+        everything(workspace.folder / "damaged"),
+        [file.read_bytes() for file in workspace.files("damaged")],
+    )
 
 
 # ends ---------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_saves_and_is_the_hosts(place, whole):
+def test_an_interrupt_saves_and_is_the_hosts(workspace, whole):
     def interrupt(progress):
         if progress.seconds is not None and progress.step == 3:
             comfy.model_management.interrupt_current_processing()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        place.train("interrupted", interrupt)
-    assert read_state(place.newest("interrupted"))["step"] == 3
-    place.train("interrupted")
-    assert_equal(place.end("interrupted"), whole)
+        workspace.train("interrupted", interrupt)
+    assert read_state(workspace.newest("interrupted"))["step"] == 3
+    workspace.train("interrupted")
+    assert_equal(workspace.end("interrupted"), whole)
 
 
 def break_loss(velocity):
@@ -374,51 +378,51 @@ def break_gradient(velocity):
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [break_loss, break_gradient])
-def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(place, whole, broken, clip_norm):
+def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(workspace, whole, broken, clip_norm):
     name, options = f"{broken.__name__}-{clip_norm:g}", {"training": {"clip_norm": clip_norm}}
 
     def act(number, velocity):
         return broken(velocity) if number == 5 else velocity  # in step 3
 
     with passes(act), pytest.raises(RuntimeError, match="(loss|norm) is (nan|inf) at step 3"):
-        place.train(name, **options)
-    assert read_state(place.newest(name))["step"] == 2
+        workspace.train(name, **options)
+    assert read_state(workspace.newest(name))["step"] == 2
     if clip_norm:
-        place.train(name, **options)
-        assert_equal(place.end(name), whole)
-    for path in place.files(name):
+        workspace.train(name, **options)
+        assert_equal(workspace.end(name), whole)
+    for path in workspace.files(name):
         assert all(value.isfinite().all() for value in load_file(path).values())
 
 
-def test_lora_leaves_the_model_as_it_was(place, whole):
+def test_lora_leaves_the_model_as_it_was(workspace, whole):
     with passes(lambda number, velocity: 1 / 0), pytest.raises(ZeroDivisionError):
-        place.train("hooks")
-    modules = place.loaded.model.model.diffusion_model.modules()
+        workspace.train("hooks")
+    modules = workspace.loaded.model.model.diffusion_model.modules()
     assert not any(module._forward_hooks or "forward" in vars(module) for module in modules)
-    assert not (place.folder / "hooks").exists() or not checkpoints(place.folder / "hooks")
-    assert not any(path.exists() for path in place.files("hooks"))  # nothing was learnt
+    assert not (workspace.folder / "hooks").exists() or not checkpoints(workspace.folder / "hooks")
+    assert not any(path.exists() for path in workspace.files("hooks"))  # nothing was learnt
 
 
 # conditions ---------------------------------------------------------------------------------------------------------
 
 
-def test_stage_1_never_shows_the_dit_a_reference(place):
+def test_stage_1_never_shows_the_dit_a_reference(workspace):
     with passes() as seen:
-        place.train("stage-1", training={"stage": 1, "mllm_only": 0.0, "vae_only": 1.0}, lora={"rank": 0})
+        workspace.train("stage-1", training={"stage": 1, "mllm_only": 0.0, "vae_only": 1.0}, lora={"rank": 0})
     assert seen == ["mllm"] * 2 * STEPS
 
 
-def test_without_a_lora_no_pass_has_vae_tokens_alone(place):
+def test_without_a_lora_no_pass_has_vae_tokens_alone(workspace):
     with passes() as seen:
-        place.train("no-lora", training={"mllm_only": 0.4, "vae_only": 0.6}, lora={"rank": 0})
+        workspace.train("no-lora", training={"mllm_only": 0.4, "vae_only": 0.6}, lora={"rank": 0})
     assert set(seen) == {"mllm", "both"} and seen.count("both") > STEPS
     with passes() as seen:
-        place.train("vae-only", training={"mllm_only": 0.0, "vae_only": 1.0, "steps": 2})
+        workspace.train("vae-only", training={"mllm_only": 0.0, "vae_only": 1.0, "steps": 2})
     assert seen == ["vae"] * 4
 
 
 class Pooled:
-    """A CLIP whose pooled vector tells the prompt."""
+    """A CLIP whose pooled vector depends on the prompt."""
 
     def tokenize(self, prompt):
         return prompt
@@ -430,7 +434,7 @@ class Pooled:
         return torch.randn(1, 768, generator=torch.Generator().manual_seed(len(prompt)))
 
 
-def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(place, monkeypatch):
+def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(workspace, monkeypatch):
     """As in sampling, where a stage without MLLM tokens keeps it."""
     given, real = [], FrozenDiT.velocity
 
@@ -439,9 +443,9 @@ def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(place, monkeypat
         return real(self, noisy, t, context, references, **values)
 
     monkeypatch.setattr(FrozenDiT, "velocity", velocity)
-    monkeypatch.setattr(place.loaded, "clip", Pooled())
-    place.train("pooled", training={"steps": 3})
-    prompts = {EMPTY[0], *(path.read_text() for path in place.data.glob("*/*.txt"))}
+    monkeypatch.setattr(workspace.loaded, "clip", Pooled())
+    workspace.train("pooled", training={"steps": 3})
+    prompts = {EMPTY[0], *(path.read_text() for path in workspace.data.glob("*/*.txt"))}
     known = [Pooled().of(prompt)[0] for prompt in prompts]
     assert {off for off, _ in given} == {True, False}
     for _, pooled in given:
@@ -470,59 +474,59 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_file_that_is_somebody_elses_is_left_alone(place, what):
+def test_a_file_that_is_somebody_elses_is_left_alone(workspace, what):
     number, make = FOREIGN[what]
     name = "foreign-" + what.replace(" ", "-")
-    path = place.files(name)[number]
+    path = workspace.files(name)[number]
     path.parent.mkdir(exist_ok=True)
     make(path)
     before = everything(path.parent)
     with passes() as seen, pytest.raises(ValueError, match=f"{name}.safetensors is there already"):
-        place.train(name)
+        workspace.train(name)
     assert not seen and everything(path.parent) == before
-    assert not checkpoints(place.folder / name)
+    assert not checkpoints(workspace.folder / name)
 
 
-def test_the_finished_dla_tells_how_it_was_made_and_nothing_of_the_machine(place, whole):
-    place.train("told", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
-    dla = load_node_dla("told.safetensors")
-    trained = load_dla(place.newest("told") / "dla.safetensors")
+def test_the_finished_dla_says_how_it_was_made_and_nothing_of_the_machine(workspace, whole):
+    workspace.train("exported", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
+    dla = load_node_dla("exported.safetensors")
+    trained = load_dla(workspace.newest("exported") / "dla.safetensors")
     made = dla.config.provenance
     assert made["stage"] == 2 and made["steps"] == STEPS and made["dit"] == "flux" and made["held_out_loss"]
     recipe = Recipe.from_dict(made["recipe"])
-    expected = place.recipe("told", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
+    expected = workspace.recipe("exported", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
     assert recipe.data.source == "my subjects"
     assert {**asdict(recipe), "data": None} == {**asdict(expected), "data": None}
-    for path in place.files("told"):
+    for path in workspace.files("exported"):
         with open(path, "rb") as file:
             head = file.read(int.from_bytes(file.read(8), "little")).decode()
-        assert str(place.folder) not in head and str(place.folder.parent) not in head
+        assert str(workspace.folder) not in head and str(workspace.folder.parent) not in head
         assert json.loads(head)["__metadata__"]
     rounded = {key: value.bfloat16() for key, value in trained.state_dict().items()}
-    found = load_file(place.files("told")[0])
+    found = load_file(workspace.files("exported")[0])
     assert all(torch.equal(found[key], value) for key, value in rounded.items()) and found.keys() == rounded.keys()
 
 
-def test_the_host_takes_every_key_of_the_finished_lora(place, whole, caplog):
-    weights = comfy.utils.load_torch_file(str(place.files("whole")[1]), safe_load=True)
+def test_the_host_takes_every_key_of_the_finished_lora(workspace, whole, caplog):
+    weights = comfy.utils.load_torch_file(str(workspace.files("whole")[1]), safe_load=True)
     with caplog.at_level(logging.WARNING):
-        patched, _ = comfy.sd.load_lora_for_models(place.loaded.model, None, weights, 1.0, 0)
+        patched, _ = comfy.sd.load_lora_for_models(workspace.loaded.model, None, weights, 1.0, 0)
     assert not [record for record in caplog.records if "lora" in record.getMessage().lower()]
     assert 3 * len(patched.patches) == len(weights) > 0
     assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)
 
 
-def test_stage_2_begins_from_stage_1s_dla_and_lora(place):
-    place.train("first", training={"stage": 1, "steps": 2})
+def test_stage_2_begins_from_stage_1s_dla_and_lora(workspace):
+    workspace.train("first", training={"stage": 1, "steps": 2})
     start = {"start_dla": "first.safetensors", "start_lora": "first.safetensors"}
-    place.train("second", training={"steps": 1, "learning_rate": 0.0}, lora={"learning_rate": 0.0}, run=start)
-    first, second = place.end("first")[0], place.end("second")[0]
+    workspace.train("second", training={"steps": 1, "learning_rate": 0.0}, lora={"learning_rate": 0.0}, run=start)
+    first, second = workspace.end("first")[0], workspace.end("second")[0]
     for name in ("dla.safetensors", "lora.safetensors"):
         assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
     with pytest.raises(ValueError, match="alpha"):
-        place.train("third", lora={"alpha": 9.0}, run=start)
+        workspace.train("third", lora={"alpha": 9.0}, run=start)
     with pytest.raises(ValueError, match="rank 3"):
-        place.train("third", lora={"rank": 3}, run=start)
+        workspace.train("third", lora={"rank": 3}, run=start)
 
 
 def everything(folder):

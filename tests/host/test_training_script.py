@@ -45,7 +45,7 @@ dtype = "fp32"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("script")
     models = small_family(folder / "models")
     paint_subjects(folder / "subjects", 4)
@@ -53,21 +53,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def start(place: Path, *arguments: str, launch: tuple[str, ...] = (), **keywords) -> subprocess.Popen:
-    command = [*(launch or (sys.executable,)), str(ROOT / "training"), str(place / "recipe.toml")]
-    command += [
-        "--comfyui",
-        os.environ["COMFYUI_PATH"],
-        "--models",
-        str(MODELS),
-        "--models",
-        str(place / "models"),
-        "--output",
-        str(place),
-    ]
+def start(workspace: Path, *arguments: str, launch: tuple[str, ...] = (), **keywords) -> subprocess.Popen:
+    folders = ["--comfyui", os.environ["COMFYUI_PATH"], "--models", MODELS, "--models", workspace / "models"]
+    folders += ["--output", workspace]
+    command = [*(launch or (sys.executable,)), ROOT / "training", workspace / "recipe.toml", *folders]
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **keywords)
+    return subprocess.Popen([*map(str, command), *arguments], cwd=ROOT, env=environment, **keywords)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
@@ -86,35 +78,35 @@ def difference(one: dict, other: dict) -> float:
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
-def test_processes_are_accumulated_passes_and_a_kill_is_resumed(place):
-    """Two processes under accelerate give what one gives that accumulates two passes; a terminated run goes on."""
+def test_processes_are_accumulated_passes_and_a_kill_is_resumed(workspace):
+    """Two processes under accelerate give what one gives that accumulates two passes; a terminated run resumes."""
     changes = ["--set", "training.accumulate=2"]
-    whole, err = finish(start(place, *changes))
+    whole, err = finish(start(workspace, *changes))
     assert "step 4/4" in err and "held-out" in err
     again = ["--set", "run.name='two'", *changes, "--set", "training.steps=90"]
-    process = start(place, *again)
+    process = start(workspace, *again)
     for line in process.stderr:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
             break
     _, err = finish(process, 130)
-    assert "goes on" in err
-    facts = sorted((place / "subject_dla" / "runs" / "two").glob("checkpoint-*"))
+    assert "resumes" in err
+    facts = sorted((workspace / "subject_dla" / "runs" / "two").glob("checkpoint-*"))
     assert int(facts[-1].name.split("-")[1]) >= 3
     # accelerate's launcher starts several processes for devices alone, and hands over to this one; on CPUs, this one
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    parallel, err = finish(start(place, "--set", "run.name='three'", launch=launch))
+    parallel, err = finish(start(workspace, "--set", "run.name='three'", launch=launch))
     assert difference(weights(whole), weights(parallel)) < 1e-4
-    resumed, err = finish(start(place, "--set", "run.name='three'", "--set", "training.steps=5", *changes))
-    assert "Going on from step 4" in err
+    resumed, err = finish(start(workspace, "--set", "run.name='three'", "--set", "training.steps=5", *changes))
+    assert "Resuming from step 4" in err
 
 
-def test_bad_recipes_are_told(place):
-    for change, told in (
+def test_bad_recipes_are_named(workspace):
+    for change, name in (
         ("training.steps='many'", "training.steps"),
         ("models.vae='none.safetensors'", "none.safetensors"),
     ):
-        _, err = finish(start(place, "--set", change), 1)
-        assert told in err and "Traceback" not in err
-    out, _ = finish(start(place, "--template"))
+        _, err = finish(start(workspace, "--set", change), 1)
+        assert name in err and "Traceback" not in err
+    out, _ = finish(start(workspace, "--template"))
     assert "[training]" in out

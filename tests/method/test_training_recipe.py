@@ -122,14 +122,14 @@ def test_a_node_gives_its_widgets_and_options_have_the_last_word():
 
 def test_streams_of_random_numbers_differ_and_come_again():
     before = torch.get_rng_state()
-    places = [(seed, stream, n) for seed in (0, 1, 2**63 - 1) for stream in (0, 1, 100) for n in range(300)]
-    places += [(0,), (0, 0), (0, 0, 0, 0), (0, 0, 0, 1)]
-    drawn = {place: torch.randn(8, generator=generator(*place)) for place in places}
-    assert len({tuple(row.tolist()) for row in drawn.values()}) == len(places)
-    assert all(torch.equal(torch.randn(8, generator=generator(*p)), drawn[p]) for p in places[::-50])
-    table = torch.stack([drawn[place] for place in places[:900]])
+    keys = [(seed, stream, n) for seed in (0, 1, 2**63 - 1) for stream in (0, 1, 100) for n in range(300)]
+    keys += [(0,), (0, 0), (0, 0, 0, 0), (0, 0, 0, 1)]
+    drawn = {key: torch.randn(8, generator=generator(*key)) for key in keys}
+    assert len({tuple(row.tolist()) for row in drawn.values()}) == len(keys)
+    assert all(torch.equal(torch.randn(8, generator=generator(*p)), drawn[p]) for p in keys[::-50])
+    table = torch.stack([drawn[key] for key in keys[:900]])
     assert table.mean().abs() < 0.05 and (table.std() - 1).abs() < 0.05
-    for shift in (1, 2, 300):  # neighbouring places and streams have nothing to do with each other
+    for shift in (1, 2, 300):  # neighbouring keys and streams have nothing to do with each other
         assert (table[:-shift] * table[shift:]).mean().abs() < 0.05
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -45,7 +45,7 @@ def test_a_bins_interval_is_students_t(count):
     assert Loss.of("both", "t < 0.85", [0.25]) == Loss("both", "t < 0.85", 0.25, 0.25, 0.25, 1)
 
 
-def test_a_line_tells_step_loss_pace_and_time_left():
+def test_a_line_has_step_loss_pace_and_time_left():
     history = History("a", {}, losses=[0.5, 0.25])
     for steps, seconds, line in (
         (10, 0.5, "step 2/10, loss 0.2500, 0.50 s/step, 1 min left"),

@@ -1,4 +1,4 @@
-"""Train DLA on a real server: what it makes draws in the next job, a stopped run goes on bit for bit, wrong input is
+"""Train DLA on a real server: what it makes draws in the next job, a stopped run resumes bit for bit, wrong input is
 named before anything is loaded."""
 
 import io
@@ -58,7 +58,7 @@ def training(family) -> dict:
     }
 
 
-class Ears:
+class Messages:
     """Everything the server sends to a client, on a thread. `stop_at`: interrupts the job at that step."""
 
     def __init__(self, server, stop_at: int = 0):
@@ -66,9 +66,9 @@ class Ears:
         self.pictures, self.steps = [], []
         address = server.address.replace("http", "ws", 1)
         self.socket = websocket.create_connection(f"{address}/ws?clientId={self.client.id}", timeout=60)
-        threading.Thread(target=self.listen, daemon=True).start()
+        threading.Thread(target=self.receive, daemon=True).start()
 
-    def listen(self) -> None:
+    def receive(self) -> None:
         while True:
             try:
                 message = self.socket.recv()
@@ -79,9 +79,9 @@ class Ears:
                 if kind == PREVIEW:
                     self.pictures.append(message[8:])
             elif message:
-                self.hear(json.loads(message))
+                self.on_event(json.loads(message))
 
-    def hear(self, event: dict) -> None:
+    def on_event(self, event: dict) -> None:
         if event["type"] != "progress" or event["data"]["max"] != STEPS:
             return
         self.steps.append(event["data"]["value"])
@@ -110,10 +110,10 @@ def test_what_is_trained_draws_in_the_next_job(server, prompt, training):
         SETTINGS + "run.sample_every = 4\nrun.sample_steps = 2\nrun.validate_every = 4\n"
     )
     training["3"] = {"class_type": "PreviewAny", "inputs": {"source": ["2", 2]}}
-    ears = Ears(server)
-    outputs = ears.run(training)
+    messages = Messages(server)
+    outputs = messages.run(training)
     shown = [Image.open(io.BytesIO(server.client.fetch(image))) for image in outputs["2"]["images"]]
-    previews = [Image.open(io.BytesIO(data)) for data in ears.pictures]
+    previews = [Image.open(io.BytesIO(data)) for data in messages.pictures]
     assert len(previews) >= 4 and all(picture.format == "JPEG" for picture in previews)
     heights = [picture.height for picture in previews]
     assert heights[0] < 100 < heights[-1] - max(picture.height for picture in shown), "text, then losses, then samples"
@@ -141,9 +141,9 @@ def test_a_run_stopped_in_the_middle_ends_as_one_that_was_not(server, training):
     training["2"]["inputs"]["name"] = "whole"
     run(server, training)
     training["2"]["inputs"]["name"] = "stopped"
-    ears = Ears(server, stop_at=2)
+    messages = Messages(server, stop_at=2)
     with pytest.raises(WorkflowError, match="interrupted"):
-        ears.run(training)
+        messages.run(training)
     folder = server.base / "output" / "subject_dla" / "runs" / "stopped"
     [checkpoint] = folder.glob("checkpoint-*")
     assert 2 <= int(checkpoint.name[-8:]) < STEPS
@@ -154,16 +154,16 @@ def test_a_run_stopped_in_the_middle_ends_as_one_that_was_not(server, training):
 
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("checkpoint-*/*"))
     training["2"]["inputs"]["options"] += "# the host would not run the very same job twice\n"
-    ears = Ears(server)
-    outputs = ears.run(training)
-    assert set(ears.steps) <= {STEPS} and outputs["2"]["images"], "a finished run was run again"
+    messages = Messages(server)
+    outputs = messages.run(training)
+    assert set(messages.steps) <= {STEPS} and outputs["2"]["images"], "a finished run was run again"
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("checkpoint-*/*")) == before
     for kind, found in weights(server, "stopped").items():
         assert equal(found, weights(server, "whole")[kind]), kind
 
     with pytest.raises(
         WorkflowError, match="training.stage = 2, now it is 1"
-    ):  # told in the editor, before any loading
+    ):  # in the editor, before anything is loaded
         training["2"]["inputs"]["stage"] = "1: MLLM tokens"
         server.client.queue(training)
 

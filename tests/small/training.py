@@ -17,11 +17,11 @@ def paint_subjects(folder: Path, subjects: int = 6, size: int = 64) -> Path:
     """SUBJECT/{0,1,2}.png with captions: a shape in one colour, each time elsewhere and before another ground."""
     for number in range(subjects):
         shape, colour = SHAPES[number % len(SHAPES)], COLOURS[number % len(COLOURS)]
-        home = folder / f"{colour}-{shape}"
-        home.mkdir(parents=True, exist_ok=True)
+        subject = folder / f"{colour}-{shape}"
+        subject.mkdir(parents=True, exist_ok=True)
         for view in range(3):
-            place = (number + view) % len(PLACES)
-            picture = Image.new("RGB", (size, size), GROUNDS[place])
+            ground = (number + view) % len(PLACES)
+            picture = Image.new("RGB", (size, size), GROUNDS[ground])
             pen, left, top = ImageDraw.Draw(picture), 6 + 10 * view, 24 - 8 * view
             box = (left, top, left + 26, top + 26)
             if shape == "ball":
@@ -30,8 +30,8 @@ def paint_subjects(folder: Path, subjects: int = 6, size: int = 64) -> Path:
                 pen.rectangle(box, colour, "white")
             else:
                 pen.polygon([(left + 13, top), (left + 26, top + 13), (left + 13, top + 26), (left, top + 13)], colour)
-            picture.save(home / f"{view}.png")
-            (home / f"{view}.txt").write_text(f"a {shape} before a {PLACES[place]}", encoding="utf-8")
+            picture.save(subject / f"{view}.png")
+            (subject / f"{view}.txt").write_text(f"a {shape} before a {PLACES[ground]}", encoding="utf-8")
     return folder
 
 
@@ -44,8 +44,8 @@ def small_family(folder: Path) -> dict[str, str]:
     folders.register()
     for kind in family.NAMES:
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for place in (family.MODELS / kind, folder / kind):
-            folder_paths.add_model_folder_path(kind, str(place), is_default=True)
+        for models in (family.MODELS / kind, folder / kind):
+            folder_paths.add_model_folder_path(kind, str(models), is_default=True)
     names = family.NAMES
     return {"diffusion_model": names["diffusion_models"], "vae": names["vae"], "mllm": names["mllm"]}
 
@@ -67,13 +67,13 @@ def small_recipe(models: dict[str, str], data: Path, /, **changes) -> dict:
 def write_list(folder: Path) -> Path:
     """The painted subjects as a UNO-style list."""
     entries = []
-    for home in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
         for view in range(2):
             entries.append(
                 {
-                    "prompt": (home / f"{view}.txt").read_text(encoding="utf-8"),
-                    "image_paths": [f"{home.name}/2.png"],
-                    "image_tgt_path": f"{home.name}/{view}.png",
+                    "prompt": (subject / f"{view}.txt").read_text(encoding="utf-8"),
+                    "image_paths": [f"{subject.name}/2.png"],
+                    "image_tgt_path": f"{subject.name}/{view}.png",
                 }
             )
     path = folder / "list.json"

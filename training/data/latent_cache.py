@@ -20,12 +20,7 @@ HEADER = 88  # bytes of a latent's file beside its values
 
 
 class LatentCache:
-    """VAE latents by image file and size.
-
-    Args:
-        vae: The host's VAE.
-        folder: Of one .safetensors for each image and size; None keeps them in memory only.
-    """
+    """Latents of the host's VAE, a .safetensors in `folder` for each image and size; None keeps them in memory."""
 
     def __init__(self, vae, folder: Path | None):
         self.vae, self.folder = vae, folder
@@ -37,14 +32,9 @@ class LatentCache:
     @torch.inference_mode(False)
     @torch.no_grad()
     def get(self, path: Path, width: int, height: int) -> Tensor:
-        """Returns the latent of an image cropped to width x height px.
+        """Returns the latent of an image cropped to width x height px, (c, h, w) or (c, 1, h, w), fp32 on the CPU.
 
-        Returns:
-            The host's latent without batch axis, (c, h, w) or (c, 1, h, w), fp32 on the CPU.
-
-        Raises:
-            ImageError: The image cannot be read.
-            ValueError: The VAE gives values that are not finite.
+        Raises ImageError where the image cannot be read, ValueError where the latent is not finite.
         """
         key = self._key(path, width, height)
         if self.folder is None:

@@ -25,6 +25,7 @@ def import_pack() -> None:
         spec = importlib.util.spec_from_file_location(
             PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
+        assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[PACK] = module
         spec.loader.exec_module(module)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from .backbones import Backbone, backbone_of, backbone_of_keys
+from .protocols import Model
 
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
@@ -47,7 +49,7 @@ def read_header(path: str) -> DiTHeader:
         ) from error
 
 
-def load_dit(name: str, weight_dtype: str = "default"):
+def load_dit(name: str, weight_dtype: str = "default") -> Model:
     """MODEL (a ModelPatcher) of a file under `models/diffusion_models`, through the host's loader.
 
     weight_dtype: one of DTYPES, as in the host's Load Diffusion Model. A safetensors file whose metadata has
@@ -62,7 +64,7 @@ def load_dit(name: str, weight_dtype: str = "default"):
     if weight_dtype not in DTYPES:
         raise ValueError(f"weight_dtype is {weight_dtype!r}, expected one of {', '.join(DTYPES)}.")
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
-    options = {}
+    options: dict[str, Any] = {}
     if weight_dtype.startswith("fp8_e4m3fn"):
         options["dtype"] = torch.float8_e4m3fn
     elif weight_dtype == "fp8_e5m2":
@@ -91,7 +93,7 @@ def declared_sizes(path: str) -> dict:
     return sizes
 
 
-def build_dit(state_dict: dict, sizes: dict, options: dict, path: str):
+def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     """The host's own detection with `sizes` laid over it, then the host's class and patcher, as its loader does it."""
     import comfy.model_management as management
     import comfy.model_patcher
@@ -133,7 +135,7 @@ def check_keys(model, state_dict: dict, path: str, dynamic: bool) -> None:
         )
 
 
-def context_width(model) -> int | None:
+def context_width(model: Model) -> int | None:
     """Width of the context tokens that a MODEL reads, in channels; None where it cannot be known."""
     layer, backbone = getattr(model.model, "diffusion_model", None), backbone_of(model)
     for name in backbone.context_layer.split(".") if backbone else ():

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from .protocols import CLIP, VAE, Model
+
 
 def make_patcher(model, load_device, offload_device):
     """The host's patcher around one of the pack's own models; where the host has it, the one for dynamic VRAM."""
@@ -14,28 +18,28 @@ def make_patcher(model, load_device, offload_device):
     return patcher(model, load_device=load_device, offload_device=offload_device)
 
 
-def load_vae(name: str):
+def load_vae(name: str) -> VAE:
     """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), by the host's Load VAE."""
     import nodes
 
     return nodes.VAELoader().load_vae(name)[0]
 
 
-def load_clip(name: str, kind: str):
+def load_clip(name: str, kind: str) -> CLIP:
     """CLIP of one file under `models/text_encoders`, by the host's Load CLIP; `kind`: its type, e.g. "qwen_image"."""
     import nodes
 
     return nodes.CLIPLoader().load_clip(name, kind)[0]
 
 
-def load_dual_clip(first: str, second: str, kind: str):
+def load_dual_clip(first: str, second: str, kind: str) -> CLIP:
     """CLIP of two files under `models/text_encoders`, by the host's DualCLIPLoader; `kind`: its type, e.g. "flux"."""
     import nodes
 
     return nodes.DualCLIPLoader().load_clip(first, second, kind)[0]
 
 
-def fit_latent(model, latent: dict):
+def fit_latent(model: Model, latent: dict) -> Tensor:
     """Samples of a LATENT with the model's channels and downscale if they are empty; later hosts take ratios."""
     import inspect
 
@@ -46,7 +50,7 @@ def fit_latent(model, latent: dict):
     return fix_empty_latent_channels(model, latent["samples"], *ratios[: max(takes, 0)])
 
 
-def to_intermediate(samples):
+def to_intermediate(samples: Tensor) -> Tensor:
     """Samples on the device, and on later hosts in the dtype, that the host keeps LATENTs in."""
     import comfy.model_management
 

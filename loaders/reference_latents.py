@@ -11,6 +11,7 @@ from torch import Tensor
 from .backbones import backbone_of
 from .conditioning import add_references, reference_latents
 from .images import collect_images
+from .protocols import VAE, Model
 
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
@@ -18,8 +19,8 @@ LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures 
 
 def add_identity(
     conditioning: list,
-    model,
-    vae,
+    model: Model,
+    vae: VAE,
     image: Tensor,
     mask: Tensor | None = None,
     *,
@@ -48,11 +49,11 @@ def add_identity(
     method = reference_method(model, placement)
     side = backbone.token_side if backbone else 16
     images = collect_images(image)
-    most = backbone.most_references if backbone else None
     count = max((len(reference_latents(values)) for _, values in conditioning), default=0) + len(images)
-    if most is not None and count > most:
+    if backbone and backbone.most_references is not None and count > backbone.most_references:
         raise ValueError(
-            f"Add Identity: {backbone.title} takes at most {most} references, this makes {count}. Leave some out."
+            f"Add Identity: {backbone.title} takes at most {backbone.most_references} references, this makes {count}. "
+            "Leave some out."
         )
     masks = _masks(mask, len(images))
     latents, kept_masks = [], []
@@ -60,7 +61,7 @@ def add_identity(
         width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo", side)
         latents.append(vae.encode(resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
         if picture_mask is not None:
-            picture_mask = _stretched(picture_mask, picture.shape[:2])
+            picture_mask = _stretched(picture_mask, (picture.shape[0], picture.shape[1]))
             picture_mask = resize(picture_mask[None], width, height)[0].clamp(0, 1)
             if not picture_mask.any():
                 raise ValueError(
@@ -71,10 +72,10 @@ def add_identity(
     return add_references(conditioning, latents, strength, kept_masks, method)
 
 
-def reference_method(model, placement: str) -> str | None:
+def reference_method(model: Model, placement: str) -> str | None:
     """The host's `reference_latents_method`, None = the model's default. Hosts take one unknown to them for another."""
     backbone = backbone_of(model)
-    method = placement
+    method: str | None = placement
     if placement == "auto":
         method = backbone.default_placement if backbone else None
     if method is None:
@@ -111,7 +112,8 @@ def reference_size(width: int, height: int, size: int = 0, uno: bool = False, gr
         scale = (size or UNO_LONGEST_SIDE) / max(width, height)
     else:
         scale = min(1.0, sqrt(LARGEST_AREA / (width * height)))
-    return tuple(max(grid, int(side * scale + 1e-6) // grid * grid) for side in (width, height))
+    of_tokens = [max(grid, int(side * scale + 1e-6) // grid * grid) for side in (width, height)]
+    return of_tokens[0], of_tokens[1]
 
 
 def resize(picture: Tensor, width: int, height: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 
+from ..protocols import Model
 from .base import Backbone, DiTSizes, MLLMSizes, Training
 
 __all__ = ["BACKBONES", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"]
@@ -19,7 +20,7 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
-def backbone_of(model) -> Backbone | None:
+def backbone_of(model: Model) -> Backbone | None:
     """Family of a MODEL; None where this pack does not know its token layout (Chroma, video models, …)."""
     config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
     if config.get("image_model") is None:  # loaders of other packs may leave it empty, but use the host's model class

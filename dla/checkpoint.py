@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.files import save_tensors
-from ..common.safetensors_header import SafetensorsError, SafetensorsHeader, TensorHeader, read_header
+from ..common.safetensors_header import SafetensorsHeader, TensorHeader, read_header
 from .aggregator import DualLayerAggregator
 from .config import DLAConfig
 from .features import describe_layers
@@ -51,10 +51,10 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
     """
     try:
         header = read_header(path)
-    except SafetensorsError as error:
-        raise DLACheckpointError(path, error.problem) from None
-    config = _parse_config(path, header)
-    _check_keys(path, config, header.tensors)
+        config = _parse_config(header)
+        _check_keys(config, header.tensors)
+    except ValueError as error:
+        raise DLACheckpointError(path, getattr(error, "problem", str(error))) from None
     return config
 
 
@@ -82,11 +82,8 @@ def check_finite(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
     for key, value in state.items():
         if not bool(value.isfinite().all()):
             count = int((~value.isfinite()).sum())
-            raise DLACheckpointError(
-                path,
-                f"{key} has {count} of {value.numel()} values that are NaN or infinite, expected finite weights. "
-                "The training run diverged: take an earlier checkpoint.",
-            )
+            problem = f"{key} has {count} of {value.numel()} values that are NaN or infinite, expected finite weights."
+            raise DLACheckpointError(path, f"{problem} The training run diverged: take an earlier checkpoint.")
 
 
 def describe(config: DLAConfig) -> str:
@@ -112,68 +109,56 @@ def describe(config: DLAConfig) -> str:
     return "\n".join(lines)
 
 
-def _parse_config(path: str | os.PathLike, header: SafetensorsHeader) -> DLAConfig:
+def _parse_config(header: SafetensorsHeader) -> DLAConfig:
+    """The config in a header; raises ValueError."""
     if METADATA_KEY not in header.metadata:
-        kind = _guess_kind(header.tensors)
-        raise DLACheckpointError(path, f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {kind}")
+        raise ValueError(f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {_guess_kind(header.tensors)}")
+    entry = f"metadata entry {METADATA_KEY!r}"
     try:
         values = json.loads(header.metadata[METADATA_KEY])
     except ValueError as error:
-        raise DLACheckpointError(
-            path, f"metadata entry {METADATA_KEY!r} is not JSON ({error}). Save the DLA again with save_dla."
-        ) from None
+        raise ValueError(f"{entry} is not JSON ({error}). Save the DLA again with save_dla.") from None
     if not isinstance(values, dict):
-        raise DLACheckpointError(
-            path,
-            f"metadata entry {METADATA_KEY!r} is {values!r:.60}, expected a JSON object. Save it again with save_dla.",
-        )
-    try:
-        return DLAConfig.from_dict(values)
-    except ValueError as error:
-        raise DLACheckpointError(path, str(error)) from None
+        raise ValueError(f"{entry} is {values!r:.60}, expected a JSON object. Save it again with save_dla.")
+    return DLAConfig.from_dict(values)
 
 
-def _check_keys(path: str | os.PathLike, config: DLAConfig, found: dict[str, TensorHeader]) -> None:
-    """Raises unless keys, shapes and dtypes are those of the config."""
+def _check_keys(config: DLAConfig, found: dict[str, TensorHeader]) -> None:
+    """Raises ValueError unless keys, shapes and dtypes are those of the config."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in DualLayerAggregator(config).state_dict().items()}
     for prefix in {key[: -len(end) - 1] for key in found for end in expected if key.endswith("." + end)}:
         if {key.removeprefix(prefix + ".") for key in found} == set(expected):
-            raise DLACheckpointError(
-                path, f"all keys begin with {prefix!r}: it was saved from inside another module. Save with save_dla."
+            raise ValueError(
+                f"all keys begin with {prefix!r}: it was saved from inside another module. Save with save_dla."
             )
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     if missing and extra and len(missing) == len(extra):
-        raise DLACheckpointError(
-            path,
+        raise ValueError(
             f"{len(extra)} key(s) have other names: found {min(extra)!r}, expected {min(missing)!r}. It was written by "
-            "another program or edited; save with save_dla.",
+            "another program or edited; save with save_dla."
         )
     if missing:
-        raise DLACheckpointError(
-            path,
+        raise ValueError(
             f"key {missing[0]!r} is missing ({len(missing)} of {len(expected)} are), expected with shape "
-            f"{list(expected[missing[0]])}. The file is incomplete, or its config is of another DLA: save it again.",
+            f"{list(expected[missing[0]])}. The file is incomplete, or its config is of another DLA: save it again."
         )
     if extra:
-        raise DLACheckpointError(
-            path,
+        raise ValueError(
             f"key {extra[0]!r} is not part of this DLA ({len(extra)} such key(s)), expected only what its config "
-            f"({config.modalities}, {config.pooling}, {config.blocks} block(s)) has. Save it again.",
+            f"({config.modalities}, {config.pooling}, {config.blocks} block(s)) has. Save it again."
         )
     for key, shape in expected.items():
         if found[key].shape != shape:
-            raise DLACheckpointError(
-                path,
+            raise ValueError(
                 f"{key} has shape {list(found[key].shape)}, expected {list(shape)} for MLLM width {config.mllm.width}, "
                 f"{len(config.pooled_layers)} layers and context width {config.context_width}. Weights and config are "
-                "of different DLAs: save it again.",
+                "of different DLAs: save it again."
             )
-        if found[key].dtype not in UNQUANTIZED:
-            raise DLACheckpointError(
-                path,
-                f"{key} has dtype {found[key].dtype}, expected {', '.join(UNQUANTIZED)}. Save it again in one of them.",
+        if (dtype := found[key].dtype) not in UNQUANTIZED:
+            raise ValueError(
+                f"{key} has dtype {dtype}, expected {', '.join(UNQUANTIZED)}. Save it again in one of them."
             )
 
 

@@ -46,25 +46,17 @@ class DLAConfig:
             object.__setattr__(self, "blocks", 1 if self.pooling == "softmax" else 2)
         expect(is_whole(self.blocks, 1, 64), "blocks", "a whole number from 1 to 64")
         expect(is_whole(self.refiner_blocks, 0, 64), "refiner_blocks", "a whole number from 0 to 64")
-        expect(
-            is_whole(self.heads, 1, self.mllm.width) and self.mllm.width % self.heads == 0,
-            "heads",
-            f"a divisor of the MLLM's width {self.mllm.width}",
-        )
-        if self.layer_subset is not None:
-            expect(
-                isinstance(self.layer_subset, (tuple, list))
-                and len(self.layer_subset) > 0
-                and all(is_whole(layer, 0, self.mllm.layers) for layer in self.layer_subset)
-                and list(self.layer_subset) == sorted(set(self.layer_subset)),
-                "layer_subset",
-                f"ascending layer numbers from 0 to {self.mllm.layers}",
-            )
-            object.__setattr__(self, "layer_subset", tuple(self.layer_subset))
+        divides = is_whole(self.heads, 1, self.mllm.width) and self.mllm.width % self.heads == 0
+        expect(divides, "heads", f"a divisor of the MLLM's width {self.mllm.width}")
+        if (subset := self.layer_subset) is not None:
+            valid = isinstance(subset, (tuple, list)) and len(subset) > 0
+            valid = valid and all(is_whole(layer, 0, self.mllm.layers) for layer in subset)
+            valid = valid and list(subset) == sorted(set(subset))
+            expect(valid, "layer_subset", f"ascending layer numbers from 0 to {self.mllm.layers}")
+            object.__setattr__(self, "layer_subset", tuple(subset))
         expect(self.template in TEMPLATES, "template", f"one of {', '.join(TEMPLATES)}")
-        expect(
-            isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1, "vit_blend", "a number from 0 to 1"
-        )
+        share = isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1
+        expect(share, "vit_blend", "a number from 0 to 1")
         expect(isinstance(self.provenance, dict), "provenance", "a JSON object")
 
     @property

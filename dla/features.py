@@ -103,42 +103,42 @@ class Features:
     grids: Grids | None = None  # None = not known (0.1.0's caches)
 
     def __post_init__(self) -> None:
+        def expect(valid: bool, problem: str) -> None:
+            if not valid:
+                raise ValueError(problem)
+
         hidden, layers, info = self.hidden_states, tuple(int(layer) for layer in self.layers), self.info
         object.__setattr__(self, "layers", layers)
-        if hidden.ndim != 4 or not hidden.is_floating_point():
-            raise ValueError(f"hidden_states is {hidden.dtype} {tuple(hidden.shape)}, expected floating (B, M, T, C).")
-        batch, entries, tokens, width = hidden.shape
-        if batch == 0 or entries == 0 or tokens == 0:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden.shape)}, expected at least one prompt, layer and token."
-            )
-        if width != info.width:
-            raise ValueError(f"hidden_states has width {width}, expected {info.width}, the width of {info.name}.")
-        if len(layers) != entries:
-            raise ValueError(f"hidden_states holds {entries} layers, but layers names {len(layers)}: {layers}.")
-        if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > info.layers:
-            raise ValueError(f"layers is {layers}, expected ascending numbers from 0 to {info.layers} ({info.name}).")
+        shape = tuple(hidden.shape)
+        floating = len(shape) == 4 and hidden.is_floating_point()
+        expect(floating, f"hidden_states is {hidden.dtype} {shape}, expected floating (B, M, T, C).")
+        batch, entries, tokens, width = shape
+        expect(all(shape), f"hidden_states has shape {shape}, expected at least one prompt, layer and token.")
+        expect(
+            width == info.width, f"hidden_states has width {width}, expected {info.width}, the width of {info.name}."
+        )
+        named = f"hidden_states holds {entries} layers, but layers names {len(layers)}: {layers}."
+        expect(len(layers) == entries, named)
+        rising = list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] <= info.layers
+        expect(rising, f"layers is {layers}, expected ascending numbers from 0 to {info.layers} ({info.name}).")
         for field, dtype in (("modality", torch.uint8), ("image_index", torch.int16), ("attention_mask", torch.bool)):
-            value = getattr(self, field)
-            if value.dtype != dtype or value.shape != (batch, tokens):
-                raise ValueError(f"{field} is {value.dtype} {tuple(value.shape)}, expected {dtype} {(batch, tokens)}.")
-        if int(self.modality.max()) > max(Modality):
-            raise ValueError(
-                f"modality holds {int(self.modality.max())}, expected 0 (text), 1 (image) or 2 (template)."
-            )
-        if not torch.equal(self.image_index >= 0, self.modality == Modality.IMAGE):
-            raise ValueError("image_index must be 0 or more at image tokens and -1 at all others.")
-        if not bool(self.attention_mask.any(dim=1).all()):
-            raise ValueError("attention_mask leaves a prompt without a single token.")
-        if self.prefix is not None and (
-            len(self.prefix) != batch or any(not 0 <= length <= tokens for length in self.prefix)
-        ):
-            raise ValueError(f"prefix is {self.prefix}, expected {batch} numbers from 0 to {tokens}.")
+            found = (value := getattr(self, field)).dtype, tuple(value.shape)
+            wanted = f"{dtype} {(batch, tokens)}"
+            expect(found == (dtype, (batch, tokens)), f"{field} is {found[0]} {found[1]}, expected {wanted}.")
+        top = int(self.modality.max())
+        expect(top <= max(Modality), f"modality holds {top}, expected 0 (text), 1 (image) or 2 (template).")
+        matching = torch.equal(self.image_index >= 0, self.modality == Modality.IMAGE)
+        expect(matching, "image_index must be 0 or more at image tokens and -1 at all others.")
+        expect(bool(self.attention_mask.any(dim=1).all()), "attention_mask leaves a prompt without a single token.")
+        if self.prefix is not None:
+            inside = len(self.prefix) == batch and all(0 <= length <= tokens for length in self.prefix)
+            expect(inside, f"prefix is {self.prefix}, expected {batch} numbers from 0 to {tokens}.")
         if self.grids is not None:
             counts = [row[row >= 0].bincount().tolist() for row in self.image_index.long()]
-            found = [[grid.tokens for grid in grids] for grids in self.grids]
-            if found != counts:
-                raise ValueError(f"grids are of {found} tokens by prompt and image, expected {counts} by image_index.")
+            sizes = [[grid.tokens for grid in grids] for grids in self.grids]
+            expect(
+                sizes == counts, f"grids are of {sizes} tokens by prompt and image, expected {counts} by image_index."
+            )
 
     def layer(self, number: int) -> Tensor:
         """Hidden states (B, T, C) of one layer, by its number. Raises ValueError if it was not kept."""

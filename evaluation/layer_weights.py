@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..dla.ablation import groups
-from ..dla.features import Features, ImageGrid, MLLMInfo, Modality
+from ..dla.features import ImageGrid, MLLMInfo, Modality
 
 MODALITIES = {Modality.TEXT: "text", Modality.IMAGE: "image", Modality.TEMPLATE: "template"}
 
@@ -46,20 +45,6 @@ class LayerWeights:
                 " reference image(s). Set image_number to one of them, in the order of Encode Subject's inputs."
             )
         return self.weights[tokens]
-
-
-def layer_weights(features: Features, weights: Tensor, layers: Sequence[int], kept: Tensor) -> list[LayerWeights]:
-    """One LayerWeights per prompt.
-
-    Args:
-        features: Of B prompts.
-        weights: (B, T, M) from DualLayerAggregator.layer_weights.
-        layers: The M layer numbers pooled.
-        kept: (B, T) bool, tokens that go to the DiT.
-    """
-    grids = features.grids or [None] * len(weights)
-    rows = zip(weights.cpu(), kept.cpu(), features.modality.cpu(), features.image_index.cpu(), grids)
-    return [LayerWeights(row, tuple(layers), *others, features.info, grid) for row, *others, grid in rows]
 
 
 def describe(found: LayerWeights, name: str = "") -> str:

@@ -14,7 +14,7 @@ from ..common.drawing.palette import BLUE, COLD, FAINT, GREY, HEAT, INK, ORANGE,
 from ..common.drawing.sheet import to_picture, to_tensor
 from ..dla.context import kept_tokens
 from ..dla.features import Features, ImageGrid, Modality
-from .layer_weights import MODALITIES, LayerWeights, describe, layer_weights
+from .layer_weights import MODALITIES, LayerWeights, describe
 
 if TYPE_CHECKING:
     from ..loaders.dla import DLA
@@ -43,7 +43,10 @@ def draw_layer_weights(
         ValueError: See `overlay`.
     """
     kept = kept_tokens(features, dla.config.template)
-    prompts = layer_weights(features, dla.layer_weights(features), dla.config.pooled_layers, kept)
+    grids = features.grids or [None] * len(kept)
+    by_token = (dla.layer_weights(features), kept, features.modality, features.image_index)
+    rows = zip(*(value.cpu() for value in by_token), grids)
+    prompts = [LayerWeights(row, dla.config.pooled_layers, *rest, features.info, grid) for row, *rest, grid in rows]
     overlays = None if picture is None else torch.cat([to_tensor(overlay(p, picture, index, layer)) for p in prompts])
     maps = [heat_map(prompt) for prompt in prompts]
     high = max(image.height for image in maps)
@@ -174,15 +177,8 @@ def place(grid: ImageGrid, width: int, height: int) -> Placement:
 def overlay(found: LayerWeights, picture: Tensor, index: int = 0, layer: int | None = None) -> Image.Image:
     """A reference image in grey under the colours of its tokens, with a scale below; its longest side is 768 px.
 
-    Args:
-        found: Weights of a prompt.
-        picture: The reference image (H, W, 3) in 0..1.
-        index: Its 0-based number.
-        layer: Number of the layer whose weight is shown; None = each token's mean layer.
-
-    Raises:
-        ValueError: For a layer that the DLA does not pool, features without token grids, or a picture that the tokens
-            are not of.
+    picture, index, layer: see draw_layer_weights. Raises ValueError for a layer that the DLA does not pool, features
+    without token grids, or a picture that the tokens are not of.
     """
     weights = found.image(index)
     if layer is None:

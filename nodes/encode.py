@@ -57,20 +57,14 @@ class SubjectEncode(io.ComfyNode):
             io.Image.Input(
                 f"image_{index}",
                 optional=True,
-                tooltip=(
-                    f'Reference image {index}: the prompt may call it "image {index}". A batch is several references;'
-                    " ten in all at most."
-                ),
+                tooltip=f'"image {index}" in the prompt. A batch is several references; ten in all at most.',
             )
             for index in range(1, SOCKETS + 1)
         ]
         return schema(
             node_id="SubjectEncode",
             display_name="Encode Subject",
-            description=(
-                "The MLLM reads the prompt and the reference images together; the output is its hidden states: every"
-                " layer, every token."
-            ),
+            description="The MLLM reads prompt and reference images together: hidden states of every layer and token.",
             search_aliases=["mllm encode", "text and image encode", "subject reference", "multimodal prompt"],
             inputs=[
                 MLLM.Input("mllm", tooltip="From Load MLLM, MLLM from CLIP or Load Subject Pipeline."),
@@ -86,10 +80,7 @@ class SubjectEncode(io.ComfyNode):
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip=(
-                        "The DLA that will read the features: it is checked against the MLLM, and only the layers it"
-                        " pools are run and kept."
-                    ),
+                    tooltip="Checks this DLA against the MLLM, and runs only the layers that it pools.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -109,10 +100,7 @@ class SubjectEncode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=12,
-                    tooltip=(
-                        "InternVL only: most tiles into which an image is cut. More tiles: finer detail, more tokens."
-                        " 0: one tile."
-                    ),
+                    tooltip="InternVL only: most tiles per image. More: finer detail, more tokens. 0: one tile.",
                 ),
                 advanced(
                     io.String.Input,
@@ -120,20 +108,14 @@ class SubjectEncode(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="empty: the MLLM's stock template",
-                    tooltip=(
-                        "Replaces the system prompt of the MLLM's chat template. Leave empty unless your DLA was"
-                        " trained with another."
-                    ),
+                    tooltip="Replaces the MLLM's system prompt. Leave empty unless your DLA was trained with another.",
                 ),
             ],
             outputs=[
                 Features.Output(
                     "features",
                     display_name="features",
-                    tooltip=(
-                        "Hidden states (batch, layer, token, channel), with each token's modality and image. To"
-                        " Aggregate Layers."
-                    ),
+                    tooltip="Hidden states, with each token's modality and image. To Aggregate Layers.",
                 )
             ],
         )
@@ -159,10 +141,7 @@ class SubjectAggregateLayers(io.ComfyNode):
         return schema(
             node_id="SubjectAggregateLayers",
             display_name="Aggregate Layers",
-            description=(
-                "Pools the MLLM's layers into the DiT's context tokens. Without a DLA the last layer passes through, "
-                "which on Qwen-Image is its stock conditioning."
-            ),
+            description="Pools the MLLM's layers into the DiT's context tokens; without a DLA they are its last layer.",
             search_aliases=["dla", "layerwise attention pooling", "mllm to conditioning"],
             inputs=[
                 Features.Input("features", tooltip="From Encode Subject."),
@@ -196,10 +175,7 @@ class SubjectAggregateLayers(io.ComfyNode):
                 io.Conditioning.Input(
                     "pooled_from",
                     optional=True,
-                    tooltip=(
-                        "A CONDITIONING whose pooled vector is copied: for FLUX.1 the CLIP-L encoding of the prompt."
-                        " Without one, FLUX.1 gets zeros."
-                    ),
+                    tooltip="Its pooled vector is copied: for FLUX.1 the prompt's CLIP-L encoding, else zeros.",
                 ),
             ],
             outputs=[
@@ -238,19 +214,14 @@ class SubjectAddIdentity(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model",
-                    tooltip=(
-                        "The DiT that will sample: its family decides size, cropping and placement. The model itself"
-                        " is not changed."
-                    ),
+                    tooltip="The DiT that will sample; its family decides size, crop and placement. Not changed.",
                 ),
                 io.Vae.Input("vae", tooltip="The DiT's VAE."),
                 io.Image.Input("image", tooltip="The reference; a batch is several references with the same strength."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip=(
-                        "White: the part of the reference to use; black parts get no tokens. Scaled to the image."
-                    ),
+                    tooltip="White: the part of the reference to use; black parts get no tokens. Is scaled to it.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -289,10 +260,7 @@ class SubjectAddIdentity(io.ComfyNode):
                 io.Conditioning.Output(
                     "with_identity",
                     display_name="conditioning",
-                    tooltip=(
-                        "The same context with reference latents added. To Staged Sampler or Staged Guider, or any"
-                        " sampler of the host."
-                    ),
+                    tooltip="The context with reference latents. To Staged Sampler, Staged Guider or any sampler.",
                 )
             ],
         )

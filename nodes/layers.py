@@ -130,9 +130,7 @@ class SubjectLayerWeights(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip=(
-                        "The reference image under the overlay, as Encode Subject read it. Without one: no overlay."
-                    ),
+                    tooltip="The reference image under the overlay, as Encode Subject read it. None: no overlay.",
                 ),
                 io.Int.Input(
                     "image_number",

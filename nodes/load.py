@@ -26,10 +26,7 @@ class SubjectLoadMLLM(io.ComfyNode):
                 io.Combo.Input(
                     "mllm",
                     options=files.options("mllm"),
-                    tooltip=(
-                        "A folder under models/mllm, as downloaded from Hugging Face (use the -hf variant of"
-                        " InternVL3)."
-                    ),
+                    tooltip="A folder under models/mllm, as on Hugging Face (InternVL3: the -hf variant).",
                 ),
                 advanced(io.Combo.Input, "weight_dtype", options=WEIGHT_DTYPES, default="default", tooltip=DTYPE_TIP),
             ],
@@ -57,10 +54,7 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
         return schema(
             node_id="SubjectMLLMFromCLIP",
             display_name="MLLM from CLIP",
-            description=(
-                "Uses a text encoder the host has loaded as the MLLM: the Qwen2.5-VL of Qwen-Image and OmniGen2, "
-                "quantised or not, so that it need not be downloaded a second time."
-            ),
+            description="Uses the Qwen2.5-VL of Qwen-Image or OmniGen2, as the host has loaded it, as the MLLM.",
             search_aliases=["qwen2.5 vl clip", "native text encoder"],
             inputs=[
                 io.Clip.Input(
@@ -93,9 +87,7 @@ class SubjectLoadDLA(io.ComfyNode):
                 io.Combo.Input(
                     "dla",
                     options=files.options("dla"),
-                    tooltip=(
-                        "A .safetensors file under models/dla. The paper's weights are not published; train your own."
-                    ),
+                    tooltip="A file under models/dla. The paper's weights are not published; train your own.",
                 )
             ],
             outputs=[
@@ -137,10 +129,7 @@ class SubjectLoadPipeline(io.ComfyNode):
                 io.Combo.Input(
                     "diffusion_model",
                     options=files.options("diffusion_models"),
-                    tooltip=(
-                        "The DiT, under models/diffusion_models. For GGUF and other special formats use their own"
-                        " loaders instead of this node."
-                    ),
+                    tooltip="The DiT, under models/diffusion_models. GGUF and the like need their own loaders.",
                 ),
                 io.Combo.Input("vae", options=files.options("vae"), tooltip="The DiT's VAE, under models/vae."),
                 io.Combo.Input(
@@ -149,10 +138,7 @@ class SubjectLoadPipeline(io.ComfyNode):
                 io.Combo.Input(
                     "dla",
                     options=[NONE, *files.options("dla")],
-                    tooltip=(
-                        "A DLA trained for this MLLM and this DiT, under models/dla. none: the MLLM's last layer, as"
-                        " stock Qwen-Image reads it."
-                    ),
+                    tooltip="A DLA for this MLLM and DiT. none: the MLLM's last layer, as stock Qwen-Image reads it.",
                 ),
                 advanced(
                     io.Combo.Input,

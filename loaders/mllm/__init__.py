@@ -43,17 +43,10 @@ def read_info(name: str) -> MLLMInfo:
 def encode_subject(
     mllm: MLLM, prompt: str, sockets: Sequence[Tensor | None] = (), dla: DLA | None = None, **options
 ) -> Features:
-    """Features of a prompt read together with the images of some IMAGE sockets.
+    """Features of a prompt read together with the images of some IMAGE sockets; a batch is several references.
 
-    Args:
-        mllm: Reads them.
-        prompt: What the new picture shows.
-        sockets: (B, H, W, 3) in 0..1 each, a batch being several references; None = nothing connected.
-        dla: If given, it is checked against the MLLM, and only the layers that it reads are run and kept.
-        **options: Further ones of MLLM.encode.
-
-    Raises:
-        ValueError: For unusable images, a DLA of another MLLM, or what the MLLM cannot read.
+    A DLA is checked against the MLLM, and only the layers that it reads are run. options: see MLLM.encode. Raises
+    ValueError for unusable images, a DLA of another MLLM, or what the MLLM cannot read.
     """
     from ..images import collect_images
 

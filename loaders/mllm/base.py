@@ -70,7 +70,7 @@ class MLLM(ABC):
         text = self.template.text(prompt, len(images), system_prompt)
         tail = self.template.tail if text.endswith(self.template.tail) else ""
         states, tokens, mask, grids = self.run(text, images, image_size or default, max(tiles, 1), wanted)
-        modality, image_index, prefix = token_layout(
+        modality, image_index, prefix = _token_layout(
             tokens, [grid.tokens for grid in grids], self.tokenize("<|im_start|>user\n"), len(self.tokenize(tail))
         )
         if states.shape[2] != len(modality):
@@ -107,21 +107,12 @@ class MLLM(ABC):
         return wanted
 
 
-def token_layout(
+def _token_layout(
     tokens: Sequence[int | None], counts: Sequence[int], header: Sequence[int], tail: int
 ) -> tuple[Tensor, Tensor, int]:
-    r"""Modality (T,) uint8 and image index (T,) int16 of each token, and the length of the prefix.
-
-    The prefix is what the host's Qwen-Image text encoder drops: everything before the second <|im_start|>, and it
-    together with "user\n" where these follow as tokens of their own. Prefix and tail are TEMPLATE; vision markers are
-    TEXT, as the stock conditioning keeps them.
-
-    Args:
-        tokens: Ids, None for an image.
-        counts: Tokens of each image.
-        header: The three ids that open the user's turn.
-        tail: Number of tokens after the user's turn.
-    """
+    """Modality (T,) and image index (T,) of each token, and the length of the prefix; `tail` tokens end the text."""
+    # The prefix is what the host's Qwen-Image text encoder drops: all before the second <|im_start|>, and the header
+    # where it follows as three tokens of its own. Vision markers are text, as the stock conditioning keeps them.
     start = [i for i, token in enumerate(tokens) if token == header[0]][:2]
     prefix = start[-1] if start else 0
     if list(tokens[prefix : prefix + 3]) == list(header) and len(tokens) > prefix + 3:

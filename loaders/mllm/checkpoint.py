@@ -25,9 +25,7 @@ def read_config(folder: Path) -> dict:
             " single-file text encoder goes through the host's CLIP loader and MLLM from CLIP."
         )
     if not path.is_file():
-        raise MLLMError(
-            f"{folder} has no config.json, expected a whole Hugging Face folder. Download the repository again."
-        )
+        raise MLLMError(f"{folder} has no config.json, expected a whole Hugging Face folder. Download it again.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -97,14 +95,9 @@ def rename(key: str) -> str | None:
 
 
 def check_keys(headers: Headers, expected: dict[str, tuple]) -> list[str]:
-    """The checkpoint's keys that are used.
+    """The checkpoint's keys that are used; `expected`: shapes of the backbone's.
 
-    Args:
-        headers: Of the checkpoint's keys.
-        expected: Shapes of the backbone's keys.
-
-    Raises:
-        MLLMError: For a key that is missing, unknown, of another shape, or quantised.
+    Raises MLLMError for a key that is missing, unknown, of another shape, or quantised.
     """
     found, used = {}, []
     for key, (path, header) in headers.items():

@@ -56,24 +56,12 @@ class MLLMBackbone(nn.Module):
         return self.model.language_model.embed_tokens(ids, out_dtype=self.compute_dtype)
 
     def states(
-        self,
-        embeds: Tensor,
-        positions: Tensor | None,
-        wanted: tuple[int, ...],
-        store: Callable[[Tensor], Tensor],
-        **extra,
+        self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], store: Callable, **extra: Any
     ) -> list[Tensor]:
-        """Hidden states of the layers `wanted`, each put through `store` as soon as it exists.
+        """Hidden states (1, T, C) of the layers `wanted` (ascending), each put through `store` as soon as it exists.
 
         State i < L is the input of decoder layer i, however the library of this release numbers it; state L is the
         final norm's output.
-
-        Args:
-            embeds: (1, T, C).
-            positions: M-RoPE positions (3, 1, T); None = those of a text.
-            wanted: Layer numbers, ascending.
-            store: Gets (1, T, C) in the compute dtype, e.g. copies it to another device.
-            **extra: Further arguments of the library's decoder.
         """
         decoder, top = self.model.language_model, wanted[-1]
         count = len(decoder.layers)

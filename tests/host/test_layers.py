@@ -8,17 +8,8 @@ import torch
 from PIL import Image
 from subject_dla.common.drawing.sheet import labelled_sheet, sheet_of_batches
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, ImageGrid, MLLMInfo, Modality
+from subject_dla.evaluation import layer_weights_plot as plot
 from subject_dla.evaluation.layer_weights import LayerWeights, describe
-from subject_dla.evaluation.layer_weights_plot import (
-    LEFT,
-    RIGHT,
-    WIDTH,
-    column_edges,
-    heat_colours,
-    heat_map,
-    overlay,
-    place,
-)
 from subject_dla.nodes import SubjectExtension
 from subject_dla.sampling.stages import preset
 from subject_dla.sampling.sweep import threshold_sweep
@@ -66,8 +57,8 @@ def pixels(image: Image.Image) -> numpy.ndarray:
 def test_bars_and_cells_have_the_numbers_of_their_layers():
     rows = [[0.7, 0.2, 0.1, 0.0], [0.5, 0.4, 0.1, 0.0], [0.0, 0.0, 0.25, 0.75]]
     found = make_weights(rows, range(4), image=(2,), top=3)
-    picture, edges = pixels(heat_map(found)), column_edges(4)
-    assert picture.shape[1] == WIDTH and edges[0] == LEFT and edges[-1] == WIDTH - RIGHT
+    picture, edges = pixels(plot.heat_map(found)), plot.column_edges(4)
+    assert picture.shape[1] == plot.WIDTH and edges[0] == plot.LEFT and edges[-1] == plot.WIDTH - plot.RIGHT
     heights = []
     for left, right in zip(edges, edges[1:]):
         bar = (picture[38:109, (left + right) // 2] == (86, 130, 214)).all(axis=1)  # the text panel's profile
@@ -78,15 +69,15 @@ def test_bars_and_cells_have_the_numbers_of_their_layers():
     for token in range(2):  # 8 px a token, below the profile
         for column, weight in enumerate(rows[token]):
             middle = (edges[column] + edges[column + 1]) // 2
-            expected = heat_colours(torch.tensor([[weight / 0.7]]))[0, 0]
+            expected = plot.heat_colours(torch.tensor([[weight / 0.7]]))[0, 0]
             assert abs(picture[38 + 70 + 10 + 8 * token + 4, middle] - expected).max() <= 1, (token, column)
 
 
 def test_negative_weights_are_blue_and_hang_below_the_line():
-    cold, none, hot = heat_colours(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
+    cold, none, hot = plot.heat_colours(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
     assert cold[2] > cold[0] and hot[0] > hot[2] - 1 and none.min() > 250
-    picture = pixels(heat_map(make_weights([[-0.5, 1.5]], (0, 1), top=1)))
-    edges = column_edges(2)
+    picture = pixels(plot.heat_map(make_weights([[-0.5, 1.5]], (0, 1), top=1)))
+    edges = plot.column_edges(2)
     first, second = (
         numpy.argwhere((picture[30:112, (a + b) // 2] == shade).all(axis=1))
         for (a, b), shade in zip(((edges[0], edges[1]), (edges[1], edges[2])), ((222, 140, 62), (86, 130, 214)))
@@ -119,7 +110,7 @@ def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
             image = to_area(torch.zeros(height, width, 3), side)
             grid = qwen_grid(*image.shape[:2], vision)
             assert len(qwen_pixels(image, grid, vision)) == 4 * grid.tokens
-            placement = place(grid, width, height)
+            placement = plot.place(grid, width, height)
             assert tuple(placement.order.shape) == (grid.rows, grid.columns), (width, height, side)
             assert placement.box == (0, 0, width, height)
             assert placement.order.flatten().tolist() == list(range(grid.tokens))
@@ -139,7 +130,7 @@ def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     seen = internvl_tiles(ramp[..., None].expand(-1, -1, 3), grid, vision)
     values = seen[:, 0].unfold(1, 28, 28).unfold(2, 28, 28).mean(dim=(3, 4)).flatten() / 2 + 0.5
     assert len(values) == grid.tokens
-    placement = place(grid, width, height)
+    placement = plot.place(grid, width, height)
     found = placement.over(values, width, height)
     edge = max(width, height) / 16  # px: tokens that reach over the picture's edge hold border as well
     inner = found[int(edge) : height - int(edge), int(edge) : width - int(edge)]
@@ -157,7 +148,7 @@ def test_the_overlay_lights_up_the_token_on_the_picture_and_keeps_its_shape():
     found = make_weights(weights.tolist(), (0, 14, 28), range(rows * columns), ImageGrid(rows, columns))
     picture = torch.full((height, width, 3), 0.5)
     for layer in (None, 28):
-        shown = overlay(found, picture, layer=layer)
+        shown = plot.overlay(found, picture, layer=layer)
         assert shown.size == (768, 384 + 34)
         red = pixels(shown)[:384]
         hot = numpy.argwhere(abs(red - red[5, 5]).sum(axis=2) > 60)
@@ -170,15 +161,15 @@ def test_the_overlay_lights_up_the_token_on_the_picture_and_keeps_its_shape():
 def test_a_picture_that_the_tokens_are_not_of_is_refused():
     found = make_weights([[1.0]] * 32, (0,), range(32), ImageGrid(4, 8))
     with pytest.raises(ValueError, match="8 x 4 tokens.*very picture"):
-        overlay(found, torch.zeros(600, 100, 3))
+        plot.overlay(found, torch.zeros(600, 100, 3))
     with pytest.raises(ValueError, match="image 2.*1 reference"):
-        overlay(found, torch.zeros(200, 400, 3), index=1)
+        plot.overlay(found, torch.zeros(200, 400, 3), index=1)
     with pytest.raises(ValueError, match="layer 7.*pools 0"):
-        overlay(found, torch.zeros(200, 400, 3), layer=7)
+        plot.overlay(found, torch.zeros(200, 400, 3), layer=7)
     with pytest.raises(ValueError, match="64 x 16 tokens.*100 x 100 px"):
-        place(ImageGrid(16, 64, (1, 4), thumbnail=True), 100, 100)
+        plot.place(ImageGrid(16, 64, (1, 4), thumbnail=True), 100, 100)
     with pytest.raises(ValueError, match="do not record the grid.*Encode again"):
-        overlay(make_weights([[1.0]] * 32, (0,), range(32)), torch.zeros(200, 400, 3))
+        plot.overlay(make_weights([[1.0]] * 32, (0,), range(32)), torch.zeros(200, 400, 3))
 
 
 # ---- nodes
@@ -198,7 +189,7 @@ def test_layer_weights_shows_what_the_dla_computes(monkeypatch):
         "subject_dla.nodes.layers.ui.PreviewImage", lambda pictures, cls: kept.append(pictures) or Shown()
     )
     maps, over, text = node.execute(features, dla, torch.rand(1, 56, 84, 3), 1, 3).result
-    assert maps.shape[0] == 1 and maps.shape[2] == WIDTH and over.shape == (1, 512 + 34, 768, 3) and len(kept) == 2
+    assert maps.shape[0] == 1 and maps.shape[2] == plot.WIDTH and over.shape == (1, 512 + 34, 768, 3) and len(kept) == 2
     expected = plain.layer_weights(features)[0]
     for modality, name in ((Modality.TEXT, "text, 4"), (Modality.IMAGE, "image, 6")):
         weights = expected[features.modality[0] == modality]

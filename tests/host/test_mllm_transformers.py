@@ -247,6 +247,10 @@ def damage_text(path, text):
     path.write_text(text, encoding="utf-8")
 
 
+def swapped(name, old, new):
+    return lambda d: damage_text(d / name, (d / name).read_text("utf-8").replace(old, new))
+
+
 DAMAGES = {
     "no folder": (lambda d: shutil.rmtree(d), ["is not a folder"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["no config.json"]),
@@ -261,9 +265,7 @@ DAMAGES = {
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["no tokenizer"]),
     "tokenizer of another model": (
-        lambda d: damage_text(
-            d / "tokenizer.json", (d / "tokenizer.json").read_text("utf-8").replace("<|image_pad|>", "<|picture|>")
-        ),
+        swapped("tokenizer.json", "<|image_pad|>", "<|picture|>"),
         ["<|image_pad|>", "151655"],
     ),
     "missing shard": (
@@ -280,24 +282,15 @@ DAMAGES = {
         ["pickles (.bin)"],
     ),
     "config of a wider model": (
-        lambda d: damage_text(
-            d / "config.json",
-            (d / "config.json").read_text("utf-8").replace('"intermediate_size": 128', '"intermediate_size": 256'),
-        ),
+        swapped("config.json", '"intermediate_size": 128', '"intermediate_size": 256'),
         ["model.layers.", "128", "256", ".safetensors"],
     ),
     "config of a deeper model": (
-        lambda d: damage_text(
-            d / "config.json",
-            (d / "config.json").read_text("utf-8").replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'),
-        ),
+        swapped("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'),
         ["language_model.layers.3.", "lack"],
     ),
     "config of a shallower model": (
-        lambda d: damage_text(
-            d / "config.json",
-            (d / "config.json").read_text("utf-8").replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'),
-        ),
+        swapped("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 2'),
         ["unknown key 'model.layers.2."],
     ),
 }

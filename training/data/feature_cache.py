@@ -160,27 +160,15 @@ def stack(features: Sequence[Features]) -> Features:
         parts = [getattr(f, name) for f in features]
         return None if None in parts else tuple(one for part in parts for one in part)
 
-    return Features(
-        rows("hidden_states", 0),
-        features[0].layers,
-        rows("modality", int(Modality.TEMPLATE)),
-        rows("image_index", -1),
-        rows("attention_mask", False),
-        features[0].info,
-        joined("prefix"),
-        joined("grids"),
-    )
+    hidden, modality = rows("hidden_states", 0), rows("modality", int(Modality.TEMPLATE))
+    index, mask, first = rows("image_index", -1), rows("attention_mask", False), features[0]
+    return Features(hidden, first.layers, modality, index, mask, first.info, joined("prefix"), joined("grids"))
 
 
 def _assemble(tensors: dict[str, Tensor], facts: dict) -> EncodedPrompt:
     hidden, *rest = (tensors[name] for name in FIELDS)
     prefix, grids = facts["prefix"], facts.get("grids")  # 0.1.0 wrote no grids
-    features = Features(
-        hidden,
-        tuple(facts["layers"]),
-        *rest,
-        MLLMInfo(**facts["info"]),
-        None if prefix is None else tuple(prefix),
-        None if grids is None else (tuple(ImageGrid(**grid) for grid in grids),),
-    )
+    grids = None if grids is None else (tuple(ImageGrid(**grid) for grid in grids),)
+    info, layers = MLLMInfo(**facts["info"]), tuple(facts["layers"])
+    features = Features(hidden, layers, *rest, info, prefix and tuple(prefix), grids)
     return EncodedPrompt(features, tensors.get("pooled"))

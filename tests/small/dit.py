@@ -1,12 +1,13 @@
-"""Full-width one-layer random DiTs: real key layouts and widths, for the host's own detection and loaders."""
+"""Random DiTs in the host's own layouts, of full width and one layer or tiny, through its own detection and loaders."""
 
 import torch
 
-FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2")
+FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2", "longcat_image")
 TINY = {
     "flux": dict(
         hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], context_in_dim=24, vec_in_dim=8, depth=2, depth_single_blocks=1
     ),
+    "longcat_image": dict(hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], depth=2),
     "flux2": dict(hidden_size=64, num_heads=2, axes_dim=[8] * 4, context_in_dim=24),
     "qwen_image": dict(num_attention_heads=2, joint_attention_dim=24, num_layers=2),
     "omnigen2": dict(
@@ -60,6 +61,9 @@ def _config(family: str) -> dict:
             ref_index_scale=10.0,
             txt_ids_dims=[3],
         )
+    if family == "longcat_image":
+        changes = dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2])
+        return _config("flux") | changes
     if family == "qwen_image":
         return dict(in_channels=64, num_layers=1)
     return dict(
@@ -94,16 +98,25 @@ def _class(family: str):
 
 def state_dict(family: str) -> dict[str, torch.Tensor]:
     """Random weights under the keys of the host's own class (built on the meta device)."""
-    return _random(_build(family), torch.bfloat16)
+    return _random(build(family), torch.bfloat16)
 
 
-def _build(family: str, sizes: dict | None = None, dtype=torch.bfloat16):
+def build(family: str, sizes: dict | None = None, dtype=torch.bfloat16):
     import comfy.ops
 
     config = _config(family) | (sizes or {})
     if not _takes_txt_ids():
         config.pop("txt_ids_dims", None)
     return _class(family)(**config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
+
+
+def on_this_host(family: str) -> bool:
+    """Whether the host has the family's class: older ones run LongCat-Image as another model, without an error."""
+    import comfy.model_base
+
+    from ...loaders.backbones import BACKBONES
+
+    return hasattr(comfy.model_base, BACKBONES[family].host_class)
 
 
 def _takes_txt_ids() -> bool:
@@ -160,7 +173,7 @@ def tiny(family: str, seed: int = 0, **sizes):
 
     sizes = TINY[family] | sizes
     return build_dit(
-        _random(_build(family, sizes, torch.float32), torch.float32, seed, 0.2), sizes, {}, f"tiny {family}"
+        _random(build(family, sizes, torch.float32), torch.float32, seed, 0.2), sizes, {}, f"tiny {family}"
     )
 
 

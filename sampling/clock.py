@@ -16,22 +16,14 @@ class Clock:
     """Where in denoising a model call is, as one number; this class is flow time, t of the flow-matching path.
 
     Source: the paper's clock, its thresholds closed above ("t >= tau" is the stage before).
-
-    Attributes:
-        name: Key in the API and in saved workflows.
-        start: Position of a run's beginning.
-        end: Position of its end.
-        threshold_starts_stage: Whether a threshold itself belongs to the stage that it starts, or to the one before.
-        direction: How positions run, for errors.
-        tooltip: What the clock counts, for the editor.
     """
 
-    name: str
-    start: float
+    name: str  # key in the API and in saved workflows
+    start: float  # position of a run's beginning
     end: float
-    threshold_starts_stage: bool
-    direction: str
-    tooltip: str
+    threshold_starts_stage: bool  # a threshold itself belongs to the stage that it starts, else to the one before
+    direction: str  # how positions run, for errors
+    tooltip: str  # what the clock counts, for the editor
 
     def order(self, position: float) -> float:
         """A number that rises during denoising on every clock."""

@@ -20,18 +20,14 @@ BLENDS = ("hold", "linear")
 class Keyframe:
     """From `start` on, the strengths of the two token groups.
 
-    Attributes:
-        start: Position on the schedule's clock.
-        context: Strength of the context tokens. 0 removes them, 1 leaves the host's path untouched, between (and
-            above) adds ln(strength) to the attention logits of the group's keys.
-        reference: Strength of the reference tokens, likewise.
-        blend: "hold" keeps the strengths until the next keyframe, "linear" moves evenly to the next keyframe's.
+    0 removes a group's tokens, 1 leaves the host's path untouched, between (and above) adds ln(strength) to the
+    attention logits of the group's keys.
     """
 
-    start: float
+    start: float  # position on the schedule's clock
     context: float
     reference: float
-    blend: str = "hold"
+    blend: str = "hold"  # "hold": until the next keyframe; "linear": evenly to the next keyframe's strengths
 
 
 @dataclass(frozen=True, init=False)
@@ -161,16 +157,9 @@ PRESETS = {
 
 
 def preset(name: str, clock: str | Clock = FLOW_TIME, tau1: float = 0.95, tau2: float = 0.85) -> Stages:
-    """A named schedule.
+    """A schedule by name. Its thresholds are positions on `clock`, where the first and the second stage end.
 
-    Args:
-        name: One of PRESETS.
-        clock: The clock or its name.
-        tau1: Where the first stage ends, a position on `clock`. Source: the paper's flow time 0.95.
-        tau2: Where the context goes out, likewise. Source: the paper's flow time 0.85.
-
-    Raises:
-        ValueError: For an unknown name, and for thresholds out of order.
+    Source of the defaults: the paper's flow times.
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown stage preset {name!r}; there are {', '.join(PRESETS)}.")

@@ -55,23 +55,10 @@ def threshold_sweep(
     combine: str = "grid",
     controls: bool = False,
 ) -> list[tuple[str, Stages]]:
-    """Schedules of every combination, each once. What a preset does not read makes no schedule more.
+    """(label, schedule) of every combination, in order, each schedule once, with strengths where a group is on.
 
-    Args:
-        name: A preset.
-        clock: The clock that the thresholds are on, or its name.
-        tau1: Where the first stage ends.
-        tau2: Where the context goes out.
-        context: Strengths of the context where it is on.
-        reference: Strengths of the references where they are on.
-        combine: "grid" leaves out thresholds in the wrong order, "pairs" refuses them.
-        controls: Whether "both throughout" and "MLLM only" come first.
-
-    Returns:
-        (label, schedule) in order.
-
-    Raises:
-        ValueError: Where nothing is left, for pairs of unequal number, and for more than LIMIT schedules.
+    A grid leaves out thresholds in the wrong order, pairs refuse them. Controls ("both throughout" and "MLLM only")
+    come first. Raises ValueError where nothing is left, for unequal pairs, and for more than LIMIT schedules.
     """
     if combine not in COMBINE:
         raise ValueError(f"combine is {combine!r}, expected one of {', '.join(COMBINE)}.")

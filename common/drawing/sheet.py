@@ -68,13 +68,7 @@ def labelled_sheet(
 ) -> Image.Image:
     """Pictures over their labels, row by row, under a title and, if there are any, a row of references.
 
-    Args:
-        pictures: In reading order.
-        labels: One for each picture.
-        references: Pictures of the first row.
-        title: A line at the top.
-        columns: Pictures in a row; 0 = as many as make the sheet about square, six at most.
-        side: Pictures are fitted whole into `side` x `side` px.
+    With 0 columns, as many as make the sheet about square, six at most. Pictures are fitted into `side` x `side` px.
     """
     if len(labels) != len(pictures):
         raise ValueError(f"A sheet got {len(pictures)} pictures and {len(labels)} labels, expected as many of each.")
@@ -94,17 +88,11 @@ def sheet_of_batches(
     references: Sequence[Tensor] = (),
     **settings,
 ) -> Tensor:
-    """The labelled sheet of a list of IMAGE batches, as an IMAGE (1, h, w, 3).
+    """The labelled sheet of a list of IMAGE batches (n, h, w, 3), as an IMAGE (1, h, w, 3).
 
-    Args:
-        images: Batches (n, h, w, 3) in 0..1.
-        labels: One for each picture or for each batch; None numbers the pictures.
-        figures: Metrics below the labels, likewise; one text for several pictures is put below the title.
-        references: Batches for a first row.
-        **settings: See `labelled_sheet`.
-
-    Raises:
-        ValueError: For another number of labels or figures, and where there is no picture.
+    Labels, and figures (metrics below them), are one for each picture or one for each batch; without labels the
+    pictures are numbered. A single text of figures for several pictures is put below the title. For settings see
+    `labelled_sheet`. Raises ValueError for another number of texts, and where there is no picture.
     """
     pictures = [to_picture(picture) for batch in images for picture in batch]
     if not pictures:

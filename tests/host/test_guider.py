@@ -79,9 +79,8 @@ def test_every_sampler_switches_exactly_at_the_thresholds(model):
     failures = []
     for name in samplers():
         clone, calls = seen_by(model)
-        run(
-            clone, preset("paper", tau1=0.85, tau2=0.6), condition(), condition(5, 9, 0), cfg=2.0, sampler=name, steps=8
-        )
+        stages = preset("paper", tau1=0.85, tau2=0.6)
+        run(clone, stages, condition(), condition(5, 9, 0), cfg=2.0, sampler=name, steps=8)
         for t, context, references in calls:
             t = round(t, 4)
             if abs(t - 0.85) < 1e-3 or abs(t - 0.6) < 1e-3:
@@ -103,9 +102,8 @@ def test_steps_clock_switches_at_its_step(model, sampler):
     import comfy.samplers
 
     clone, calls = seen_by(model)
-    run(
-        clone, Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps"), condition(), sampler=sampler, scheduler="beta"
-    )
+    stages = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps")
+    run(clone, stages, condition(), sampler=sampler, scheduler="beta")
     sigmas = comfy.samplers.KSampler(model, 6, torch.device("cpu"), sampler, "beta", 1.0).sigmas.tolist()
     for t, _, references in calls:
         assert references == (2 if t <= sigmas[3] * 1.0001 else 0), (t, sigmas)
@@ -264,10 +262,7 @@ def test_interrupt_reaches_the_caller(model):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (
-            lambda m: run(m, preset("both"), [[torch.zeros(1, 3, 99), {"pooled_output": None}]]),
-            ["width 99", "width 24", "positive"],
-        ),
+        (lambda m: run(m, preset("both"), [[torch.zeros(1, 3, 99), {}]]), ["width 99", "width 24", "positive"]),
         (
             lambda m: run(m, preset("vae_only"), condition(references=0)),
             ["no reference latent", "Add Identity", "mllm_only"],

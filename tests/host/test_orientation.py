@@ -1,11 +1,11 @@
-"""Orient Anything V1: the same logits as an independent network on the same weights in every published layout; the
-picture that it takes; its angles; files that are none."""
+"""Orient Anything V1: logits as by an independent network on the same weights; its input; its angles; damaged files."""
 
 import math
 import pickle
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import folder_paths
 import numpy
 import pytest
 import torch
@@ -14,9 +14,15 @@ from safetensors.torch import load_file, save_file
 from subject_dla.common.masks import fit_mask, split_batch, subject_box
 from subject_dla.evaluation.orientation_overlay import axes, overlay, overlays
 from subject_dla.evaluation.orientation_report import table
+from subject_dla.loaders import folders
+from subject_dla.loaders.orient_anything import model as orientation
+from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError, read_state
+from subject_dla.loaders.orient_anything.model import CHUNK, load_orientation
 from subject_dla.loaders.orient_anything.network import SIZES, Angles, decode
 from subject_dla.loaders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocess_subject
+from subject_dla.nodes.orientation import SubjectLoadOrientation, SubjectOrientation
 from subject_dla.tests.small.measure import published_state
+from transformers import Dinov2Config, Dinov2Model
 
 LAYOUTS = {"small": (384, 12, 180), "base": (768, 3, 180), "large": (1024, 2, 180), "ronormsigma1": (1024, 2, 360)}
 RENAMED = {  # by transformers 5
@@ -30,9 +36,6 @@ RENAMED = {  # by transformers 5
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """An empty models/orientation."""
-    import folder_paths
-    from subject_dla.loaders import folders
-
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -45,8 +48,6 @@ def root(tmp_path, monkeypatch):
 @torch.no_grad()
 def published_logits(state: dict[str, torch.Tensor], layers: int, pixels: torch.Tensor) -> torch.Tensor:
     """Transformers' DINOv2, which interpolates its positions itself, and the head with torch's own BatchNorm1d."""
-    from transformers import Dinov2Config, Dinov2Model
-
     out, width = state["down_sampler.net1.0.weight"].shape
     config = Dinov2Config(
         hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=layers, image_size=518, patch_size=14
@@ -86,8 +87,6 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_network_is_the_published_one(root, monkeypatch, layout):
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     width, layers, bins = LAYOUTS[layout]
     name = shorten(monkeypatch, width, layers)
     state = published_state(width, layers, bins)
@@ -107,8 +106,6 @@ def test_the_network_is_the_published_one(root, monkeypatch, layout):
 
 
 def test_estimate_is_prepare_network_decode_for_any_number_of_pictures_of_any_size(root, tiny):
-    from subject_dla.loaders.orient_anything.model import CHUNK, load_orientation
-
     save_file(tiny, root / "a.safetensors")
     model = load_orientation("a.safetensors")
     generator = torch.Generator().manual_seed(2)
@@ -123,8 +120,6 @@ def test_estimate_is_prepare_network_decode_for_any_number_of_pictures_of_any_si
 
 
 def test_pictures_whose_subject_was_not_found_get_confidence_0_and_the_others_keep_theirs(root, tiny):
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     torch.save(tiny, root / "a.pt")
     model = load_orientation("a.pt")
     images = list(torch.rand(3, 50, 70, 3, generator=torch.Generator().manual_seed(3)))
@@ -304,9 +299,6 @@ class Runs:
 
 
 def test_code_in_a_pt_is_refused_and_not_run(root, tiny):
-    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     mark = root / "ran"
     torch.save(tiny | {"extra": Runs(mark)}, root / "zip.pt")
     (root / "old.pt").write_bytes(pickle.dumps(Runs(mark), 2))
@@ -347,9 +339,6 @@ def damaged(tiny):
 
 @pytest.mark.parametrize("what", damaged({"dinov2.encoder.layer.0.attention.attention.query.weight": torch.ones(1)}))
 def test_damaged_and_foreign_files_are_named(root, tiny, what):
-    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     name, content, message = damaged(tiny)[what]
     if isinstance(content, bytes):
         (root / name).write_bytes(content)
@@ -365,9 +354,6 @@ def test_damaged_and_foreign_files_are_named(root, tiny, what):
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
-    from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     (torch.save if name.endswith("pt") else save_file)(tiny, root / name)
     whole = (root / name).read_bytes()
     (root / name).write_bytes(whole[: int(len(whole) * share)])
@@ -381,8 +367,6 @@ def test_files_that_are_cut_off_or_renamed_are_named(root, tiny, name, share):
 
 def test_any_length_of_the_header_is_read(root, tiny):
     """The first two bytes of a .safetensors are the header's length, which may look like the start of other files."""
-    from subject_dla.loaders.orient_anything.checkpoint import read_state
-
     for magic in (b"\x80\x02", b" <"):
         size, padding = 0, ""
         wanted = int.from_bytes(magic, "little")
@@ -395,8 +379,6 @@ def test_any_length_of_the_header_is_read(root, tiny):
 
 
 def test_what_training_alone_needs_may_be_missing_and_fp16_is_read(root, tiny):
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     half = {key: value.half() if value.is_floating_point() else value for key, value in tiny.items()}
     less = {key: value for key, value in half.items() if not key.endswith(("mask_token", "num_batches_tracked"))}
     save_file(less, root / "a.safetensors")
@@ -407,32 +389,27 @@ def test_what_training_alone_needs_may_be_missing_and_fp16_is_read(root, tiny):
 
 
 def test_a_copy_is_not_written_over_another_file_and_a_full_disk_costs_nothing(root, tiny, monkeypatch):
-    from subject_dla.loaders.orient_anything import model as orientation
-
     torch.save(tiny, root / "a.pt")
     (root / "a.safetensors").write_bytes(b"mine")
-    orientation.load_orientation("a.pt", save_copy=True)
+    load_orientation("a.pt", save_copy=True)
     assert (root / "a.safetensors").read_bytes() == b"mine"
     (root / "a.safetensors").unlink()
-    orientation.load_orientation("a.pt")
+    load_orientation("a.pt")
     assert not (root / "a.safetensors").exists()  # not asked for
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(orientation, "save_tensors", full)
-    assert orientation.load_orientation("a.pt", save_copy=True).size == "small"
+    assert load_orientation("a.pt", save_copy=True).size == "small"
 
 
 def test_files_are_listed_and_names_stay_inside(root):
-    from subject_dla.loaders.folders import files
-    from subject_dla.loaders.orient_anything.model import load_orientation
-
     (root / "croplargeEX2").mkdir()
     for name in ("croplargeEX2/dino_weight.pt", "b.safetensors", "c.ckpt"):
         (root / name).write_bytes(b"0")
     (root.parent / "secret.pt").write_bytes(b"0")
-    assert files("orientation") == ["b.safetensors", "croplargeEX2/dino_weight.pt"]
+    assert folders.files("orientation") == ["b.safetensors", "croplargeEX2/dino_weight.pt"]
     with pytest.raises(ValueError, match="no name in models/orientation"):
         load_orientation("../secret.pt")
     with pytest.raises(ValueError, match="'c.ckpt' is no orientation file: expected the extension .safetensors or .pt"):
@@ -445,9 +422,6 @@ def test_files_are_listed_and_names_stay_inside(root):
 
 
 def test_the_nodes_give_overlay_table_and_lists(root, tiny, tmp_path, monkeypatch):
-    import folder_paths
-    from subject_dla.nodes.orientation import SubjectLoadOrientation, SubjectOrientation
-
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
     monkeypatch.setattr(SubjectOrientation, "hidden", SimpleNamespace(prompt=None, extra_pnginfo=None), raising=False)
     torch.save(tiny, root / "a.pt")

@@ -1,0 +1,48 @@
+"""docs/architecture.md names code and files that exist, and the folders of the layout; README's numbers are real."""
+
+import ast
+import re
+from functools import cache
+
+from subject_dla.tests.method.test_layout import BELOW, ROOT
+
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+WALKS = TEXT.split("## Four walks through the code")[1].split("\n## ")[0].split("\n### ")[1:]
+
+
+@cache
+def names(path: str) -> set[str]:
+    """Of a file's functions, classes and methods, these as Class.method."""
+    found = set()
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            found |= {f"{node.name}.{inner.name}" for inner in ast.iter_child_nodes(node) if hasattr(inner, "name")}
+    return found
+
+
+def test_every_name_exists():
+    references = re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT)
+    assert len(references) > 30
+    assert [f"{path}:{name}" for path, name in references if name not in names(path)] == []
+    files = re.findall(r"`([\w/]+\.(?:py|md|toml))`", TEXT)
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def test_a_walk_has_at_most_eight_steps_which_all_name_code():
+    assert len(WALKS) == 4
+    for walk in WALKS:
+        steps = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
+        assert 1 < len(steps) <= 8 and all(re.search(r"\.py:\w", step) for step in steps), walk
+
+
+def test_the_table_has_every_folder_of_the_layout():
+    folders = set(re.findall(r"^\| `(\w+)/` \|", TEXT, flags=re.MULTILINE))
+    assert {name for name in BELOW if "/" not in name} <= folders
+
+
+def test_the_readmes_results_are_the_evidences():
+    """Every cell of README's table, mean and interval, is in docs/evidence.md."""
+    cells = re.findall(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert len(cells) == 12 and all(cell in evidence for cell in cells)

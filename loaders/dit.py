@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from ..common import safetensors_header
+from ..common.dtypes import DTYPES as TORCH_DTYPES
+from ..common.dtypes import FILE_DTYPES
+from ..common.safetensors_header import SafetensorsError, SafetensorsHeader
 from .backbones import Backbone, backbone_of, backbone_of_keys
 from .protocols import Model
 
@@ -31,22 +33,25 @@ def read_header(path: str) -> DiTHeader:
     A file of another kind (GGUF, a pickle) or of an unknown layout gives an empty header: its own loader knows better.
     Raises ValueError for a .safetensors whose header cannot be read.
     """
+    tensors = _file_header(path).tensors
+    found = ((backbone_of_keys(set(tensors), prefix), prefix) for prefix in PREFIXES[::-1])
+    backbone, prefix = next(((backbone, prefix) for backbone, prefix in found if backbone), (None, ""))
+    layer = tensors.get(f"{prefix}{backbone.context_layer}.weight") if backbone else None
+    # Packed 4-bit weights are whole numbers with half the columns.
+    plain = layer is not None and layer.dtype in FILE_DTYPES and FILE_DTYPES[layer.dtype].is_floating_point
+    return DiTHeader(backbone, layer.shape[1] if layer and plain else None)
+
+
+def _file_header(path: str) -> SafetensorsHeader:
+    """Of a safetensors file; an empty one of other files. Raises ValueError where it cannot be read."""
     if not str(path).endswith((".safetensors", ".sft")):
-        return DiTHeader()
+        return SafetensorsHeader({}, {})
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            found = ((backbone_of_keys(keys, prefix), prefix) for prefix in PREFIXES[::-1])
-            backbone, prefix = next(((backbone, prefix) for backbone, prefix in found if backbone), (None, ""))
-            key = f"{prefix}{backbone.context_layer}.weight" if backbone else ""
-            # Packed 4-bit weights have half the columns: read plain matrices only.
-            plain = key in keys and file.get_slice(key).get_dtype() in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-            return DiTHeader(backbone, file.get_slice(key).get_shape()[1] if plain else None)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a safetensors file, but its header cannot be read ({error}). "
-            "It is truncated, or another kind of file under this name: fetch it again."
-        ) from error
+        return safetensors_header.read_header(path)
+    except SafetensorsError as error:
+        raise ValueError(f"{path}: expected a safetensors file, but it {error.problem}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: its header cannot be read ({error}). Fetch the file again.") from error
 
 
 def load_dit(name: str, weight_dtype: str = "default") -> Model:
@@ -59,16 +64,13 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     import comfy.sd
     import comfy.utils
     import folder_paths
-    import torch
 
     if weight_dtype not in DTYPES:
         raise ValueError(f"weight_dtype is {weight_dtype!r}, expected one of {', '.join(DTYPES)}.")
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
     options: dict[str, Any] = {}
-    if weight_dtype.startswith("fp8_e4m3fn"):
-        options["dtype"] = torch.float8_e4m3fn
-    elif weight_dtype == "fp8_e5m2":
-        options["dtype"] = torch.float8_e5m2
+    if weight_dtype != "default":
+        options["dtype"] = TORCH_DTYPES[weight_dtype.removesuffix("_fast")]
     if weight_dtype.endswith("_fast"):
         options["fp8_optimizations"] = True
     sizes = declared_sizes(path)
@@ -79,11 +81,7 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
 
 def declared_sizes(path: str) -> dict:
     """The `unet_config` in a safetensors file's metadata; {} without one."""
-    if not str(path).endswith((".safetensors", ".sft")):
-        return {}
-    read_header(path)  # a broken file gets this pack's error rather than the library's
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("unet_config")
+    text = _file_header(path).metadata.get("unet_config")
     try:
         sizes = json.loads(text) if text else {}
     except json.JSONDecodeError as error:

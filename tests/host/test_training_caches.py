@@ -184,15 +184,15 @@ def test_latents_belong_to_picture_size_and_vae(pictures, tmp_path, monkeypatch)
     assert len(files(tmp_path / "cache")) == kept  # the same weights, loaded again
 
 
-def test_size_of_latents_is_told_from_one_encoding(vae, pictures, tmp_path, monkeypatch):
+def test_size_of_latents_is_estimated_from_one_encoding(vae, pictures, tmp_path, monkeypatch):
     wanted = [(path, *size) for path in pictures for size in ((64, 64), (96, 48), (128, 96))] * 2
     cache = LatentCache(vae, tmp_path)
     encodings = calls(monkeypatch, vae, "encode")
-    told = cache.size(wanted)
+    estimate = cache.size(wanted)
     assert len(encodings) == 1
     for image in wanted:
         cache.get(*image)
-    assert told == pytest.approx(sum(file.stat().st_size for file in files(tmp_path)), rel=0.01)
+    assert estimate == pytest.approx(sum(file.stat().st_size for file in files(tmp_path)), rel=0.01)
     assert cache.size([]) == 0
 
 
@@ -314,18 +314,18 @@ def test_a_text_only_mllm_gets_the_prompt_alone(mllm, pictures, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
-def test_size_of_features_is_told_from_one_encoding(family, mllm, clip, pictures, tmp_path, monkeypatch):
+def test_size_of_features_is_estimated_from_one_encoding(family, mllm, clip, pictures, tmp_path, monkeypatch):
     if family == "internvl":
         mllm = load_folder(build_internvl(tmp_path / "internvl"))
     folder = tmp_path / "features"
     source = FeatureSource(mllm, clip=clip, folder=folder, image_size=280)
     wanted = [(prompt, tuple(pictures[:count])) for prompt in PROMPTS for count in (0, 1, 2, 3)] * 2
     encodings = calls(monkeypatch, mllm, "encode")
-    told = source.size(wanted)
+    estimate = source.size(wanted)
     assert len(encodings) == 1
     source.prefetch(wanted)
     assert len(encodings) == 12
-    assert told == pytest.approx(sum(file.stat().st_size for file in files(folder)), rel=0.03)
+    assert estimate == pytest.approx(sum(file.stat().st_size for file in files(folder)), rel=0.03)
     assert source.size([]) == 0
 
 
@@ -366,7 +366,10 @@ def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeyp
     assert not list((tmp_path / "latents").iterdir()) and not list((tmp_path / "features").iterdir())
 
 
-@pytest.mark.parametrize("options", [{}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"}],
+)
 def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
     draw = torch.Generator().manual_seed(0)
     info = MLLMInfo("small", "qwen2_5_vl", 3, 32)

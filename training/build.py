@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.model_management
 import torch
@@ -28,8 +28,7 @@ from .recipe import Recipe, RecipeError
 from .step import TrainingStep
 
 
-@dataclass(frozen=True, eq=False)
-class Components:
+class Components(NamedTuple):
     """Everything that the training loop uses."""
 
     data: Collection

@@ -67,15 +67,12 @@ class _Run:
     def __init__(self, recipe, models, paths, callback, accelerator):
         self.recipe, self.models, self.paths, self.callback = recipe, models, paths, callback
         self.accelerator = accelerator
-        self.process = accelerator.process_index if accelerator else 0
-        self.processes = accelerator.num_processes if accelerator else 1
-        self.main = self.process == 0
+        self.rank = accelerator.process_index if accelerator else 0
+        self.world_size = accelerator.num_processes if accelerator else 1
+        self.main = self.rank == 0
         self.components = build(recipe, models, paths.cache_dir)
-        self.data, self.module, self.optimizer = (
-            self.components.data, self.components.module, self.components.optimizer
-        )  # fmt: skip
-        self.batches, self.held_out = self.components.batches, self.components.held_out
-        self.wrapped: nn.Module = accelerator.prepare_model(self.module) if self.processes > 1 else self.module
+        self.data, self.module, self.optimizer, self.batches, self.held_out = self.components
+        self.wrapped: nn.Module = accelerator.prepare_model(self.module) if self.world_size > 1 else self.module
         self.history = History(recipe.run.name, frequencies(recipe.shares, self.batches.times))
         self._encoded: deque[PassPlan] = deque()  # the coming passes whose inputs are encoded, the DiT on the device
         self._consistent = True  # weights, moments and losses are those of the same step
@@ -152,7 +149,7 @@ class _Run:
     def _encode_ahead(self, position: int) -> None:
         """Plans and encodes this process's passes from `position` on; afterwards the DiT has the device."""
         count = max(1, self.recipe.data.encode_ahead // self.recipe.training.batch_size)
-        self._encoded.extend(self.batches.plan(position + i * self.processes) for i in range(count))
+        self._encoded.extend(self.batches.plan(position + i * self.world_size) for i in range(count))
         self.batches.encode(self._encoded)
         self.module.backbone.load(required_memory(self.components, self.recipe))
 
@@ -160,7 +157,7 @@ class _Run:
         options, step = self.recipe.training, self.history.step
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(self._pass(step * options.accumulate + part) for part in range(options.accumulate))
-        if self.processes > 1:
+        if self.world_size > 1:
             loss = float(self.accelerator.reduce(torch.tensor(loss, device=self.module.backbone.device), "mean"))
         self._expect_finite("loss", loss)
         parameters = list(self.module.parameters())
@@ -180,13 +177,13 @@ class _Run:
         """Accumulates the gradients of pass `number` of this process; returns its share of the step's loss."""
         if not self._encoded:
             # counted so that n processes are one that accumulates n times as many passes
-            self._encode_ahead(number * self.processes + self.process)
+            self._encode_ahead(number * self.world_size + self.rank)
         batch: Batch = self.batches.load(self._encoded.popleft())
         last = (number + 1) % self.recipe.training.accumulate == 0
-        with nullcontext() if self.processes == 1 or last else self.accelerator.no_sync(self.wrapped):
+        with nullcontext() if self.world_size == 1 or last else self.accelerator.no_sync(self.wrapped):
             with self.module.backbone.gradients():
                 loss = self.wrapped(batch).mean() / self.recipe.training.accumulate
-                if self.processes > 1:
+                if self.world_size > 1:
                     loss = loss + self.module.untouched().to(loss.device)
                     self.accelerator.backward(loss)
                 else:
@@ -219,7 +216,7 @@ class _Run:
             self._show(self.history.curve(), self.paths.output_dir / "loss.png")
         if self.main and step and due(options.save_every):
             self._save()
-        if self.processes > 1:
+        if self.world_size > 1:
             self.accelerator.wait_for_everyone()
 
     def _validate(self) -> None:

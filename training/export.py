@@ -8,18 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from ..common.dtypes import DTYPES
+from ..common.safetensors_header import read_header
 from ..dla.aggregator import DualLayerAggregator
-from ..dla.checkpoint import DLACheckpointError, read_config, save_dla
+from ..dla.checkpoint import read_config, save_dla
 from .dit.lora import LoRA
 from .paths import RunPaths
 from .recipe import Recipe
 from .reporting.progress import History
 
 RUN_KEY = "subject_dla_run"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(paths: RunPaths, dla: DualLayerAggregator, lora: LoRA | None, dtype: str, made: dict[str, Any]) -> None:
@@ -65,9 +63,8 @@ def provenance(recipe: Recipe, history: History, family: str, examples: int) -> 
 def _owner(path: Path) -> str | None:
     """Identity of the run that made a file; None for other files."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = read_header(path).metadata
         made = json.loads(metadata[RUN_KEY]) if RUN_KEY in metadata else read_config(path).provenance
         return made.get("run")
-    except (DLACheckpointError, SafetensorError, OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):  # damaged, or of another kind
         return None

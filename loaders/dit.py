@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from ..common import safetensors_header
-from ..common.dtypes import DTYPES as TORCH_DTYPES
 from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, SafetensorsHeader
 from .backbones import Backbone, backbone_of, backbone_of_keys
+from .host import DIT_OPTIONS, is_dynamic, load_model_weights, make_patcher
 from .protocols import Model
 
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
-DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,13 @@ def read_header(path: str) -> DiTHeader:
     Raises ValueError for a .safetensors whose header cannot be read.
     """
     tensors = _file_header(path).tensors
-    found = ((backbone_of_keys(set(tensors), prefix), prefix) for prefix in PREFIXES[::-1])
-    backbone, prefix = next(((backbone, prefix) for backbone, prefix in found if backbone), (None, ""))
-    layer = tensors.get(f"{prefix}{backbone.context_layer}.weight") if backbone else None
-    # Packed 4-bit weights are whole numbers with half the columns.
-    plain = layer is not None and layer.dtype in FILE_DTYPES and FILE_DTYPES[layer.dtype].is_floating_point
-    return DiTHeader(backbone, layer.shape[1] if layer and plain else None)
+    for prefix in PREFIXES[::-1]:
+        if backbone := backbone_of_keys(set(tensors), prefix):
+            layer = tensors.get(f"{prefix}{backbone.context_layer}.weight")
+            # packed 4-bit weights are whole numbers with half the columns
+            plain = layer is not None and layer.dtype in FILE_DTYPES and FILE_DTYPES[layer.dtype].is_floating_point
+            return DiTHeader(backbone, layer.shape[1] if layer and plain else None)
+    return DiTHeader()
 
 
 def _file_header(path: str) -> SafetensorsHeader:
@@ -57,22 +55,21 @@ def _file_header(path: str) -> SafetensorsHeader:
 def load_dit(name: str, weight_dtype: str = "default") -> Model:
     """MODEL (a ModelPatcher) of a file under `models/diffusion_models`, through the host's loader.
 
-    weight_dtype: one of DTYPES, as in the host's Load Diffusion Model. A safetensors file whose metadata has
-    `unet_config`
-    (JSON) overrides sizes that the host's detection takes for granted, e.g. {"num_heads": 2} for the demo's small FLUX.
+    Args:
+        name: As the host lists it.
+        weight_dtype: As in the host's Load Diffusion Model.
+
+    A safetensors file whose metadata has `unet_config` (JSON) overrides sizes that the host's detection takes for
+    granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for a file or a dtype that is none.
     """
     import comfy.sd
     import comfy.utils
     import folder_paths
 
-    if weight_dtype not in DTYPES:
-        raise ValueError(f"weight_dtype is {weight_dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if weight_dtype not in DIT_OPTIONS:
+        raise ValueError(f"weight_dtype is {weight_dtype!r}, expected one of {', '.join(DIT_OPTIONS)}.")
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
-    options: dict[str, Any] = {}
-    if weight_dtype != "default":
-        options["dtype"] = TORCH_DTYPES[weight_dtype.removesuffix("_fast")]
-    if weight_dtype.endswith("_fast"):
-        options["fp8_optimizations"] = True
+    options = dict(DIT_OPTIONS[weight_dtype])
     sizes = declared_sizes(path)
     if not sizes:
         return comfy.sd.load_diffusion_model(path, model_options=options)
@@ -94,7 +91,6 @@ def declared_sizes(path: str) -> dict:
 def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     """The host's own detection with `sizes` laid over it, then the host's class and patcher, as its loader does it."""
     import comfy.model_management as management
-    import comfy.model_patcher
     import comfy.utils
     from comfy import model_detection
 
@@ -112,21 +108,17 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     if options.get("fp8_optimizations"):
         found.optimizations["fp8"] = True
     model = found.get_model(state_dict, "")
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher = patcher_class(model, load_device=device, offload_device=offload)
-    dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-    assign = {"assign": dynamic} if "assign" in inspect.signature(model.load_model_weights).parameters else {}
-    check_keys(model, state_dict, path, dynamic)
-    model.load_model_weights(state_dict, "", **assign)
-    if not dynamic:
-        model.to(offload)
+    patcher = make_patcher(model, device, offload)
+    if not is_dynamic(patcher):
+        check_keys(model, state_dict, path)
+    load_model_weights(patcher, state_dict)
     return patcher
 
 
-def check_keys(model, state_dict: dict, path: str, dynamic: bool) -> None:
+def check_keys(model, state_dict: dict, path: str) -> None:
     """The host only warns about missing keys (and newer hosts fill them with zeros): a file of ours has them all."""
-    expected = set(model.diffusion_model.state_dict()) if not dynamic else set()
-    missing = expected - set(model.model_config.process_unet_state_dict(dict(state_dict)))
+    found = model.model_config.process_unet_state_dict(dict(state_dict))
+    missing = set(model.diffusion_model.state_dict()) - set(found)
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} keys are missing, the first is {min(missing)!r}. Fetch or make the file again."

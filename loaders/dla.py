@@ -32,10 +32,8 @@ class DLA:
         dtype = compute_dtype(self.load_device, comfy.utils.weight_dtype(state) or torch.float32)
         model = DualLayerAggregator(config, device=offload_device, dtype=dtype, operations=comfy.ops.manual_cast)
         model.compute_dtype = dtype
-        self.patcher = make_patcher(model, self.load_device, offload_device)
-        dynamic = getattr(self.patcher, "is_dynamic", lambda: False)()  # such leaves have no weights to copy into
-        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=dynamic)
-        model.eval().requires_grad_(False)
+        state = {key: value.to(dtype) for key, value in state.items()}
+        self.patcher = make_patcher(model, self.load_device, offload_device, state)
 
     @property
     def model(self) -> DualLayerAggregator:

@@ -1,21 +1,65 @@
-"""Every reach into the host that depends on its version or its modules' names, once.
+"""Every reach into the host that depends on its version or on the names of its modules, once.
 
 `import nodes` here is the host's nodes.py; this pack's folder of that name is `subject_dla.nodes`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor, nn
+
+from ..common.dtypes import DTYPES
 from .protocols import CLIP, VAE, Model
 
+# What the host's loader calls the options of its Load Diffusion Model.
+DIT_OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": DTYPES["fp8_e4m3fn"]},
+    "fp8_e4m3fn_fast": {"dtype": DTYPES["fp8_e4m3fn"], "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": DTYPES["fp8_e5m2"]},
+}
 
-def make_patcher(model, load_device, offload_device):
-    """The host's patcher around one of the pack's own models; where the host has it, the one for dynamic VRAM."""
+
+def make_patcher(module: nn.Module, load_device, offload_device, state: Mapping[str, Tensor] | None = None):
+    """The host's patcher around a module, with `state` loaded; where the host has it, the one for dynamic VRAM."""
     import comfy.model_patcher
 
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(model, load_device=load_device, offload_device=offload_device)
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
+    if state is not None:
+        module.load_state_dict(state, assign=is_dynamic(patcher))  # such leaves have no weights to copy into
+        module.eval().requires_grad_(False)
+    return patcher
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether weights come and go as they are used (dynamic VRAM), which later hosts do."""
+    return getattr(patcher, "is_dynamic", lambda: False)()
+
+
+def load_model_weights(patcher: Any, state_dict: dict[str, Tensor]) -> None:
+    """Weights of a DiT into the host's model, as its own loader puts them."""
+    model, dynamic = patcher.model, is_dynamic(patcher)
+    assign = {"assign": dynamic} if "assign" in inspect.signature(model.load_model_weights).parameters else {}
+    model.load_model_weights(state_dict, "", **assign)
+    if not dynamic:
+        model.to(patcher.offload_device)
+
+
+def load_text_encoder(clip: CLIP, tokens: dict) -> None:
+    """Puts a CLIP on its device; later hosts estimate memory from the tokens."""
+    clip.load_model(*([tokens] if inspect.signature(clip.load_model).parameters else []))
+
+
+def mentions(module: nn.Module, method: str) -> bool:
+    """Whether the file of the host's class compares with this `reference_latents_method`, rather than ignore it."""
+    source = sys.modules.get(type(module).__module__)
+    return source is not None and f'"{method}"' in inspect.getsource(source)
 
 
 def load_vae(name: str) -> VAE:
@@ -41,8 +85,6 @@ def load_dual_clip(first: str, second: str, kind: str) -> CLIP:
 
 def fit_latent(model: Model, latent: dict) -> Tensor:
     """Samples of a LATENT with the model's channels and downscale if they are empty; later hosts take ratios."""
-    import inspect
-
     from comfy.sample import fix_empty_latent_channels
 
     takes = len(inspect.signature(fix_empty_latent_channels).parameters) - 2
@@ -57,3 +99,31 @@ def to_intermediate(samples: Tensor) -> Tensor:
     samples = samples.to(comfy.model_management.intermediate_device())
     dtype = getattr(comfy.model_management, "intermediate_dtype", None)
     return samples if dtype is None else samples.to(dtype())
+
+
+@contextmanager
+def in_training() -> Iterator[None]:
+    """Inside, later hosts use kernels that have gradients."""
+    import comfy.model_management as management
+
+    before = getattr(management, "in_training", None)
+    try:
+        if before is not None:
+            management.in_training = True
+        yield
+    finally:
+        if before is not None:
+            management.in_training = before
+
+
+def rotations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The host's rotary embeddings of one tensor, by name: functions of (b, h, n, d) and the angles."""
+    from comfy.ldm.flux import math
+
+    found = {"apply_rope": lambda x, angles: math.apply_rope(x, x.detach().clone(), angles)[0]}
+    return found | ({"apply_rope1": math.apply_rope1} if hasattr(math, "apply_rope1") else {})
+
+
+def version() -> str:
+    """The host's, as it names itself."""
+    return getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")

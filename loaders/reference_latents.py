@@ -1,7 +1,5 @@
 """Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
 
-import inspect
-import sys
 from math import sqrt
 
 import comfy.utils
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from .backbones import backbone_of
 from .conditioning import add_references, reference_latents
+from .host import mentions
 from .images import collect_images
 from .protocols import VAE, Model
 
@@ -81,9 +80,8 @@ def reference_method(model: Model, placement: str) -> str | None:
     if method is None:
         return None
     diffusion_model = model.model.diffusion_model
-    module = sys.modules.get(type(diffusion_model).__module__)
     known = backbone is None or method in backbone.placements
-    if not known or module is None or f'"{method}"' not in inspect.getsource(module):
+    if not known or not mentions(diffusion_model, method):
         raise ValueError(
             f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} here "
             "and would silently place references elsewhere. "

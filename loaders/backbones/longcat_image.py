@@ -1,7 +1,7 @@
 """LongCat-Image-Edit: FLUX.1's blocks behind Qwen2.5-VL, without a pooled vector and guidance.
 
-The host runs it by FLUX.1's class, with text positions and shifted image positions. A file of Ovis-Image, which has no pooled
-vector either, norms its context.
+The host runs it by FLUX.1's class, with text positions and shifted image positions. A file of Ovis-Image, which has no
+pooled vector either, norms its context.
 """
 
 from .base import Backbone

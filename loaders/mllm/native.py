@@ -6,13 +6,13 @@ whatever a loader put behind it.
 
 from __future__ import annotations
 
-import inspect
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
 from .families import CLIP_FAMILIES
@@ -69,8 +69,7 @@ class ClipMLLM(MLLM):
         if resized and window_ordered(tower):
             hook = self.visual.register_forward_hook(to_raster)
         try:
-            takes_tokens = inspect.signature(self.clip.load_model).parameters  # newer hosts estimate memory from them
-            self.clip.load_model(*([{self.key: pairs}] if takes_tokens else []))
+            load_text_encoder(self.clip, {self.key: pairs})
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
             inner.layer = "all"  # last: set_clip_options may put it back
             out = inner.encode_token_weights(pairs)

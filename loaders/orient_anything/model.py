@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from ...common.files import save_tensors
 from ...common.masks import empty_masks
 from .. import folders
+from ..host import make_patcher
 from ..preprocessing import preprocess_subject
 from .checkpoint import read_state
 from .network import GRID, HEAD, SIZES, Angles, OrientationNetwork, decode, inference_state, rotation_bins
@@ -41,11 +41,7 @@ class OrientationModel:
         network = OrientationNetwork(
             width, layers, out, device=offload_device, dtype=torch.float32, operations=comfy.ops.manual_cast
         )
-        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = patcher(network, load_device=self.load_device, offload_device=offload_device)
-        dynamic = getattr(self.patcher, "is_dynamic", lambda: False)()  # such leaves have no weights to copy into
-        network.load_state_dict(inference_state(state), assign=dynamic)
-        network.eval().requires_grad_(False)
+        self.patcher = make_patcher(network, self.load_device, offload_device, inference_state(state))
 
     def logits(self, pixels: Tensor) -> Tensor:
         """(N, 3, 224, 224) of `preprocess_subject` to (N, out) fp32 on the CPU."""

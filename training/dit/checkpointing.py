@@ -2,7 +2,7 @@
 
 torch's own checkpointing keeps a block's inputs and the recomputed activations by reference; ComfyUI's FLUX and
 OmniGen2 write into both (`img += ...`), which gives wrong gradients without a word. Here every run works on copies of
-the inputs, and autograd is told of the writes by `in_place`.
+the inputs, and `in_place` lets autograd know of the writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Sequence[nn.Parameter]] = lambda _: ()):
     """Inside, each of `blocks` keeps its inputs alone and is computed again in the backward pass.
 
-    trained: the parameters that a block reaches and that learn (a LoRA's); all its own are taken to be frozen. The
-    blocks' `forward` is covered by an attribute of the instance for the while, whatever stood there before.
+    Args:
+        blocks: Their `forward` is covered by an attribute of the instance meanwhile.
+        trained: The trained parameters that a block reaches (a LoRA's); all its own are taken to be frozen.
     """
     covered = []
     try:
@@ -40,11 +41,11 @@ def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Seque
 
 @contextmanager
 def in_place():
-    """torch's `allow_mutation_on_saved_tensors`, around forward and backward pass, without one fault of it.
+    """`allow_mutation_on_saved_tensors` of torch, around forward and backward pass, without one fault of it.
 
-    torch knows a kept tensor by the addresses of its object and data and by its version. Once it has copied one that
-    was about to be written over and let it go, a new tensor may get both addresses, and torch takes the old one's copy
-    for it: an error where shapes differ, wrong gradients where they do not. Here what was copied is forgotten by address.
+    It knows a kept tensor by the addresses of its object and data and by its version. Once it has copied one that was
+    about to be written over and let it go, a new tensor may get both addresses, and the old one's copy is taken for it:
+    an error where shapes differ, wrong gradients where they do not. Here a copied tensor's address is forgotten.
     """
     with torch.autograd.graph.allow_mutation_on_saved_tensors() as kept:
         kept.cloned = _Copies(kept)

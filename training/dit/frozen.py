@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 
 import comfy.ldm.flux.math
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dla.context import Context
+from ...loaders import host
 from ...loaders.backbones import BACKBONES, backbone_of, titles
 from ...loaders.conditioning import values_of
 from ...loaders.dit import context_width
@@ -39,12 +39,13 @@ class FrozenDiT:
     def __init__(self, model, checkpointing: bool = True):
         backbone = backbone_of(model)
         if backbone is None or backbone.training is None:
+            known = titles(backbone for backbone in BACKBONES.values() if backbone.training)
             raise ValueError(
-                f"Training needs {titles(b for b in BACKBONES.values() if b.training)} as ComfyUI runs them; this model "
-                f"is {type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
+                f"Training needs {known} as ComfyUI runs them; this model is "
+                f"{type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
             )
         self.family = backbone
-        if getattr(model, "is_dynamic", lambda: False)():
+        if host.is_dynamic(model):
             model = model.clone(disable_dynamic=True)  # weights that come and go have no place in a backward pass
         self.patcher, self.base = model, model.model
         self.dit: nn.Module = model.model.diffusion_model
@@ -68,16 +69,8 @@ class FrozenDiT:
         """Around forward and backward pass: what makes the host's forward differentiable and right."""
         blocks = [block for name in self.family.training.blocks for block in getattr(self.dit, name)]
         trained = self.lora.inside if self.lora is not None else lambda _: ()
-        management = comfy.model_management
-        before = getattr(management, "in_training", None)
-        try:
-            if before is not None:
-                management.in_training = True
-            with recomputed(blocks, trained) if self.checkpointing else in_place():
-                yield
-        finally:
-            if before is not None:
-                management.in_training = before
+        with host.in_training(), recomputed(blocks, trained) if self.checkpointing else in_place():
+            yield
 
     def latent(self, latent: Tensor) -> Tensor:
         """The VAE's latents (b, c, h, w) or (b, c, 1, h, w), as the DiT wants them."""
@@ -96,30 +89,29 @@ class FrozenDiT:
     ) -> Tensor:
         """Predicted velocity, as `noisy` (b, c, h, w) or (b, c, 1, h, w) in latent units, fp32.
 
-        t: flow times (b,). context: None = no MLLM tokens, exactly as the staged guider leaves them out. references:
-        VAE latents (b, c, h, w) each, as the VAE gives them; method: their placement. pooled: (b, p), FLUX.1's CLIP-L.
+        Args:
+            noisy: (b, c, h, w) or (b, c, 1, h, w), in latent units.
+            t: (b,), flow times.
+            context: None = no context tokens, exactly as a stage leaves them out.
+            references: VAE latents (b, c, h, w) each, as the VAE gives them.
+            method: Their placement.
+            pooled: (b, p), FLUX.1's CLIP-L.
+            guidance: Distilled guidance.
+
+        Raises:
+            GradientError: Where the output does not depend on the context for autograd.
         """
-        batch, tokens, mask = noisy.shape[0], None, None
-        if context is not None:
-            tokens, mask = context.tokens, context.attention_mask
-            if self.family.counts_context and not bool(mask.all()):  # counts one number of tokens for the whole batch
-                rows = [context.row(i) for i in range(batch)]
-                return torch.cat(
-                    [
-                        self.velocity(
-                            noisy[i : i + 1],
-                            t[i : i + 1],
-                            row,
-                            [reference[i : i + 1] for reference in references],
-                            method=method,
-                            pooled=None if pooled is None else pooled[i : i + 1],
-                            guidance=guidance,
-                        )
-                        for i, row in enumerate(rows)
-                    ]
-                )
-        else:
+        batch, mask = noisy.shape[0], None
+        if context is None:
             tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
+        else:
+            tokens, mask = context.tokens, context.attention_mask
+        if mask is not None and self.family.counts_context and not bool(mask.all()):  # one number for the whole batch
+            rows = [slice(i, i + 1) for i in range(batch)]
+            more = [dict(pooled=None if pooled is None else pooled[i], method=method, guidance=guidance) for i in rows]
+            parts = zip(rows, map(context.row, range(batch)), more)
+            found = [self.velocity(noisy[i], t[i], row, [r[i] for r in references], **kw) for i, row, kw in parts]
+            return torch.cat(found)
         values = values_of(
             torch.ones(1, tokens.shape[1], dtype=torch.bool, device=self.device),  # padding is taken out below
             self.family.counts_context,
@@ -131,13 +123,10 @@ class FrozenDiT:
         conds = self.base.extra_conds(
             noise=noisy, device=self.device, prompt_type="positive", cross_attn=tokens, **values
         )
-        conds = {
-            key: value.process_cond(batch_size=batch, device=self.device, area=None) for key, value in conds.items()
-        }
-        conds = {key: value.cond for key, value in conds.items()}
+        conds = {key: c.process_cond(batch_size=batch, device=self.device, area=None).cond for key, c in conds.items()}
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0], "uuids": list(range(batch)), "sigmas": t}
-        strengths = self._strengths(conds, noisy, mask if context is not None else None)
+        strengths = self._strengths(conds, noisy, mask)
         if strengths:
             previous = options.get("optimized_attention_override")
             options["optimized_attention_override"] = KeyStrengthAttention(strengths, previous)
@@ -169,8 +158,10 @@ class FrozenDiT:
 
 
 def make_trainable_through(module: nn.Module) -> None:
-    """Replaces weights that were made under inference mode, as the host's nodes do, which no backward pass may keep. A
-    parameter stays one of them when it is moved: what tells is that it has no version."""
+    """Replaces weights that were made under inference mode, as the host's nodes do, which no backward pass may keep.
+
+    A parameter stays one of them when it is moved; it is known by having no version.
+    """
 
     def fresh(tensor: Tensor | None) -> bool:
         try:
@@ -188,32 +179,21 @@ def make_trainable_through(module: nn.Module) -> None:
 
 
 def check_rotation() -> None:
-    """Raises GradientError where the host's rotary embedding gives no or wrong gradients, as 0.8 to 0.13 with
-    comfy-kitchen do. A rotation is linear: <f(x), g> must be <x, gradient>."""
-    management = comfy.model_management
-    before = getattr(management, "in_training", None)
+    """Raises GradientError where the host's rotary embedding gives no or wrong gradients (0.8 to 0.13, comfy-kitchen).
+
+    A rotation is linear: <f(x), g> must be <x, gradient>.
+    """
     draw = torch.Generator().manual_seed(0)
     x, g = (torch.randn(1, 1, 3, 8, generator=draw) for _ in range(2))
     angles = comfy.ldm.flux.math.rope(torch.arange(3.0)[None], 8, 10000).unsqueeze(1)
-    try:
-        if before is not None:
-            management.in_training = True
-        names = [name for name in ("apply_rope", "apply_rope1") if hasattr(comfy.ldm.flux.math, name)]
-        for name in names:
-            function = getattr(comfy.ldm.flux.math, name)
+    with host.in_training():
+        for name, rotate in host.rotations().items():
             leaf = x.clone().requires_grad_()
-            out = function(leaf, angles) if name == "apply_rope1" else function(leaf, x.clone(), angles)[0]
+            out = rotate(leaf, angles)
             gradient = torch.autograd.grad(out, leaf, g, allow_unused=True)[0] if out.requires_grad else None
             if gradient is None or not torch.allclose((out * g).sum(), (x * gradient).sum(), rtol=1e-4, atol=1e-4):
                 raise GradientError(
-                    f"This ComfyUI ({_version()}) computes rotary embeddings ({name}) with kernels that have no right "
-                    "gradient, so nothing trained here would be right. Update ComfyUI to 0.14 or newer, or use one "
-                    "before 0.8, or uninstall comfy-kitchen."
+                    f"This ComfyUI ({host.version()}) computes rotary embeddings ({name}) with kernels that have no "
+                    "right gradient, so nothing trained here would be right. Update ComfyUI to 0.14 or newer, or use "
+                    "one before 0.8, or uninstall comfy-kitchen."
                 )
-    finally:
-        if before is not None:
-            management.in_training = before
-
-
-def _version() -> str:
-    return getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")

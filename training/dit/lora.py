@@ -1,5 +1,4 @@
-"""A LoRA on the DiT's attention, trained beside the DLA (rank 512 in the paper, as UNO's), in a file that the host's
-own LoRA loader reads."""
+"""A LoRA on the DiT's attention, trained beside the DLA, in a file that the host's own LoRA loader reads."""
 
 from __future__ import annotations
 
@@ -19,6 +18,13 @@ class LoRA(nn.Module):
     """y + (alpha / rank) B A x at every linear map of the DiT's attention; B starts at zero, so a new one does nothing.
 
     It reaches the frozen DiT by forward hooks, between `attach` and `detach`.
+
+    Args:
+        diffusion_model: The host's module.
+        family: A family that is trained, for the names of its linear maps.
+        rank: 512 in the paper, as UNO's.
+        alpha: None = the rank.
+        seed: Of A's random start.
     """
 
     def __init__(
@@ -43,10 +49,12 @@ class LoRA(nn.Module):
         self._hooks = []
 
     def attach(self) -> None:
+        """Adds the LoRA to the DiT's forward."""
         for key, (part,) in self.parts.items():
             self._hooks.append(part.register_forward_hook(self._hook(key)))
 
     def detach(self) -> None:
+        """Leaves the DiT as it was."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -76,7 +84,7 @@ class LoRA(nn.Module):
         return out
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None) -> None:
-        """Atomic."""
+        """Writes a file atomically."""
         save_tensors(path, self.weights(dtype), metadata)
 
     @torch.no_grad()
@@ -95,8 +103,8 @@ class LoRA(nn.Module):
                 )
             if key.endswith(".alpha") and float(state[key]) != self.alpha:
                 raise ValueError(
-                    f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. Set lora.alpha = "
-                    f"{float(state[key]):g}, as that LoRA was trained, or start from none."
+                    f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. "
+                    f"Set lora.alpha = {float(state[key]):g}, as that LoRA was trained, or start from none."
                 )
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")

@@ -108,6 +108,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     @property
@@ -138,8 +139,9 @@ def estimate(
     batch_size: int = 1,
     checkpointing: bool = True,
 ) -> Estimate:
-    """Memory of a training step on one device. The VAE and the MLLM are not on it then: their outputs are cached, or
-    they are offloaded by the host, see `encoding`.
+    """Memory of a training step on one device.
+
+    The VAE and the MLLM are not on it then: their outputs are cached, or the host offloads them, see `encoding`.
 
     Args:
         backbone: A family that is trained.

@@ -45,8 +45,11 @@ def tests(session: nox.Session) -> None:
     """Every test: the method, the pack inside the host, and a real server with a real browser."""
     place = prepare(session)
     environment.obtain_browser(place.python)
-    command = [str(place.python), "-m", "pytest", "--durations=25", *(session.posargs or [str(ROOT / "tests")])]
-    session.run(*command, env={**os.environ, "COMFYUI_PATH": str(place.comfyui)}, **RUN)
+    environ = {**os.environ, "COMFYUI_PATH": str(place.comfyui)}
+    arguments = session.posargs
+    if not arguments:  # all: two processes of a thread each, a file's tests in one of them, which has its fixtures once
+        arguments, environ["OMP_NUM_THREADS"] = ["--numprocesses=2", "--dist=loadfile", str(ROOT / "tests")], "1"
+    session.run(str(place.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
 
 
 @nox.session(venv_backend="none")

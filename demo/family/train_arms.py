@@ -19,8 +19,8 @@ from .data import picture_paths, read_entries
 from .latents import fill_latent_cache
 from .loop import HAS_BF16
 
-STEPS, BATCH = {"stage1": 200, "stage2": 1000}, 32
-TWO, ONE = ("stage1", "stage2"), ("stage2",)
+STEPS, BATCH = {1: 200, 2: 1000}, 32  # STEPS: of each training stage
+TWO, ONE = (1, 2), (2,)
 ARMS: dict[str, tuple[tuple[str, ...], dict]] = {  # name -> training stages, changed settings
     "demo": (TWO, {}),
     "demo-seed1": (TWO, {"training.seed": 1}),
@@ -70,23 +70,25 @@ def main() -> int:
     return 0
 
 
-def _command(options: argparse.Namespace, arm: str, stage: str) -> list[str]:
+def _command(options: argparse.Namespace, arm: str, stage: int) -> list[str]:
     stages, changes = ARMS[arm]
-    start = f"{arm}-stage1.safetensors" if stages == TWO else ""
+    start = f"{arm}-stage1.safetensors" if stages == TWO and stage == 2 else ""
     settings = {
         "data.source": str((options.data / "pairs.json").resolve()),
         "data.validation_source": str((options.data / "validation.json").resolve()),
+        "training.stage": stage,
         "training.steps": STEPS[stage] if stages == TWO else sum(STEPS.values()),
         "training.batch_size": BATCH // options.processes,
         "training.mixed_precision": "bf16" if HAS_BF16 else "none",
-        "run.name": arm if stage == "stage2" else f"{arm}-{stage}",
-        **({"run.start_dla": start, "run.start_lora": start} if stage == "stage2" else {}),
+        "run.name": arm if stage == 2 else f"{arm}-stage1",
+        "run.start_dla": start,
+        "run.start_lora": start,
         **changes,
     }
-    if stage == "stage2" and start:
+    if start:
         settings.pop("dla.modalities", None)  # of the DLA that it starts from
     parallel = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
-    recipe = ROOT / "demo" / "family" / f"{stage}.toml"
+    recipe = ROOT / "demo" / "family" / "pair.toml"
     command = [sys.executable, *(parallel if options.processes > 1 else []), str(ROOT / "training"), str(recipe)]
     command += ["--comfyui", str(options.comfyui), "--models", str(options.run / "models")]
     command += ["--output", str(options.run / "output")]

@@ -29,10 +29,7 @@ class SubjectAblateLayers(io.ComfyNode):
         return schema(
             node_id="SubjectAblateLayers",
             display_name="Ablate Layers",
-            description=(
-                "Sets layers of the MLLM's hidden states to zero, for text and image tokens separately: what a picture"
-                " loses shows what those layers are for. Template tokens stay."
-            ),
+            description="Sets layers of the MLLM's hidden states to zero, for text and image tokens separately.",
             search_aliases=["layer ablation", "zero layers", "keep layers", "layer roles"],
             inputs=[
                 Features.Input("features", tooltip="From Encode Subject."),
@@ -118,10 +115,7 @@ class SubjectLayerWeights(io.ComfyNode):
         return schema(
             node_id="SubjectLayerWeights",
             display_name="Layer Weights",
-            description=(
-                "The weight that a DLA's pooling gives to every layer in every token, text and image separately: as a"
-                " heat map, as an overlay on the reference image, and as a description."
-            ),
+            description="The weight that a DLA gives to every layer: heat map, overlay on a reference, description.",
             search_aliases=["attention map", "layer attention", "dla weights", "heat map", "layer roles"],
             is_output_node=True,
             inputs=[

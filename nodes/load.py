@@ -17,10 +17,7 @@ class SubjectLoadMLLM(io.ComfyNode):
         return schema(
             node_id="SubjectLoadMLLM",
             display_name="Load MLLM",
-            description=(
-                "Loads a multimodal LLM from a Hugging Face folder under models/mllm: InternVL3 (the paper's), "
-                "Qwen2.5-VL or Qwen3-VL. Only the backbone is loaded, without the language head."
-            ),
+            description="Loads an InternVL3 (the paper's), Qwen2.5-VL or Qwen3-VL folder from models/mllm.",
             search_aliases=["internvl", "qwen vl", "vision language model", "vlm", "multimodal text encoder"],
             inputs=[
                 io.Combo.Input(
@@ -78,10 +75,7 @@ class SubjectLoadDLA(io.ComfyNode):
         return schema(
             node_id="SubjectLoadDLA",
             display_name="Load DLA",
-            description=(
-                "Loads a Dual Layer Aggregator: it pools all layers of the MLLM, for text and image tokens apart, "
-                "into the DiT's context tokens. The file says which MLLM and which DiT it was trained for."
-            ),
+            description="Loads a Dual Layer Aggregator, which pools the MLLM's layers into the DiT's context.",
             search_aliases=["dual layer aggregator", "layerwise attention pooling", "LAP", "connector"],
             inputs=[
                 io.Combo.Input(
@@ -120,10 +114,7 @@ class SubjectLoadPipeline(io.ComfyNode):
         return schema(
             node_id="SubjectLoadPipeline",
             display_name="Load Subject Pipeline",
-            description=(
-                "DiT, VAE, MLLM and DLA in one node. The files' headers are compared first, so that an error about"
-                " parts that do not match comes before minutes of loading."
-            ),
+            description="DiT, VAE, MLLM and DLA in one node; parts that do not match are refused before loading.",
             search_aliases=["subject pipeline", "load all", "subject driven generation"],
             inputs=[
                 io.Combo.Input(

@@ -21,11 +21,13 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
 class DLA:
     """The DLA socket: a DualLayerAggregator that the host loads, offloads and casts.
 
-    config: its DLAConfig. patcher: the host's ModelPatcher around it. name: its file, for messages.
+    Args:
+        config: What its file says of it.
+        state: Checked weights, see dla/checkpoint.py.
+        name: Its file, for messages.
     """
 
     def __init__(self, config: DLAConfig, state: dict[str, torch.Tensor], name: str = ""):
-        """`state` holds checked weights (see dla/checkpoint.py)."""
         self.config, self.name = config, name
         self.load_device = comfy.model_management.get_torch_device()
         offload_device = comfy.model_management.unet_offload_device()
@@ -37,11 +39,14 @@ class DLA:
 
     @property
     def model(self) -> DualLayerAggregator:
+        """The module in the host's patcher."""
         return self.patcher.model
 
     def aggregate(self, features: Features, *, template: str | None = None, vit_blend: float | None = None) -> Context:
-        """As dla.aggregate, on the host's device; the result is on its intermediate device. Raises ValueError if the
-        features are another MLLM's."""
+        """As dla.context.aggregate, on the host's device; the result is on its intermediate device.
+
+        Raises ValueError if the features are another MLLM's.
+        """
         self.check_mllm(features.info)
         self._load(features)
         with torch.inference_mode():
@@ -63,18 +68,6 @@ class DLA:
         except ValueError as error:
             raise ValueError(f"DLA {self.name!r}: {error}") from None
 
-    def check_context_width(self, width: int | None, dit: str = "") -> None:
-        """Raises ValueError unless a DiT of that family and context width can read this DLA's tokens. None and "" mean
-        not known, and pass."""
-        config = self.config
-        wanted = config.dit or f"any DiT with a context of {config.context_width}"
-        if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
-            raise ValueError(
-                f"DLA {self.name!r} makes tokens {config.context_width} wide for {wanted}; the diffusion "
-                f"model is {dit or 'of a family not known here'} and reads tokens {width or '?'} wide. "
-                f"Load {wanted}, or a DLA trained for this one."
-            )
-
     def _load(self, features: Features) -> None:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required(self.config, features))
 
@@ -82,6 +75,24 @@ class DLA:
 def read_config(name: str) -> DLAConfig:
     """Config of a file under models/dla, from its header alone. Raises ValueError."""
     return checkpoint.read_config(folders.find("dla", name))
+
+
+def check_dit(config: DLAConfig, name: str, width: int | None, dit: str = "") -> None:
+    """Raises ValueError unless a DiT can read a DLA's tokens.
+
+    Args:
+        config: The DLA's.
+        name: Its file.
+        width: Of the context that the DiT reads, in channels; None = not known, which passes.
+        dit: The DiT's family; "" = not known, which passes.
+    """
+    wanted = config.dit or f"any DiT with a context of {config.context_width}"
+    if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
+        raise ValueError(
+            f"DLA {name!r} makes tokens {config.context_width} wide for {wanted}; the diffusion model is "
+            f"{dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load {wanted}, or a DLA "
+            "trained for this one."
+        )
 
 
 def load_dla(name: str) -> DLA:

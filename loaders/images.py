@@ -10,11 +10,19 @@ LIMIT = 10
 
 
 def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool = True) -> list[Tensor]:
-    """Every picture of the IMAGE sockets (each None or (B, H, W, C), a batch being several references), in order.
+    """Every picture of the IMAGE sockets, in order.
 
-    Returns a list of (H, W, 3) float32 tensors in 0..1. Raises ImageError, which names the socket (`image_1` is the
-    first argument) and the position in its batch, for: no image (only where `required`), more than `limit`, a side
-    under 28 px, alpha, greyscale, NaN or infinity, values far outside 0..1, a wrong rank.
+    Args:
+        sockets: Each None or (b, h, w, c); a batch is several references.
+        limit: Most pictures.
+        required: Whether there must be one.
+
+    Returns:
+        (h, w, 3) float32 in 0..1 each.
+
+    Raises:
+        ImageError: No picture, too many, or one with a side under 28 px, alpha, greyscale, NaN or infinity, values far
+            outside 0..1 or a wrong rank; it says which socket (`image_1` is the first) and which of its batch.
     """
     images = []
     found = sum(socket.shape[0] for socket in sockets if isinstance(socket, Tensor) and socket.ndim == 4)

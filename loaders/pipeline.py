@@ -11,9 +11,18 @@ def load_pipeline(
     weight_dtype: str = "default",
     mllm_weight_dtype: str = "default",
 ):
-    """(MODEL, VAE, MLLM, DLA or None) from file names as the host lists them; dla None = last layer, no DLA.
+    """MODEL, VAE, MLLM and DLA of files, by their names as the host lists them.
 
-    Raises ValueError before anything is loaded where the DLA was made for another MLLM or another DiT.
+    Args:
+        diffusion_model: Under models/diffusion_models.
+        vae: Under models/vae.
+        mllm: Under models/mllm.
+        dla: Under models/dla; None = no DLA but the MLLM's last layer.
+        weight_dtype: As in the host's Load Diffusion Model.
+        mllm_weight_dtype: As in Load MLLM.
+
+    Raises:
+        ValueError: Before anything is loaded, where the DLA was made for another MLLM or another DiT.
     """
     from .dit import load_dit
     from .host import load_vae
@@ -30,7 +39,7 @@ def load_pipeline(
 
 
 def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
-    """Compares what the files say of themselves: DLA metadata, the MLLM's config.json, the DiT's safetensors header."""
+    """Compares what the files say: DLA metadata, the MLLM's config.json, the DiT's header. Raises ValueError."""
     import folder_paths
 
     from .dit import read_header
@@ -45,19 +54,11 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
                 f"{diffusion_model!r} reads a context {dit.context_width} wide. Choose a DLA trained for this pair."
             )
         return
-    from .dla import read_config
+    from .dla import check_dit, read_config
 
     config = read_config(dla)
     try:
         config.check_mllm(info)
     except ValueError as error:
         raise ValueError(f"DLA {dla!r} and MLLM {mllm!r} do not belong together: {error}") from None
-    if dit.context_width not in (None, config.context_width) or (
-        config.dit and dit.backbone and dit.backbone.name != config.dit
-    ):
-        raise ValueError(
-            f"DLA {dla!r} makes a context {config.context_width} wide for {config.dit or 'any model'}, but "
-            f"{diffusion_model!r} is {dit.backbone.name if dit.backbone else 'of a family not known here'} "
-            f"and reads one {dit.context_width or '?'} wide. "
-            "Choose a DLA trained for this DiT."
-        )
+    check_dit(config, dla, dit.context_width, dit.backbone.name if dit.backbone else "")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 
+from ...common.markdown import markdown
 from ..protocols import Model
 from .base import Backbone, DiTSizes, MLLMSizes, Training
 
@@ -37,6 +38,24 @@ def backbone_of_keys(keys: set[str], prefix: str = "") -> Backbone | None:
 def titles(backbones: Iterable[Backbone] | None = None) -> str:
     """Names for people, e.g. "FLUX.1, FLUX.2, OmniGen2"; None = of every family."""
     return ", ".join(backbone.title for backbone in (BACKBONES.values() if backbones is None else backbones))
+
+
+def table() -> str:
+    """The families as a markdown table, for docs/backbones.md."""
+    heads = "family", "context", "order of tokens", "VAE latents", "placements", "most references", "trained here"
+    rows = [
+        [
+            f"{b.title} (`{b.name}`)",
+            f"{b.context_width} wide, `{b.context_layer}`" + ", counted by its mask" * b.counts_context,
+            ", ".join(b.token_order),
+            f"{b.latent_channels} channels, {b.latent_downscale} px, patches of {b.patch_size}",
+            f"{', '.join(b.placements) or 'its own'}; auto: {b.default_placement or 'its own'}",
+            str(b.most_references or "-"),
+            f"as {b.training.release}" if b.training else "no",
+        ]
+        for b in BACKBONES.values()
+    ]
+    return markdown([heads, *rows])
 
 
 def _most_specific(backbones: Iterable[Backbone]) -> Backbone | None:

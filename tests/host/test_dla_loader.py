@@ -182,14 +182,14 @@ def test_another_mllm_is_refused(models, change):
 
 
 def test_another_dit_is_refused(models):
-    from subject_dla.loaders.dla import load_dla
+    from subject_dla.loaders.dla import check_dit, read_config
 
     make_file(models / "models" / "dla" / "b.safetensors")
-    dla = load_dla("b.safetensors")
+    config = read_config("b.safetensors")
     for width, dit in ((48, "flux"), (None, ""), (48, ""), (None, "flux")):
-        dla.check_context_width(width, dit)
+        check_dit(config, "b.safetensors", width, dit)
     for width, dit in ((3584, "qwen_image"), (64, "flux"), (48, "flux2"), (64, "")):
         with pytest.raises(
             ValueError, match=r"'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"
         ):
-            dla.check_context_width(width, dit)
+            check_dit(config, "b.safetensors", width, dit)

@@ -39,9 +39,9 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     store, data = ResultStore(options.work, options.models), options.work / "data"
     if options.worker is not None:
+        bootstrap.start_host(options.comfyui)
         from .draw import draw_rows
 
-        bootstrap.start_host(options.comfyui)
         draw_rows(
             store, [row for row in ROWS if store.has_weights(row)][options.worker :: WORKERS], data, options.cases
         )

@@ -46,3 +46,9 @@ def test_the_readmes_results_are_the_evidences():
     cells = re.findall(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert len(cells) == 12 and all(cell in evidence for cell in cells)
+
+
+def test_links_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8"))]
+    assert len(links) > 10 and [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []

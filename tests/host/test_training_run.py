@@ -11,6 +11,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import comfyui_version
 import pytest
 import torch
 from safetensors import safe_open
@@ -229,10 +230,11 @@ def draw_weights(model):
 
 
 def rounding() -> str:
-    """Differs between versions and processors whose kernels round differently."""
+    """Differs between hosts, versions and processors that round differently."""
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     y = torch.nn.functional.conv2d((x @ x).softmax(-1)[None, None], x[:9].reshape(64, 1, 3, 3)).erf()
-    return f"torch {torch.__version__}, {hashlib.sha256(y.numpy().tobytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:16]
+    return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {digest}"
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ The pack's root must not be on `sys.path` beside the host: the folder `nodes` wo
 pack is imported by its location, as the host does with a custom node.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Atomic writes: a file is the old one or the new one, never a part."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """95 % intervals of means and shares. They take the samples to be independent of each other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import nan, sqrt
 

@@ -4,8 +4,6 @@ A list is a .json (a list of objects) or a .jsonl (an object on each line), in U
 (prompt, image_paths or image_path, image_tgt_path) or XVerseBench's (prompt, modulation).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Masks of subjects: 1 where the subject is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

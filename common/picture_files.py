@@ -1,7 +1,5 @@
 """Picture files to tensors. Damaged ones are an ImageError, whatever Pillow raises for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The header of a .safetensors file: what it holds, read and checked without reading a weight."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Layer roles: hidden states of chosen layers set to zero, for text or image tokens alone, and sweeps over groups."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Dual Layer Aggregator: hidden states of all layers in, one context embedding per token out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

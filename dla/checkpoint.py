@@ -4,8 +4,6 @@ The header (config, keys, shapes, dtypes) is checked before any weight is read, 
 the reason. Nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Features of an MLLM: the hidden states of every layer at every token, and the kind of each token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum

@@ -5,8 +5,6 @@ MLLMs have channels of 1e4 and more; only the linear maps, whose inputs are norm
 `placement` is the device and dtype of new weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ prompt. An output's score is the mean over its pairs, and the mean over outputs 
 of one output are not independent (our choice; with equally many references per subject it is the mean over pairs).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

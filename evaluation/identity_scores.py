@@ -1,7 +1,5 @@
 """From pictures, prompts and models to the identity metrics and their report: what Identity Scores gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

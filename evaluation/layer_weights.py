@@ -1,7 +1,5 @@
 """Weights that a DLA's pooling gives to the MLLM's layers, per token, and a description of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A subject's axes drawn over its picture, from its orientation (see loaders/orient_anything/network.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import cos, hypot, radians, sin
 

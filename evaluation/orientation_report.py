@@ -1,7 +1,5 @@
 """Orientations of pictures as a table and as overlays: what Subject Orientation gives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@
 Anything after -- goes to ComfyUI (-- --lowvram). The last line of standard output is one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -1,7 +1,5 @@
 """From a recipe and its models to everything that the training loop uses: data, DLA, LoRA, optimizer, caches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

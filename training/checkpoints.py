@@ -5,8 +5,6 @@
 Random numbers need no state (see flow.generator), nor do the rates, which are functions of the step.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A run's finished files: the DLA where Load DLA finds it, the LoRA where the host's own loader does."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

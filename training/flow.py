@@ -4,8 +4,6 @@ Flow time t is 1 for noise and 0 for the image, as the host's sigma: x_t = (1 - 
 the velocity noise - x_0. The paper says no more than that its loss is this one's mean square [inferred].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A run inside the graph: from a node's inputs, with the host's progress bar, previews, folders and interrupt."""
 
-from __future__ import annotations
-
 import logging
 import time
 from math import inf

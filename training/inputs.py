@@ -1,7 +1,5 @@
 """What the inputs of Train DLA offer, and the data in the host's input folder. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import folder_paths

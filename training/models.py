@@ -1,7 +1,5 @@
 """The models that a recipe names, through the host's loaders and this pack's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

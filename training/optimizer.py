@@ -1,7 +1,5 @@
 """AdamW, its parameter groups, and the learning rate at each step."""
 
-from __future__ import annotations
-
 import math
 
 import torch

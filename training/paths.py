@@ -1,7 +1,5 @@
 """Where a run keeps its files."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

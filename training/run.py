@@ -4,8 +4,6 @@ A run is a sequence of phases, of which each brings the models that it needs ont
 train (DiT with what is trained), validate (VAE and MLLM, then DiT), sample (all), save (none).
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import time

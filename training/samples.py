@@ -1,7 +1,5 @@
 """Sample pictures during a run: references, target, and what the present weights make of the prompt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

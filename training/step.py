@@ -1,7 +1,5 @@
 """One pass: DLA, DiT, loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Held-out flow-matching loss, for each condition and each bin of flow times."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import torch
 

@@ -1,7 +1,5 @@
 """Axes and what is drawn on them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import ceil, floor, isfinite, log10
 

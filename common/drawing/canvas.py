@@ -1,7 +1,5 @@
 """A picture to draw on, in px of the finished one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw

@@ -1,7 +1,5 @@
 """Contact sheets: labelled pictures side by side, whole, on one page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy

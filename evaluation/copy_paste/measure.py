@@ -1,7 +1,5 @@
 """From pictures to the copy-paste metrics and their report, through any orientation model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Mean azimuth and polar difference (higher: more varied) and average recall (lowe
 abstract. Gating by confidence is Orient Anything's own advice; intervals and ungated metrics are our addition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

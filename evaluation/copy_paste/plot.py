@@ -1,7 +1,5 @@
 """The copy-paste metrics as a figure: where references and outputs face, how far the outputs turned, the table."""
 
-from __future__ import annotations
-
 from math import ceil, cos, radians, sin, sqrt
 
 import torch

@@ -1,7 +1,5 @@
 """The copy-paste metrics as text, CSV and JSON: outputs and floor, with and without gating."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

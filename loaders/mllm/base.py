@@ -4,8 +4,6 @@ A prompt becomes one chat-formatted text with one placeholder per reference imag
 states; here every token gets its modality.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any

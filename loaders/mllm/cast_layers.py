@@ -1,7 +1,5 @@
 """transformers' layers replaced by the host's, which cast and move their weights at use."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import comfy.ops

@@ -1,7 +1,5 @@
 """Hugging Face folders: config, weight headers, keys and tokenizer, all checked before any weight is read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One record for each MLLM family; both back ends read it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo

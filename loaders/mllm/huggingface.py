@@ -5,8 +5,6 @@ prepares pixels, positions and image tokens: the library's own preprocessing cha
 torchvision resize, `mm_token_type_ids`), and features must not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

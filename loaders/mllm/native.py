@@ -4,8 +4,6 @@ Only the socket's public interface is used (`load_model`, `tokenize`, `cond_stag
 whatever a loader put behind it.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

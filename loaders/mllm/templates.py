@@ -1,7 +1,5 @@
 """Chat templates: the text that an MLLM reads around a prompt and its images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -3,8 +3,6 @@
 Tensors only: the library's own preprocessing changes between releases, and features must not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

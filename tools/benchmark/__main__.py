@@ -9,8 +9,6 @@ SET is DreamBench's folder, a list as UNO's or XVerseBench's, or a folder of one
 The same command continues a stopped run. The last line of standard output is one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 It holds pictures that name their case, `ledger.jsonl` with a line for each case, and `run.json` about the workflow.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -3,8 +3,6 @@
 A case is done when its picture is in the run's folder; failed ones are tried again at the next start.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import urllib.error

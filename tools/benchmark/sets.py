@@ -5,8 +5,6 @@ list         .json or .jsonl of objects with prompt and image_paths (UNO), or pr
 folder       SUBJECT/*.jpg of one's own, and a prompt list
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The workflow of a case: a template with its references, prompt and seed filled in."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

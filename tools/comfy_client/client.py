@@ -1,7 +1,5 @@
 """The HTTP interface of any ComfyUI server: upload, queue, wait, fetch."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

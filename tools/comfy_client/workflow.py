@@ -1,7 +1,5 @@
 """Workflow files: from the editor's format to the queue's (API), with one's own pictures and prompt."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

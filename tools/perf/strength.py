@@ -5,8 +5,6 @@
 FLUX's attention (24 heads of 128) on this machine's device, all forms in one run, medians. Last line: one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

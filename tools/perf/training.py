@@ -11,8 +11,6 @@
 The last line is one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

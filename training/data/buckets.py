@@ -1,7 +1,5 @@
 """Image sizes that stack, and the order in which a run reads its examples."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import log, sqrt

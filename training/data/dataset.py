@@ -1,7 +1,5 @@
 """Which pictures and prompts a run trains on: a folder of subjects, or a list as UNO's, split by subject."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """MLLM features of prompts and references, computed when needed, or read from a cache on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """VAE latents of image files, encoded once and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

@@ -5,8 +5,6 @@ OmniGen2 write into both (`img += ...`), which gives wrong gradients without a w
 the inputs, and `in_place` lets autograd know of the writes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary

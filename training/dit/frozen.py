@@ -1,7 +1,5 @@
 """The frozen DiT, run by the host with gradients to its context tokens."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import comfy.ldm.flux.math

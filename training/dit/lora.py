@@ -1,7 +1,5 @@
 """A LoRA on the DiT's attention, trained beside the DLA, in a file that the host's own LoRA loader reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

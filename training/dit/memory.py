@@ -12,8 +12,6 @@ with the allocator's peak on a CPU. Assumed:
 - one device; data parallel training takes 4 bytes more per trained parameter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Pictures of a training run: loss curve, validation losses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import ceil, isfinite
 

@@ -1,7 +1,5 @@
 """What a run reports while it runs and at its end."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -54,6 +54,8 @@ class Workspace:
         self.targets = (folder / "models" / "dla", folder / "models" / "loras")
         with torch.inference_mode():  # as nodes load them
             self.loaded = load_models(self.recipe("any"))
+            build_qwen25vl(folder / "models/mllm/tiny", width=16, layers=2, heads=2, kv_heads=1, dtype=torch.float32)
+            self.loaded.model, self.loaded.mllm = tiny_flux(24), load_mllm("tiny")
 
     def recipe(self, name, **changes):
         merged = {section: {**STAGE_2.get(section, {}), **changes.get(section, {})} for section in {*STAGE_2, *changes}}

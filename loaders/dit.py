@@ -1,4 +1,4 @@
-"""The DiT, loaded by the host, and what its file's header tells without reading weights."""
+"""The DiT, loaded by the host, and what its file's header says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
 @dataclass(frozen=True)
 class DiTHeader:
-    """What a file's header tells: its family and the width of its context in channels; None = not known."""
+    """What a file's header says: its family and the width of its context in channels; None = not known."""
 
     backbone: Backbone | None = None
     context_width: int | None = None

@@ -1,4 +1,4 @@
-"""Where each token group lies among a DiT's attention keys, and the logarithm of its strength.
+"""The position of each token group among a DiT's attention keys, and the logarithm of its strength.
 
 Groups: the context (MLLM or text tokens), the noisy image, and every reference latent by itself.
 """

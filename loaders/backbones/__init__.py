@@ -31,7 +31,7 @@ def backbone_of(model: Model) -> Backbone | None:
 
 
 def backbone_of_keys(keys: set[str], prefix: str = "") -> Backbone | None:
-    """Family of a state dict by the keys that only it has, as the host tells them apart."""
+    """Family of a state dict by keys that only it has, as the host detects it."""
     return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_keys(keys, prefix))
 
 

@@ -1,4 +1,4 @@
-"""The record of one DiT family: every fact by which this pack treats families differently."""
+"""The record of one DiT family: all by which this pack treats families differently."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ class Backbone:
     name: str  # in DLA checkpoints, recipes and training checkpoints
     title: str  # for people
     config: Mapping[str, Any]  # entries of the host's `unet_config` that the family has
-    host_class: str  # in comfy.model_base; tells the family where another pack's loader leaves the config empty
+    host_class: str  # in comfy.model_base; for loaders of other packs that leave the config empty
     keys: tuple[str, ...]  # state dict keys that a file of the family has
     absent_keys: tuple[str, ...] = ()  # and those that it has not
     context_layer: str = "txt_in"  # path of the linear map that reads the context tokens
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
     latent_channels: int = 16
+    latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side
     patch_size: int = 2  # latent elements per token and side
     placements: tuple[str, ...] = ()  # the `reference_latents_method`s that its newest host reads

@@ -22,6 +22,7 @@ class Subject:
         assert backbone_of(self.model) is self.backbone
         self.format = self.model.get_model_object("latent_format")
         assert self.format.latent_channels == self.backbone.latent_channels
+        assert self.format.latent_dimensions == self.backbone.latent_dimensions
 
     @property
     def references(self):
@@ -50,19 +51,9 @@ class Subject:
         import comfy.sample
 
         image = torch.zeros_like(self.latent(self.side, self.side, batch))
-        return comfy.sample.sample(
-            self.model,
-            comfy.sample.prepare_noise(image, 7),
-            steps,
-            cfg,
-            sampler,
-            "simple",
-            positive,
-            negative,
-            image,
-            disable_pbar=True,
-            seed=7,
-        )
+        noise = comfy.sample.prepare_noise(image, 7)
+        settings = (steps, cfg, sampler, "simple", positive, negative, image)
+        return comfy.sample.sample(self.model, noise, *settings, disable_pbar=True, seed=7)
 
     def staged(self, stages, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
         from subject_dla.sampling.sample import staged_sample

@@ -19,7 +19,7 @@ class Problem:
     def __init__(self, model, family, side=16):
         self.backbone, self.family = FrozenDiT(model), BACKBONES[family]
         self.backbone.load()
-        frames = (1,) if family == "qwen_image" else ()
+        frames = (1,) * (self.family.latent_dimensions - 2)
         draw = torch.Generator().manual_seed(0)
         shape = (2, self.backbone.latent_channels, *frames)
         self.noisy, self.target = (torch.randn(*shape, side, side, generator=draw) for _ in range(2))

@@ -32,17 +32,12 @@ def in_training(monkeypatch):
         monkeypatch.setattr(comfy.model_management, "in_training", True)
 
 
-def build(family, sizes=(), device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init):
+def build(family, sizes=(), device="cpu", dtype=torch.float32, operations=None):
     """The host's class with frozen weights of zero: what is kept does not depend on them."""
-    config = dit._config(family) | dict(sizes)
-    if not dit._takes_txt_ids():
-        config.pop("txt_ids_dims", None)
-    module = dit._class(family)(**config, device="meta", dtype=dtype, operations=operations).requires_grad_(False)
+    module = dit.build(family, dict(sizes), dtype, operations).requires_grad_(False)
     if device != "meta":
-        module.load_state_dict(
-            {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in module.state_dict().items()},
-            assign=True,
-        )
+        zeros = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in module.state_dict().items()}
+        module.load_state_dict(zeros, assign=True)
     return module
 
 
@@ -53,18 +48,19 @@ def run(family, module, tokens=TOKENS, side=SIDE, reference=REFERENCE, dtype=tor
         return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
     draw = torch.Generator().manual_seed(0)
-    frames = (1,) if family == "qwen_image" else ()
+    backbone = BACKBONES[family]
+    frames = (1,) * (backbone.latent_dimensions - 2)
 
     def random(*shape):
         return torch.randn(*shape, generator=draw).to(dtype)
 
     more = {"ref_latents": [random(1, 16, *frames, reference, reference)]}
     more["transformer_options"] = {"optimized_attention_override": attention}
-    if family == "flux":
+    if backbone.takes_guidance:
         more |= {"y": random(1, 768), "guidance": torch.tensor([3.5], dtype=dtype)}
-    if family == "omnigen2":
+    if backbone.counts_context:
         more["num_tokens"] = tokens
-    context = random(1, tokens, BACKBONES[family].context_width).requires_grad_()
+    context = random(1, tokens, backbone.context_width).requires_grad_()
     return module(random(1, 16, *frames, side, side), torch.tensor([0.5], dtype=dtype), context, **more)
 
 

@@ -2,6 +2,27 @@
 
 import torch
 
+FLUX = dict(
+    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
+    mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+    qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+)  # fmt: skip
+CONFIGS = {  # of full width and one layer
+    "flux": FLUX,
+    "longcat_image": FLUX | dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2]),
+    "flux2": dict(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=15360, hidden_size=6144,
+        mlp_ratio=3.0, num_heads=48, depth=1, depth_single_blocks=0, axes_dim=[32] * 4, theta=2000, patch_size=1,
+        qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        default_ref_method="index", ref_index_scale=10.0, txt_ids_dims=[3],
+    ),
+    "qwen_image": dict(in_channels=64, num_layers=1),
+    "omnigen2": dict(
+        axes_dim_rope=[40, 40, 40], axes_lens=[1024, 1664, 1664], ffn_dim_multiplier=None, hidden_size=2520,
+        in_channels=16, multiple_of=256, norm_eps=1e-05, num_attention_heads=21, num_kv_heads=7, num_layers=1,
+        num_refiner_layers=1, out_channels=None, patch_size=2, text_feat_dim=2048, timestep_scale=1000.0,
+    ),
+}  # fmt: skip
 FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2", "longcat_image")
 TINY = {
     "flux": dict(
@@ -15,74 +36,6 @@ TINY = {
         num_layers=2, num_refiner_layers=1,
     ),
 }  # fmt: skip
-
-
-def _config(family: str) -> dict:
-    if family == "flux":
-        return dict(
-            image_model="flux",
-            in_channels=16,
-            out_channels=16,
-            vec_in_dim=768,
-            context_in_dim=4096,
-            hidden_size=3072,
-            mlp_ratio=4.0,
-            num_heads=24,
-            depth=1,
-            depth_single_blocks=1,
-            axes_dim=[16, 56, 56],
-            theta=10000,
-            patch_size=2,
-            qkv_bias=True,
-            guidance_embed=True,
-            txt_ids_dims=[],
-        )
-    if family == "flux2":
-        return dict(
-            image_model="flux2",
-            in_channels=128,
-            out_channels=128,
-            vec_in_dim=None,
-            context_in_dim=15360,
-            hidden_size=6144,
-            mlp_ratio=3.0,
-            num_heads=48,
-            depth=1,
-            depth_single_blocks=0,
-            axes_dim=[32] * 4,
-            theta=2000,
-            patch_size=1,
-            qkv_bias=False,
-            guidance_embed=True,
-            global_modulation=True,
-            mlp_silu_act=True,
-            ops_bias=False,
-            default_ref_method="index",
-            ref_index_scale=10.0,
-            txt_ids_dims=[3],
-        )
-    if family == "longcat_image":
-        changes = dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2])
-        return _config("flux") | changes
-    if family == "qwen_image":
-        return dict(in_channels=64, num_layers=1)
-    return dict(
-        axes_dim_rope=[40, 40, 40],
-        axes_lens=[1024, 1664, 1664],
-        ffn_dim_multiplier=None,
-        hidden_size=2520,
-        in_channels=16,
-        multiple_of=256,
-        norm_eps=1e-05,
-        num_attention_heads=21,
-        num_kv_heads=7,
-        num_layers=1,
-        num_refiner_layers=1,
-        out_channels=None,
-        patch_size=2,
-        text_feat_dim=2048,
-        timestep_scale=1000.0,
-    )
 
 
 def _class(family: str):
@@ -101,13 +54,15 @@ def state_dict(family: str) -> dict[str, torch.Tensor]:
     return _random(build(family), torch.bfloat16)
 
 
-def build(family: str, sizes: dict | None = None, dtype=torch.bfloat16):
+def build(family: str, sizes: dict | None = None, dtype=torch.bfloat16, operations=None):
+    """The host's own class on the meta device."""
     import comfy.ops
 
-    config = _config(family) | (sizes or {})
+    config = CONFIGS[family] | (sizes or {})
     if not _takes_txt_ids():
         config.pop("txt_ids_dims", None)
-    return _class(family)(**config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
+    operations = operations or comfy.ops.disable_weight_init
+    return _class(family)(**config, device="meta", dtype=dtype, operations=operations)
 
 
 def on_this_host(family: str) -> bool:

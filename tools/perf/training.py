@@ -69,7 +69,7 @@ def gradient_error(family: str) -> float:
     modality = torch.tensor([[Modality.TEXT] * 4 + [Modality.IMAGE] * 6]).to(torch.uint8)
     index = torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16)
     features = Features(random(1, 5, 10, 128), tuple(range(5)), modality, index, torch.ones(1, 10).bool(), info)
-    frames = (1,) if family == "qwen_image" else ()
+    frames = (1,) * (backbone.family.latent_dimensions - 2)
     noisy, target = (random(1, backbone.latent_channels, *frames, 16, 16) for _ in range(2))
     reference = random(1, backbone.latent_channels, *frames, 8, 12)
     method, guidance = backbone.family.default_placement, 1.0 if backbone.family.takes_guidance else None

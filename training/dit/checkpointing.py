@@ -68,18 +68,18 @@ def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves, layout = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
         def block(tensors: Sequence[Tensor]):
             inputs = list(leaves)
-            for place, tensor in zip(places, tensors):
-                inputs[place] = tensor.clone()
+            for index, tensor in zip(indices, tensors):
+                inputs[index] = tensor.clone()
             args, kwargs = tree_unflatten(inputs, layout)
             return forward(*args, **kwargs)
 
-        out = _Recompute.apply(block, len(places), *(leaves[i] for i in places), *parameters)
-        for place in places:
-            leaves[place] = None  # kept by the function, which knows when they are done with
+        out = _Recompute.apply(block, len(indices), *(leaves[i] for i in indices), *parameters)
+        for index in indices:
+            leaves[index] = None  # kept by the function, which knows when they are done with
         return out
 
     return run

@@ -261,11 +261,11 @@ def fits(
 
 
 def _first_that_fits(steps: dict[tuple, Estimate], mllm: MLLMSizes, card: int) -> str:
-    """The settings nearest to full precision, then to no checkpointing, that a card has room for."""
-    room = card * GIB * USABLE
+    """The settings nearest to full precision, then to no checkpointing, that fit a card."""
+    usable = card * GIB * USABLE
     for (weight, optimizer, again), step in steps.items():
-        if step.total <= room:
+        if step.total <= usable:
             words = [STORAGES[weight], OPTIMIZER_NAMES[optimizer], *(["checkpointing"] if again else [])]
-            words += ["features cached"] if encoding(mllm, step) > room else []
+            words += ["features cached"] if encoding(mllm, step) > usable else []
             return ", ".join(words)
     return "no"

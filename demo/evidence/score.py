@@ -63,9 +63,10 @@ class Scores:
         out["view error"] = mean_interval(self.view_error)
         return out | {name: share_interval(self.shares(name)) for name in ("follows", "coarse", "fine")}
 
-    def select(self, mask: Tensor) -> Scores:
-        """The cases where `mask` (n,) is true."""
-        return Scores(*(getattr(self, field.name)[mask] for field in fields(self)))
+    def select(self, mask: Tensor) -> Scores | None:
+        """The cases where `mask`, (n,) or of more cases than were drawn, is true; None where there is none."""
+        mask = mask[: len(self.angles)]
+        return Scores(*(getattr(self, field.name)[mask] for field in fields(self))) if mask.any() else None
 
     def shares(self, column: str) -> Tensor:
         """(n,) in 0..1: recall, follows, coarse or fine of each case."""

@@ -85,6 +85,7 @@ def test_metrics_of_known_readings():
     assert "undecided" in verdict(follows, copies, "coarse") and "not measured" in verdict(None, copies, "coarse")
     assert paired_difference(copies, follows, "fine") == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     assert torch.equal(copies.shares("fine"), torch.ones(80).double())
+    assert len(copies.select(torch.ones(200) > 0).angles) == 80  # a quick look draws fewer cases than there are
 
 
 def test_rows_have_keys_of_their_own():

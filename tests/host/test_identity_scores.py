@@ -5,6 +5,7 @@ is handed a configuration of that width in place of its own.
 """
 
 import json
+from pathlib import Path
 
 import comfy.clip_vision
 import comfy.sd
@@ -19,13 +20,12 @@ from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder, HostCLI
 from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 from subject_dla.nodes.identity import SubjectIdentityScores
 
-from .conftest import COMFYUI
-
 TEXT = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, eos_token_id=49407)
 SMALL = TEXT | dict(hidden_act="quick_gelu")
 VISION = dict(hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=48, patch_size=14)
 PROMPTS = ["a (red:1.5) cat in the snow", "the same cat, seen from behind", "word " * 90]
 FILE = "clip/model.safetensors"
+TOKENIZER = Path(comfy.__path__[0]) / "sd1_tokenizer"
 REAL = comfy.clip_vision.ClipVisionModel
 
 
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
         "dino": build(dino, transformers.ViTModel, root / "dino-vits16", 2, add_pooling_layer=False),
     }
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        (root / "clip" / name).write_bytes((COMFYUI / "comfy" / "sd1_tokenizer" / name).read_bytes())
+        (root / "clip" / name).write_bytes((TOKENIZER / name).read_bytes())
     sizes = {
         "clip": VISION | dict(hidden_act="quick_gelu", image_size=224, num_channels=3, projection_dim=64),
         "dinov2": dinov2 | dict(use_swiglu_ffn=False, layer_norm_eps=1e-6, image_mean=DINO.mean, image_std=DINO.std),

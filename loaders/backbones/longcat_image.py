@@ -14,6 +14,7 @@ BACKBONE = Backbone(
     keys=("txt_in.weight", "img_in.weight", "double_blocks.0.img_attn.qkv.weight"),
     absent_keys=(
         "double_stream_modulation_img.lin.weight",
+        "distilled_guidance_layer.in_proj.weight",  # Chroma's
         "vector_in.in_layer.weight",
         "txt_norm.weight",
         "txt_norm.scale",

@@ -141,6 +141,12 @@ def test_a_file_is_told_by_its_keys(family, prefix):
     assert backbone_of_keys(keys, "other.") is None
 
 
+def test_a_file_of_chroma_is_none_of_these():
+    """Its blocks are FLUX.1's, without a pooled vector."""
+    keys = {*build("flux").state_dict(), "distilled_guidance_layer.in_proj.weight"}
+    assert backbone_of_keys(keys) is backbone_of_keys(keys - {"vector_in.in_layer.weight"}) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_width(monkeypatch, family):
     """Once for each family, at the widths of the release: the two identities, and the context left out."""

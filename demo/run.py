@@ -4,8 +4,6 @@
 {"images": [paths], "sheet": path, "seconds": s, "host": version, "workflow": name}
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

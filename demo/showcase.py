@@ -1,7 +1,5 @@
 """The demo's sheet: toys that the family has never seen, each asked for in a new view, under three schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path

@@ -3,8 +3,6 @@
 It uses the pack's own encoder, aggregator and staged sampling, and the host's sampler.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict

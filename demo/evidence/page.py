@@ -1,7 +1,5 @@
 """The evidence's page as a markdown document: tables of metrics with 95 % intervals, verdicts on claims, pictures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image

@@ -3,8 +3,6 @@
 Pairs of weights that do not ship have theirs in `recorded.json`, as drawn when they were trained.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ paper's thresholds on raw flow time. The headline is `view` under the paper's th
 clock.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 nox -s evidence                  writes docs/evidence.md; the last line of standard output is one JSON object
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

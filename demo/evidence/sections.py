@@ -1,7 +1,5 @@
 """What the evidence's page says, section by section."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

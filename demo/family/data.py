@@ -6,8 +6,6 @@ writes OUT/{training,pairs,validation,test}.json (UNO's format, with a descripti
 OUT/pictures/*.png, all of them a function of the seed. The functions below read them again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -1,7 +1,5 @@
 """The demo's VAE outside the host's loader, for many pictures at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Files, sizes and the DiT's configuration of the demo's family of models, which docs/demo-family.md describes."""
 
-from __future__ import annotations
-
 from ...common.bootstrap import ROOT
 
 MODELS = ROOT / "demo" / "models"  # with ComfyUI's sub-folders

@@ -3,8 +3,6 @@
 A step is a function of the seed and its number, and checkpoints are atomic: the same command resumes a stopped run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The demo's MLLM as a Hugging Face folder, without its weights: configuration, preprocessor, tokenizer of words."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """What the demo's MLLM is trained on: prompts about pictures of toys, each with its answer."""
 
-from __future__ import annotations
-
 import random
 
 from . import world

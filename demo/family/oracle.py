@@ -3,8 +3,6 @@
 Trained on renders (demo/family/train_oracle.py); its errors on renders of held-out toys are the floor of every metric.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Every toy is made of prisms (a wooden pull-toy): a profile in the plane of lengt
 The toy faces -y, x is its width, z up, in units of half its length.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from math import cos, pi, radians, sin
 

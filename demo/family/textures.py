@@ -1,7 +1,5 @@
 """The pictures that are laid on the demo's toys (decals, patterns, shadow) and behind them (places)."""
 
-from __future__ import annotations
-
 from math import cos, pi, sin
 
 import numpy as np

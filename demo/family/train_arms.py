@@ -5,8 +5,6 @@
 reads RUN/models, writes RUN/models/{dla,loras}/ARM.safetensors; the same command resumes a stopped run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

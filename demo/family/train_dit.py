@@ -6,8 +6,6 @@ reads RUN/models/vae and RUN/models/mllm, writes RUN/models/diffusion_models (fp
 last layer, as in Qwen-Image.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

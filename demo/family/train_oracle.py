@@ -5,8 +5,6 @@
 reads RUN/models/vae, writes RUN/oracle.safetensors (fp16) with its own errors on pictures of the test split.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

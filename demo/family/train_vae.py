@@ -6,8 +6,6 @@ writes RUN/models/vae (fp16). Latents have FLUX.1's 16 channels at an eighth of 
 standard deviation is 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ faces the camera, at 90 it faces image-left; polar is the camera's elevation, in
 paper's data are not public.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import asdict, dataclass

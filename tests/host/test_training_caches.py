@@ -49,10 +49,10 @@ def build_vae(kind, seed=0):
     """As the host's loader node makes it: under inference mode."""
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         if kind == "flux":
-            shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16}, own=False)
+            shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
         else:
             shapes, real = (
-                host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | SMALL, own=False),
+                host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | SMALL),
                 comfy.ldm.wan.vae.WanVAE,
             )
             patch.setattr(

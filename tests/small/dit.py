@@ -1,5 +1,7 @@
 """Random DiTs in the host's own layouts, of full width and one layer or tiny, through its own detection and loaders."""
 
+from dataclasses import fields
+
 import torch
 
 FLUX = dict(
@@ -9,21 +11,21 @@ FLUX = dict(
 )  # fmt: skip
 CONFIGS = {  # of full width and one layer
     "flux": FLUX,
-    "longcat_image": FLUX | dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2]),
-    "flux2": dict(
-        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=15360, hidden_size=6144,
-        mlp_ratio=3.0, num_heads=48, depth=1, depth_single_blocks=0, axes_dim=[32] * 4, theta=2000, patch_size=1,
-        qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True, ops_bias=False,
-        default_ref_method="index", ref_index_scale=10.0, txt_ids_dims=[3],
-    ),
     "qwen_image": dict(in_channels=64, num_layers=1),
     "omnigen2": dict(
         axes_dim_rope=[40, 40, 40], axes_lens=[1024, 1664, 1664], ffn_dim_multiplier=None, hidden_size=2520,
         in_channels=16, multiple_of=256, norm_eps=1e-05, num_attention_heads=21, num_kv_heads=7, num_layers=1,
         num_refiner_layers=1, out_channels=None, patch_size=2, text_feat_dim=2048, timestep_scale=1000.0,
     ),
+    "flux2": FLUX | dict(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=15360, hidden_size=6144,
+        mlp_ratio=3.0, num_heads=48, depth_single_blocks=0, axes_dim=[32] * 4, theta=2000, patch_size=1, qkv_bias=False,
+        global_modulation=True, mlp_silu_act=True, ops_bias=False, default_ref_method="index", ref_index_scale=10.0,
+        txt_ids_dims=[3],
+    ),
+    "longcat_image": FLUX | dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2]),
 }  # fmt: skip
-FAMILIES = ("flux", "qwen_image", "omnigen2", "flux2", "longcat_image")
+FAMILIES = tuple(CONFIGS)
 TINY = {
     "flux": dict(
         hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], context_in_dim=24, vec_in_dim=8, depth=2, depth_single_blocks=1
@@ -38,31 +40,23 @@ TINY = {
 }  # fmt: skip
 
 
-def _class(family: str):
+def build(family: str, sizes=(), dtype=torch.bfloat16, operations=None) -> torch.nn.Module:
+    """The host's own class, on the meta device."""
     import comfy.ldm.flux.model
     import comfy.ldm.omnigen.omnigen2
     import comfy.ldm.qwen_image.model
-
-    return {
-        "qwen_image": comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
-        "omnigen2": comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel,
-    }.get(family, comfy.ldm.flux.model.Flux)
-
-
-def state_dict(family: str) -> dict[str, torch.Tensor]:
-    """Random weights under the keys of the host's own class (built on the meta device)."""
-    return _random(build(family), torch.bfloat16)
-
-
-def build(family: str, sizes: dict | None = None, dtype=torch.bfloat16, operations=None):
-    """The host's own class on the meta device."""
     import comfy.ops
 
-    config = CONFIGS[family] | (sizes or {})
-    if not _takes_txt_ids():
+    config = CONFIGS[family] | dict(sizes)
+    # hosts before FLUX-like models with text positions don't know the parameter
+    if "txt_ids_dims" not in {field.name for field in fields(comfy.ldm.flux.model.FluxParams)}:
         config.pop("txt_ids_dims", None)
-    operations = operations or comfy.ops.disable_weight_init
-    return _class(family)(**config, device="meta", dtype=dtype, operations=operations)
+    classes = {
+        "qwen_image": comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
+        "omnigen2": comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel,
+    }
+    model = classes.get(family, comfy.ldm.flux.model.Flux)
+    return model(**config, device="meta", dtype=dtype, operations=operations or comfy.ops.disable_weight_init)
 
 
 def on_this_host(family: str) -> bool:
@@ -72,15 +66,6 @@ def on_this_host(family: str) -> bool:
     from ...loaders.backbones import BACKBONES
 
     return hasattr(comfy.model_base, BACKBONES[family].host_class)
-
-
-def _takes_txt_ids() -> bool:
-    """Hosts before FLUX-like models with text positions don't know the parameter."""
-    import dataclasses
-
-    import comfy.ldm.flux.model
-
-    return "txt_ids_dims" in {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
 
 
 def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torch.Tensor]:
@@ -95,41 +80,30 @@ def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torc
     return out
 
 
-def one_layer_detection(monkeypatch) -> None:
-    """OmniGen2's depth is written into the host's detection: tests shorten it there, and nothing else."""
+def load(family: str, monkeypatch):
+    """MODEL of full width and one layer, through the host's own detection and loader."""
     import comfy.model_detection as detection
+    import comfy.sd
 
     original = detection.detect_unet_config
 
-    def shortened(*args, **kwargs):
+    def shortened(*args, **kwargs):  # OmniGen2's depth is written into the host's detection
         config = original(*args, **kwargs)
         if config and config.get("image_model") == "omnigen2":
             config.update(num_layers=1, num_refiner_layers=1)
         return config
 
     monkeypatch.setattr(detection, "detect_unet_config", shortened)
-
-
-def load(family: str, monkeypatch):
-    """MODEL of full width and one layer, through the host's own detection and loader."""
-    import comfy.sd
-
-    one_layer_detection(monkeypatch)
-    return comfy.sd.load_diffusion_model_state_dict(state_dict(family))
+    return comfy.sd.load_diffusion_model_state_dict(_random(build(family), torch.bfloat16))
 
 
 def tiny(family: str, seed: int = 0, **sizes):
-    """MODEL of a few channels and two layers, for what needs many runs.
-
-    The host's own class and detection, with the sizes laid over it that the host knows by heart (as `unet_config` does
-    in a file).
-    """
+    """MODEL of a few channels and two layers; what the host knows by heart is passed as a file's `unet_config`."""
     from ...loaders.dit import build_dit
 
     sizes = TINY[family] | sizes
-    return build_dit(
-        _random(build(family, sizes, torch.float32), torch.float32, seed, 0.2), sizes, {}, f"tiny {family}"
-    )
+    weights = _random(build(family, sizes, torch.float32), torch.float32, seed, 0.2)
+    return build_dit(weights, sizes, {}, f"tiny {family}")
 
 
 def tiny_flux(context_width: int = 24, seed: int = 0, **sizes):

@@ -18,7 +18,7 @@ VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 151652, 151653, 151655, 151656
 IMG_CONTEXT = 151667
 
 
-def build_qwen25vl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_heads=2, vision_width=32, vision_heads=2,
+def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, vision_width=32, vision_heads=2,
                    vision_layers=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:  # fmt: skip
     """Qwen2.5-VL as Qwen/Qwen2.5-VL-7B-Instruct lays it out: flat config, keys "model.layers…", "visual…"."""
     config = {
@@ -45,10 +45,10 @@ def build_qwen25vl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_he
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
     layout = {"language_model.": "model."}
-    return _build(folder, tokenizer, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
+    return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_qwen3vl(folder, tokenizer=None, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16,
+def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16,
                   shards=1) -> Path:  # fmt: skip
     """Qwen3-VL as Qwen/Qwen3-VL-8B-Instruct lays it out: keys "model.language_model…", DeepStack."""
     config = {
@@ -77,10 +77,10 @@ def build_qwen3vl(folder, tokenizer=None, *, width=64, layers=4, heads=4, kv_hea
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     }  # fmt: skip
     layout = {"language_model.": "model.language_model.", "visual.": "model.visual."}
-    return _build(folder, tokenizer, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
+    return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_internvl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_heads=2, tile=56, seed=0,
+def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, tile=56, seed=0,
                    dtype=torch.bfloat16, shards=1) -> Path:  # fmt: skip
     """InternVL3 as OpenGVLab/InternVL3-8B-hf lays it out: "language_model.model…", "vision_tower…", projector."""
     config = {
@@ -114,39 +114,36 @@ def build_internvl(folder, tokenizer=None, *, width=64, layers=3, heads=4, kv_he
     }  # fmt: skip
     more = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
     layout = {"language_model.": "language_model.model."}
-    return _build(
-        folder, tokenizer, config, processor, layout, "language_model.lm_head.weight", more, seed, dtype, shards
-    )
+    head = "language_model.lm_head.weight"
+    return _build(folder, config, processor, layout, head, more, seed, dtype, shards)
 
 
-def _build(folder, tokenizer, config, processor, layout, head, more_tokens, seed, dtype, shards) -> Path:
+def _build(folder, config, processor, layout, head, more_tokens, seed, dtype, shards) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.json", config)
     _write(folder / "preprocessor_config.json", processor)
-    _write_tokenizer(folder, _tokenizer_files(tokenizer), more_tokens, processor["processor_class"])
+    source = Path(os.environ["COMFYUI_PATH"], "comfy", "text_encoders", "qwen25_tokenizer")  # the host's own
+    _write_tokenizer(folder, source, more_tokens, processor["processor_class"])
     import transformers
 
     model_config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     with torch.device("meta"):
-        shapes = {
-            key: value.shape for key, value in transformers.AutoModel.from_config(model_config).state_dict().items()
-        }
+        state = transformers.AutoModel.from_config(model_config).state_dict()
     text = config.get("text_config", config)
+    shapes = {key: value.shape for key, value in state.items()}
     shapes["lm_head.weight"] = torch.Size((text["vocab_size"], text["hidden_size"]))
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for key, shape in shapes.items():
-        weights[_published(key, layout, head)] = _random(key, shape, generator).to(dtype).contiguous()
+    weights = {_published(key, layout, head): _random(key, shape, generator).to(dtype) for key, shape in shapes.items()}
     _save(folder, weights, shards)
     return folder
 
 
 def _random(key, shape, generator):
     noise = torch.randn(shape, generator=generator)
-    if re.search(r"norm\w*\.weight$|ln_q\.weight$|layer_norm\.weight$|layernorm_\w+\.weight$", key):
+    if re.search(r"(norm\w*|ln_q)\.weight$", key):
         return 1 + 0.1 * noise
-    if key.endswith("lambda_1") or key.endswith("lambda_2"):
+    if key.endswith(("lambda_1", "lambda_2")):
         return 0.5 + 0.1 * noise
     if noise.ndim < 2 or "cls_token" in key or "position_embeddings" in key:
         return 0.1 * noise
@@ -156,9 +153,7 @@ def _random(key, shape, generator):
 
 
 def _published(key, layout, head):
-    if key == "lm_head.weight":
-        return head
-    for ours, theirs in layout.items():
+    for ours, theirs in {"lm_head.weight": head, **layout}.items():
         if key.startswith(ours):
             return theirs + key[len(ours) :]
     return key
@@ -178,13 +173,6 @@ def _save(folder, weights, shards):
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
 
 
-def _tokenizer_files(tokenizer) -> Path:
-    """The host's own Qwen2.5 tokenizer, unless another folder with vocab.json and merges.txt is given."""
-    if tokenizer is not None:
-        return Path(tokenizer)
-    return Path(os.environ["COMFYUI_PATH"]) / "comfy" / "text_encoders" / "qwen25_tokenizer"
-
-
 def _write_tokenizer(folder, source, more, processor):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -193,12 +181,9 @@ def _write_tokenizer(folder, source, more, processor):
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     added = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
     last = 151664  # of Qwen2.5; InternVL's own follow
@@ -207,10 +192,8 @@ def _write_tokenizer(folder, source, more, processor):
     decoder = {}
     for index, token in enumerate(tokens, VOCABULARY):
         tokenizer.add_tokens([AddedToken(token["content"], special=token["special"], normalized=False)])
-        if tokenizer.token_to_id(token["content"]) != index:
-            raise RuntimeError(
-                f"{token['content']} became {tokenizer.token_to_id(token['content'])}, expected {index}."
-            )
+        if (found := tokenizer.token_to_id(token["content"])) != index:
+            raise RuntimeError(f"{token['content']} became {found}, expected {index}.")
         decoder[str(index)] = {**token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -62,20 +61,3 @@ def small_recipe(models: dict[str, str], data: Path, /, **changes) -> dict:
     for section, entries in changes.items():
         recipe.setdefault(section, {}).update(entries)
     return recipe
-
-
-def write_list(folder: Path) -> Path:
-    """The painted subjects as a UNO-style list."""
-    entries = []
-    for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for view in range(2):
-            entries.append(
-                {
-                    "prompt": (subject / f"{view}.txt").read_text(encoding="utf-8"),
-                    "image_paths": [f"{subject.name}/2.png"],
-                    "image_tgt_path": f"{subject.name}/{view}.png",
-                }
-            )
-    path = folder / "list.json"
-    path.write_text(json.dumps(entries), encoding="utf-8")
-    return path

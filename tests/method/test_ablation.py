@@ -2,35 +2,25 @@
 
 import pytest
 import torch
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, ImageGrid, MLLMInfo, Modality, aggregate
+from subject_dla.dla import DLAConfig, DualLayerAggregator, ImageGrid, MLLMInfo, Modality, aggregate
 from subject_dla.dla.ablation import ablate, groups, parse_layers, sweep, zeroed_layers
+from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=16)
 
 
-def make_features(layers=tuple(range(6)), image=True) -> Features:
-    generator = torch.Generator().manual_seed(0)
-    modality = torch.tensor([[2, 0, 1, 1, 0, 2, 2], [2, 1, 0, 0, 2, 0, 2]], dtype=torch.uint8)
+def make_features(layers=tuple(range(6)), image=True):
+    modality = [[2, 0, 1, 1, 0, 2, 2], [2, 1, 0, 0, 2, 0, 2]]
     if not image:
-        modality[modality == Modality.IMAGE] = Modality.TEXT
-    mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[1, 5:] = False
-    return Features(
-        torch.randn(2, len(layers), 7, 16, generator=generator).to(torch.bfloat16),
-        layers,
-        modality,
-        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
-        mask,
-        INFO,
-        prefix=(1, 1),
-        grids=((ImageGrid(1, 2),), (ImageGrid(1, 1),)) if image else ((), ()),
-    )
+        modality = [[0 if kind == 1 else kind for kind in row] for row in modality]
+    grids = ((ImageGrid(1, 2),), (ImageGrid(1, 1),)) if image else ((), ())
+    mask = [[1] * 7, [1] * 5 + [0] * 2]
+    return random_features(modality, INFO, layers, mask, torch.bfloat16, prefix=(1, 1), grids=grids)
 
 
 def test_the_papers_groups_are_its_own_at_28_layers_and_cover_every_other_depth_once():
-    assert groups(28) == {
-        "early": tuple(range(10)), "middle": tuple(range(10, 20)), "late": tuple(range(20, 29)),
-    }  # fmt: skip
+    parts = {"early": range(10), "middle": range(10, 20), "late": range(20, 29)}
+    assert groups(28) == {name: tuple(layers) for name, layers in parts.items()}
     assert groups(3) == {"early": (0,), "middle": (1, 2), "late": (3,)}
     for top in range(1, 100):
         parts = groups(top)
@@ -108,13 +98,9 @@ def test_the_last_layer_is_all_that_a_new_dla_loses():
 
 def test_a_sweep_is_every_group_zeroed_and_kept_per_modality():
     trials = list(sweep(28))
-    assert [trial.label for trial in trials] == [
-        "untouched",
-        *(f"text: layers {part} zeroed" for part in ("0-9", "10-19", "20-28")),
-        *(f"text: layers {part} kept alone" for part in ("0-9", "10-19", "20-28")),
-        *(f"image: layers {part} zeroed" for part in ("0-9", "10-19", "20-28")),
-        *(f"image: layers {part} kept alone" for part in ("0-9", "10-19", "20-28")),
-    ]
+    parts = [f"layers {part} {mode}" for mode in ("zeroed", "kept alone") for part in ("0-9", "10-19", "20-28")]
+    labels = [f"{modality}: {part}" for modality in ("text", "image") for part in parts]
+    assert [trial.label for trial in trials] == ["untouched", *labels]
     for trial in trials[1:]:
         modality, part = trial.label.split(": layers ")
         touched, other = (trial.text, trial.image) if modality == "text" else (trial.image, trial.text)

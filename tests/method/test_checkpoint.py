@@ -9,17 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from subject_dla.dla import (
-    DLACheckpointError,
-    DLAConfig,
-    DualLayerAggregator,
-    Features,
-    MLLMInfo,
-    describe,
-    load_dla,
-    read_config,
-    save_dla,
-)
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
+from subject_dla.dla.checkpoint import DLACheckpointError, describe, load_dla, read_config, save_dla
+from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=16, drop_leading_template=False)
 CONFIG = DLAConfig(INFO, 24, "flux", heads=4, provenance={"steps": 5})
@@ -42,9 +34,7 @@ def saved(path, config=CONFIG, dtype=torch.float32):
     ],
 )
 def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
-    config = DLAConfig(
-        **{"mllm": INFO, "context_width": 24, "dit": "flux", "heads": 4, "provenance": {"a": [1]}, **changes}
-    )
+    config = replace(CONFIG, provenance={"a": [1]}, **changes)
     dla = DualLayerAggregator(config, dtype=dtype)
     with torch.no_grad():
         for parameter in dla.parameters():
@@ -55,9 +45,7 @@ def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
     assert os.listdir(tmp_path) == ["a.safetensors"]  # nothing temporary stays
     for key, value in dla.state_dict().items():
         assert loaded.state_dict()[key].dtype == dtype and torch.equal(loaded.state_dict()[key], value)
-    kinds = torch.tensor([[0, 1]], dtype=torch.uint8)
-    index, mask = torch.tensor([[-1, 0]], dtype=torch.int16), torch.ones(1, 2, dtype=torch.bool)
-    features = Features(torch.randn(1, 4, 2, 16), (0, 1, 2, 3), kinds, index, mask, INFO)
+    features = random_features([[0, 1]], INFO)
     assert torch.equal(loaded(features), dla(features))
 
 
@@ -81,69 +69,55 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 def test_describe_tells_what_it_belongs_to():
     text = describe(CONFIG)
-    for part in ("tiny (internvl, 3 layers, width 16)", "context width 24, for flux", "dual", "layers 0-3", "steps 5"):
-        assert part in text
+    parts = ("tiny (internvl, 3 layers, width 16)", "context width 24, for flux", "dual", "layers 0-3", "steps 5")
+    assert all(part in text for part in parts), text
 
 
-# ---- damage: each writes one wrong file, and names the words that must be in its message
+# Damage: each writes one wrong file, and names the words that must be in its message.
 
 
 def write_bytes(content):
     return lambda path: path.write_bytes(content)
 
 
-def cut(keep):
+def write_tensor(key):
+    return lambda path: save_file({key: torch.zeros(2)}, path)
+
+
+def edit(change):
+    """The bytes of a good file changed."""
+
     def damage(path):
         saved(path)
-        content = path.read_bytes()
-        path.write_bytes(content[: keep(content)])
+        path.write_bytes(change(path.read_bytes()))
 
     return damage
 
 
-def header_end(content):
-    return 8 + struct.unpack("<Q", content[:8])[0]
+def metadata(value, change=lambda tensors: tensors):
+    """Another metadata block, and other weights."""
+
+    def damage(path):
+        saved(path)
+        save_file(change(load_file(path)), path, metadata=value)
+
+    return damage
 
 
 def state(change):
-    """Weights changed by `change(dict)`, config as it was."""
-
-    def damage(path):
-        saved(path)
-        tensors = load_file(path)
-        save_file(change(tensors) or tensors, path, metadata={"subject_dla": json.dumps(CONFIG.to_dict())})
-
-    return damage
+    return metadata({"subject_dla": json.dumps(CONFIG.to_dict())}, change)
 
 
 def config(**changes):
-    """Config entries changed ("mllm.width" inside mllm; ... = taken out), weights as they were."""
-
-    def damage(path):
-        saved(path)
-        values = CONFIG.to_dict()
-        for name, value in changes.items():
-            values.pop(name) if value is ... else values.update({name: value})
-        save_file(load_file(path), path, metadata={"subject_dla": json.dumps(values)})
-
-    return damage
-
-
-def metadata(value):
-    def damage(path):
-        saved(path)
-        save_file(load_file(path), path, metadata=value)
-
-    return damage
-
-
-def renamed_zip(path):
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
+    """Config entries changed (... = taken out), weights as they were."""
+    values = {key: value for key, value in {**CONFIG.to_dict(), **changes}.items() if value is not ...}
+    return metadata({"subject_dla": json.dumps(values)})
 
 
 def with_value(key, value):
     def change(tensors):
         tensors[key].view(-1)[:2] = value
+        return tensors
 
     return state(change)
 
@@ -153,31 +127,21 @@ DAMAGED = {
     "empty": (write_bytes(b""), ["is empty", "0 bytes"]),
     "folder": (lambda path: path.mkdir(), ["is a folder"]),
     "web page": (write_bytes(b"\n<!DOCTYPE html><html>Sign in</html>"), ["web page", "login"]),
-    "git lfs pointer": (
-        write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        ["Git LFS pointer"],
-    ),
-    "renamed .pt": (renamed_zip, ["zip archive", ".pt"]),
+    "lfs pointer": (write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["Git LFS pointer"]),
+    "renamed .pt": (lambda path: torch.save({"state_dict": {"a": torch.zeros(1)}}, path), ["zip archive", ".pt"]),
     "renamed pickle": (write_bytes(pickle.dumps({"a": 1}, protocol=2)), ["a pickle", ".ckpt"]),
     "renamed gguf": (write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64)), ["GGUF"]),
     "not safetensors": (write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)), ["not a .safetensors file", "PNG"]),
-    "header cut off": (cut(lambda content: 60), ["cut off inside its header", "60 bytes"]),
+    "header cut off": (edit(lambda content: content[:60]), ["cut off inside its header", "60 bytes"]),
     "header damaged": (write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2,'), ["damaged .safetensors header"]),
-    "data cut off": (cut(lambda content: len(content) - 100), ["is cut off: ", "expected"]),
-    "data appended": (lambda path: (saved(path), path.write_bytes(path.read_bytes() + b"0")), ["bytes too many"]),
+    "data cut off": (edit(lambda content: content[:-100]), ["is cut off: ", "expected"]),
+    "data appended": (edit(lambda content: content + b"0"), ["bytes too many"]),
     "no metadata": (metadata(None), ["no entry 'subject_dla'", "save_dla"]),
-    "a LoRA": (
-        lambda path: save_file({"double_blocks.0.lora_A.weight": torch.zeros(2)}, path),
-        ["looks like a LoRA", "models/loras"],
-    ),
+    "a LoRA": (write_tensor("double_blocks.0.lora_A.weight"), ["looks like a LoRA", "models/loras"]),
     "a DiT": (
-        lambda path: save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, path),
-        ["looks like a diffusion model", "models/diffusion_models"],
+        write_tensor("double_blocks.0.img_attn.qkv.weight"), ["looks like a diffusion model", "models/diffusion_models"]
     ),
-    "an MLLM": (
-        lambda path: save_file({"model.embed_tokens.weight": torch.zeros(2)}, path),
-        ["looks like a language model"],
-    ),
+    "an MLLM": (write_tensor("model.embed_tokens.weight"), ["looks like a language model"]),
     "metadata no JSON": (metadata({"subject_dla": "{'heads': 8}"}), ["is not JSON"]),
     "metadata no object": (metadata({"subject_dla": "[1, 2]"}), ["is [1, 2]", "expected a JSON object"]),
     "newer format": (config(format_version=2), ["format_version is 2", "expected 1"]),
@@ -198,8 +162,7 @@ DAMAGED = {
         ["pooling.image.scores.weight", "other names", "expected 'pooling.image.score.weight'"],
     ),
     "prefixed keys": (
-        state(lambda tensors: {"module." + k: v for k, v in tensors.items()}),
-        ["all keys begin with 'module'"],
+        state(lambda tensors: {"module." + k: v for k, v in tensors.items()}), ["all keys begin with 'module'"]
     ),
     "wrong shape": (
         state(lambda tensors: {**tensors, SCORE: torch.zeros(1, 15)}),
@@ -207,12 +170,11 @@ DAMAGED = {
     ),
     "config of another": (config(context_width=32), ["project.weight has shape [24, 16], expected [32, 16]"]),
     "whole numbers": (
-        state(lambda tensors: {**tensors, QKV: tensors[QKV].to(torch.int8)}),
-        [f"{QKV} has dtype I8", "F32"],
+        state(lambda tensors: {**tensors, QKV: tensors[QKV].to(torch.int8)}), [f"{QKV} has dtype I8", "F32"]
     ),
     "NaN": (with_value(SCORE, float("nan")), [f"{SCORE} has 2 of 16", "NaN or infinite"]),
     "infinite": (with_value(QKV, float("-inf")), [f"{QKV} has 2 of 768", "NaN or infinite"]),
-}
+}  # fmt: skip
 
 
 def message(path, damage):
@@ -226,10 +188,8 @@ def message(path, damage):
 def test_a_damaged_file_says_what_is_wrong_with_it(tmp_path, name):
     damage, words = DAMAGED[name]
     text = message(tmp_path / "broken.safetensors", damage)
-    assert text.startswith("DLA file 'broken.safetensors': ")
-    for word in words:
-        assert word in text
-    assert len(text) < 500
+    assert text.startswith("DLA file 'broken.safetensors': ") and len(text) < 500
+    assert all(word in text for word in words), text
 
 
 def test_no_two_damages_share_a_message(tmp_path):
@@ -254,11 +214,9 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_any_length_of_the_header_is_read(tmp_path):
     """A header of 640 bytes begins a file with a pickle's first two bytes."""
-    seen = set()
+    seen, path = set(), tmp_path / "dla.safetensors"
     for extra in range(0, 4096, 8):
-        path = tmp_path / "dla.safetensors"
-        config = replace(CONFIG, provenance={"note": "x" * extra})
-        save_dla(path, DualLayerAggregator(config))
+        saved(path, replace(CONFIG, provenance={"note": "x" * extra}))
         seen.add(path.read_bytes()[:1])
         assert read_config(path).provenance["note"] == "x" * extra
     assert {b"\x80"} <= seen

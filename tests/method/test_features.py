@@ -4,23 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from subject_dla.dla import Features, ImageGrid, MLLMInfo, Modality, aggregate, kept_tokens
+from subject_dla.dla import ImageGrid, MLLMInfo, Modality, aggregate, kept_tokens
+from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "qwen2_5_vl", layers=4, width=8)
 T, I, M = Modality.TEXT, Modality.IMAGE, Modality.TEMPLATE  # noqa: E741
 
 
-def features(rows, mask=None, info=INFO, prefix=None) -> Features:
-    modality = torch.tensor(rows, dtype=torch.uint8)
-    return Features(
-        torch.randn(len(rows), info.layers + 1, len(rows[0]), info.width),
-        tuple(range(info.layers + 1)),
-        modality,
-        torch.where(modality == I, 0, -1).to(torch.int16),
-        torch.ones_like(modality, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool),
-        info,
-        prefix,
-    )
+def features(rows, mask=None, info=INFO, prefix=None):
+    return random_features(rows, info, mask=mask, prefix=prefix)
 
 
 GOOD = features([[M, T, I]])

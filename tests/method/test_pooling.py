@@ -8,27 +8,18 @@ import sys
 import pytest
 import torch
 from subject_dla.common import bootstrap
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, Modality
+from subject_dla.tests.small.features import random_features
 from torch import nn
 
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=32)
 SMALL_CHUNKS = 40_000  # bytes: two or three tokens at a time
 
 
-def make_features(batch=2, tokens=9, info=INFO, dtype=torch.float32, scale=1.0) -> Features:
-    generator = torch.Generator().manual_seed(1)
-    modality = torch.randint(0, 3, (batch, tokens), generator=generator).to(torch.uint8)
+def make_features(scale=1.0, dtype=torch.float32):
+    modality = torch.randint(0, 3, (2, 9), generator=torch.Generator().manual_seed(1))
     modality[:, :3] = torch.tensor([0, 1, 2])
-    hidden = torch.randn(batch, info.layers + 1, tokens, info.width, generator=generator)
-    hidden[..., 3] *= scale  # one massive channel, as MLLMs have
-    return Features(
-        hidden.to(dtype),
-        tuple(range(info.layers + 1)),
-        modality,
-        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
-        torch.ones(batch, tokens, dtype=torch.bool),
-        info,
-    )
+    return random_features(modality, INFO, scale=scale, dtype=dtype)  # one massive channel, as MLLMs have
 
 
 def make_dla(trained=True, dtype=torch.float32, **config) -> DualLayerAggregator:

@@ -1,0 +1,55 @@
+"""Training lists and benchmark sets are read by one reader: every encoding, every spelling of a path."""
+
+import json
+
+import pytest
+from PIL import Image
+from subject_dla.tools.benchmark.sets import read_prompts, read_set
+from subject_dla.training.data.dataset import read_data
+
+
+def as_training(path):
+    data = read_data(path, validation=0)
+    return data.training, data.problems
+
+
+def as_benchmark(path):
+    found = read_set(path)
+    return found.items, found.problems
+
+
+@pytest.fixture(params=[as_training, as_benchmark])
+def read(request, tmp_path):
+    for name in ("a/0.jpg", "a/1.jpg", "b/0.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), "teal").save(tmp_path / name)
+    return request.param
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_the_same_list_in_every_encoding(tmp_path, read, encoding):
+    """Also UTF-16 with its byte order mark, as Windows writes it; prompt lists too."""
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    prompts = ["eine müde Katze", "eine nasse Katze"]
+    entries = [{"prompt": prompt, "image_path": "a/0.jpg", "image_tgt_path": "a/1.jpg"} for prompt in prompts]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    for suffix, text in ((".json", f"[{','.join(lines)}]"), (".jsonl", "\r\n".join(lines))):
+        path = (tmp_path / "list").with_suffix(suffix)
+        path.write_bytes(mark + text.encode(encoding))
+        examples, problems = read(path)
+        assert [example.prompt for example in examples] == prompts and not problems, suffix
+    (tmp_path / "prompts.txt").write_bytes(mark + "\n".join(prompts).encode(encoding))
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+def test_every_spelling_of_a_path_inside_the_folder(tmp_path, read):
+    """Through a parent folder and back, and from the root of the disk: the same picture under one name."""
+    names = ["a/../a/0.jpg", f"../{tmp_path.name}/a/0.jpg", "b\\..\\a\\0.jpg", str(tmp_path / "a" / "0.jpg")]
+    entries = [{"prompt": name, "image_paths": [name], "image_tgt_path": "b/../a/1.jpg"} for name in names]
+    (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
+    examples, problems = read(tmp_path / "list.json")
+    assert not problems and [example.prompt for example in examples] == names
+    assert {example.references for example in examples} == {(tmp_path / "a" / "0.jpg",)}
+    assert {example.target for example in examples} == {tmp_path / "a" / "1.jpg" if read is as_training else None}
+    assert examples[0].subject == "a/../a/0", "seeds follow the subject: as 0.1.0 called it"
+    assert examples[3].subject == "a/0"

@@ -32,10 +32,7 @@ def import_pack() -> None:
 def start_host(comfyui: str | Path, options: Sequence[str] = (), *, cpu: bool = True) -> None:
     """Puts a ComfyUI checkout on `sys.path`, before anything imports its model management.
 
-    Args:
-        comfyui: Folder of the checkout (with main.py and comfy/).
-        options: The host's command line.
-        cpu: Whether the host computes on the CPU, whatever else there is.
+    `options` is the host's command line; with `cpu` it computes on the CPU, whatever else there is.
     """
     os.environ["COMFYUI_PATH"] = str(comfyui)
     sys.path.insert(0, str(Path(comfyui).resolve()))

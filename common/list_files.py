@@ -43,8 +43,7 @@ class Example:
 class DataReader:
     """Reads folders and lists; `problems` holds a line for each thing that cannot be used and was left out.
 
-    Args:
-        hint: Added to problems with a list's paths: how to say where they start.
+    `hint` is added to problems with a list's paths: how to say where they start.
     """
 
     def __init__(self, hint: str = ""):
@@ -58,11 +57,9 @@ class DataReader:
         self.problems.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
     def subjects(self, root: Path, names: Iterable[str] | None = None) -> Iterator[tuple[Path, dict[Path, Size]]]:
-        """Each subject's folder with its readable pictures, by name.
+        """Each subject's folder in `root` with its readable pictures, of the subjects of these names (None: of all).
 
-        Args:
-            root: Folder of the subjects' folders; pictures right in it are one subject, the first.
-            names: Of the subjects wanted; None: all there are.
+        Pictures right in `root` are one subject, the first.
         """
         if names is None:
             names = ["", *sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")]
@@ -73,16 +70,10 @@ class DataReader:
             yield folder, {path: size for path in pictures if (size := self._size(path, f"{name}/{path.name}"))}
 
     def entries(self, path: Path, root: Path, *, target: bool = False, max_references: int = 0) -> Iterator[Example]:
-        """The usable entries of a list, each picture decoded once.
+        """The usable entries of a list, each picture decoded once. Raises DataError where the file is no list.
 
-        Args:
-            path: The list.
-            root: Folder that its paths start from and stay in, also by symbolic links.
-            target: Whether an entry needs a target.
-            max_references: Most references of an entry; 0: any number.
-
-        Raises:
-            DataError: The file is no list.
+        Its paths start from `root` and stay in it, also by symbolic links. With `target`, an entry needs one;
+        `max_references` 0: any number.
         """
         found = []
         for number, value in self._values(path):

@@ -116,13 +116,9 @@ def sweep(
     modalities: Sequence[str] = ("text", "image"),
     actions: Sequence[str] = ACTIONS,
 ) -> Iterator[Trial]:
-    """Untouched first, then one trial for each modality, action and group of layers; one modality at a time.
+    """Untouched first, then one trial for each modality, action (see zeroed_layers) and group of layer numbers.
 
-    Args:
-        top: Number of the MLLM's last layer.
-        parts: Groups of layer numbers; none = the paper's.
-        modalities: Of "text", "image".
-        actions: Of "zero", "keep", see zeroed_layers.
+    `top` is the number of the MLLM's last layer; without `parts`, the groups are the paper's.
     """
     yield Trial("untouched")
     for modality in modalities:

@@ -54,21 +54,11 @@ def image_metric(
     reference_subjects: Sequence[str] | None = None,
     **about,
 ) -> IdentityMetric:
-    """Cosine of every output with every reference of its subject.
+    """Cosine of every output with every reference of its subject, embeddings (N, D) and (M, D).
 
-    Args:
-        name: "DINO-I" or "CLIP-I".
-        outputs: (N, D) embeddings.
-        references: (M, D) embeddings.
-        subjects: A label for each output; None for both: all are of one subject.
-        reference_subjects: A label for each reference.
-        **about: `backbone` and `preprocessing` to record.
-
-    Returns:
-        The metric, N outputs.
-
-    Raises:
-        IdentityError: An output has no reference, widths differ, or an embedding is zero or not finite.
+    `name` is "DINO-I" or "CLIP-I"; without labels of the subjects, all are of one; `about` holds `backbone` and
+    `preprocessing` to record. Raises IdentityError where an output has no reference, widths differ, or an embedding is
+    zero or not finite.
     """
     subjects, reference_subjects = _labels(subjects, len(outputs)), _labels(reference_subjects, len(references))
     same = torch.tensor([[a == b for b in reference_subjects] for a in subjects]).reshape(len(outputs), len(references))
@@ -124,7 +114,8 @@ def text_report(metrics: Sequence[IdentityMetric], notes: Sequence[str] = ()) ->
     for metric in metrics:
         interval = f"{metric.low:.4f} to {metric.high:.4f}" if isfinite(metric.low) else "unknown (one picture)"
         count = (str(len(metric.per_output)), str(len(metric.pairs)))
-        rows.append((metric.name, f"{metric.mean:.4f}", interval, *count, _backbone(metric.backbone)))
+        name, file = metric.backbone.get("name", "not recorded"), metric.backbone.get("file") or "file not known"
+        rows.append((metric.name, f"{metric.mean:.4f}", interval, *count, f"{name}, {file}"))
     text = [markdown(rows)]
     shown = [metric for metric in metrics if len(metric.by_subject) > 1]
     if shown:
@@ -203,11 +194,6 @@ def _labels(labels: Sequence[str] | None, count: int) -> list[str]:
     if len(labels) != count:
         raise IdentityError(f"{len(labels)} subject labels for {count} pictures, expected one for each.")
     return labels
-
-
-def _backbone(backbone: dict) -> str:
-    parts = (backbone.get("name", "not recorded"), backbone.get("file") or "file not known")
-    return ", ".join(parts)
 
 
 def _short(metric: IdentityMetric) -> str:

@@ -37,10 +37,7 @@ def draw_layer_weights(
         layer: Number of the layer whose weight the overlay shows; None = each token's mean layer.
 
     Returns:
-        Heat maps (B, h, w, 3) in 0..1, overlays (B, h, w, 3) in 0..1 or None, text.
-
-    Raises:
-        ValueError: See `overlay`.
+        Heat maps (B, h, w, 3) in 0..1, overlays (B, h, w, 3) in 0..1 or None, text. For errors see `overlay`.
     """
     kept = kept_tokens(features, dla.config.template)
     grids = features.grids or [None] * len(kept)

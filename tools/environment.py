@@ -46,16 +46,10 @@ def _cache_folder() -> Path:
 
 
 def prepare(transformers: str = "") -> Environment:
-    """Host and environment, made where they are missing.
+    """Host and environment, made where they are missing. Raises SetupError for what this cannot install.
 
-    COMFYUI_PATH in the environment is a checkout to use instead of the one from the registry.
-
-    Args:
-        transformers: A version ("4.57.*") or specifier (">=5"); empty: the environment variable TRANSFORMERS, else what
-            pip resolves.
-
-    Raises:
-        SetupError: Something is missing that this cannot install.
+    COMFYUI_PATH in the environment is a checkout to use instead of the one from the registry. `transformers` is a
+    version ("4.57.*") or specifier (">=5"); empty: the environment variable TRANSFORMERS, else what pip resolves.
     """
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         raise SetupError(

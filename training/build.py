@@ -37,15 +37,9 @@ class Components(NamedTuple):
 
 
 def build(recipe: Recipe, models: TrainingModels, cache: Path) -> Components:
-    """Builds what a run trains with; loads no model onto the device.
+    """Builds what a run trains with, its latents and features in `cache`; loads no model onto the device.
 
-    Args:
-        recipe: The run's settings.
-        models: The frozen models, and the files to start from.
-        cache: Directory of latents and features.
-
-    Raises:
-        ValueError: The data cannot be trained on, or a file to start from does not fit.
+    Raises ValueError where the data cannot be trained on, or a file to start from does not fit.
     """
     options = recipe.training
     backbone = FrozenDiT(models.model, options.checkpointing)

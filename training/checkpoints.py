@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 from dataclasses import fields
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,7 @@ from .recipe import Recipe, RecipeError
 
 PREFIX = "checkpoint-"
 # Settings that a run keeps; the others may change when it is resumed.
-FIXED = (
-    ("dla", None),
-    ("lora", "rank"),
-    ("lora", "alpha"),
-    ("training", "stage"),
-    ("training", "seed"),
-    ("training", "optimizer"),
-)
+FIXED = ("dla", "lora.rank", "lora.alpha", "training.stage", "training.seed", "training.optimizer")
 FILES = ("dla.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -94,14 +89,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
     """Raises RecipeError where a checkpoint's state is of a run with other FIXED settings."""
-    for section, name in FIXED:
-        before, now = (values[section] for values in (state["recipe"], recipe.to_dict()))
-        if name is not None:
-            before, now = before[name], now[name]
+    for key in FIXED:
+        before, now = (reduce(getitem, key.split("."), values) for values in (state["recipe"], recipe.to_dict()))
         if before != now:
             raise RecipeError(
-                f"Run '{recipe.run.name}' was begun with {section}{'.' + name if name else ''} = {before}, now it is "
-                f"{now}. Put it back to resume that run, or choose another name to begin a new one."
+                f"Run '{recipe.run.name}' was begun with {key} = {before}, now it is {now}. Put it back to resume that "
+                "run, or choose another name to begin a new one."
             )
 
 
@@ -109,8 +102,7 @@ def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
 def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer) -> int:
     """Loads weights and moments, but no learning rates; returns the step.
 
-    Raises:
-        CheckpointError: A file is damaged, or the DLA has another config than the one that is trained now.
+    Raises CheckpointError where a file is damaged, or the DLA has another config than the one that is trained now.
     """
     state = read_state(checkpoint)
     try:

@@ -31,8 +31,7 @@ SECONDS = 5  # between previews on the node
 def check_inputs(*, data=None, name=None, stage=None, start_lora=NONE, options="", **widgets) -> None:
     """Checks the node's inputs before any model is loaded, from files' headers alone; a linked input is None.
 
-    Raises:
-        ValueError: A run of these settings could neither begin nor resume. What comes by a link is left to the run.
+    Raises ValueError where a run of these settings could neither begin nor resume; a link is left to the run.
     """
     if start_lora not in (None, NONE, BESIDE):
         find_lora(start_lora)
@@ -52,14 +51,10 @@ def check_inputs(*, data=None, name=None, stage=None, start_lora=NONE, options="
 def train_in_graph(
     model, vae, mllm, *, data: str, dla: DLA | None = None, clip=None, start_lora: str = NONE, **widgets
 ) -> tuple[DLA, Tensor, str, Tensor | None]:
-    """Trains with the node's inputs.
+    """Returns the trained DLA, plots (n, h, w, 3) in 0..1, a report, and the last sample sheet (1, h, w, 3) or None.
 
-    Returns:
-        The trained DLA, plots (n, h, w, 3) in 0..1, a report, and the last sample sheet (1, h, w, 3) or None.
-
-    Raises:
-        InterruptProcessingException: The host's, for an interrupt, once all is saved.
-        ValueError: The settings, data or files cannot be used.
+    Raises the host's InterruptProcessingException for an interrupt, once all is saved, and ValueError where the
+    settings, data or files cannot be used.
     """
     if start_lora == BESIDE and dla is None:
         raise ValueError(f"Train DLA: start_lora is {BESIDE!r}, but no DLA is connected. Connect one, or set {NONE}.")

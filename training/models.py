@@ -29,7 +29,7 @@ def load_models(recipe: Recipe) -> TrainingModels:
     models = recipe.models
     for name in ("diffusion_model", "vae"):
         if not getattr(models, name):
-            raise RecipeError(f"models.{name} is empty, expected {_meaning(name)}.")
+            raise RecipeError(f"models.{name} is empty, expected {Models.__dataclass_fields__[name].metadata['help']}.")
     if bool(models.mllm) == bool(models.text_encoder):
         raise RecipeError(
             "Expected one of models.mllm and models.text_encoder, the MLLM as a folder or as a CLIP file."
@@ -67,7 +67,3 @@ def find_lora(name: str) -> Path:
         there = ", ".join(folder_paths.get_filename_list("loras")) or "nothing"
         raise ValueError(f"models/loras has no {name!r}; it holds: {there}. Put the LoRA there and press R to refresh.")
     return Path(path)
-
-
-def _meaning(name: str) -> str:
-    return Models.__dataclass_fields__[name].metadata["help"]

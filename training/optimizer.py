@@ -21,8 +21,7 @@ def rate(recipe: Recipe, step: int) -> float:
 def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> torch.optim.Optimizer:
     """Makes AdamW over groups that keep their learning rate under "base".
 
-    Raises:
-        RecipeError: There is nothing to train, or a package is missing.
+    Raises RecipeError where there is nothing to train, or a package is missing.
     """
     options = recipe.training
     kinds: dict[str, list] = {"gate": [], "layers": [], "other": []}

@@ -22,11 +22,9 @@ class RunPaths:
 
 
 def run_paths(recipe: Recipe, output: Path | None = None) -> RunPaths:
-    """Returns the paths of a recipe's run.
+    """Returns the paths of a recipe's run, with `output` in place of the host's output folder.
 
-    Args:
-        recipe: The run's settings.
-        output: In place of the host's output folder. DLA and LoRA go to the first folder that the host has for each.
+    DLA and LoRA go to the first folder that the host has for each.
     """
     import folder_paths
 

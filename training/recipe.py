@@ -6,6 +6,7 @@ third party transcribed them; else our choice, see docs/training.md).
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -212,12 +213,11 @@ class Recipe:
         """Reads a node's inputs: `values` by their names in any section, overridden by `options`, which is TOML."""
         sections: dict[str, dict] = {"data": {"source": str(source)}, "run": {"name": name}}
         for section in fields(cls):
-            here = {f.name for f in fields(section.default)} & set(values) - (
-                {"learning_rate"} if section.name == "lora" else set()
-            )
+            others = {"learning_rate"} if section.name == "lora" else set()
+            here = {f.name for f in fields(section.default)} & set(values) - others
             sections.setdefault(section.name, {}).update({key: values[key] for key in here})
         for section, entries in read_toml(options, "options").items():
-            if section in ("models",) or not isinstance(entries, dict) or section not in sections:
+            if section == "models" or not isinstance(entries, dict) or section not in sections:
                 raise RecipeError(
                     f"options: {section!r} is no setting of a run here, expected lines such as training.warmup = 50, "
                     f"of the sections {', '.join(k for k in sections if k != 'models')}."
@@ -257,12 +257,7 @@ def template() -> str:
     for section in fields(Recipe):
         lines.append(f"[{section.name}]")
         for item in fields(section.default):
-            default = getattr(section.default, item.name)
-            text = (
-                {True: "true", False: "false"}[default]
-                if isinstance(default, bool)
-                else repr(default).replace("'", '"')
-            )
+            text = json.dumps(getattr(section.default, item.name))  # as TOML writes it, too
             among = f" ({', '.join(item.metadata['among'])})" if item.metadata["among"] else ""
             lines.append(f"{item.name} = {text}  # {item.metadata['help']}{among}")
         lines.append("")

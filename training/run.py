@@ -42,17 +42,10 @@ def train(
 ) -> Result:
     """Trains from a run's settings to its finished files, resuming from its newest checkpoint if there is one.
 
-    On any exception, an interrupt too, the last whole step is saved first.
+    On any exception, an interrupt too, the last whole step is saved first. `callback` is called after each step, and
+    with messages and plots; it may raise to stop the run. `accelerator` is Hugging Face's, for several processes.
 
-    Args:
-        recipe: The run's settings.
-        models: The frozen models, and the files to start from.
-        paths: Output directory, cache and target files.
-        callback: Called after each step, and with messages and plots; it may raise to stop the run.
-        accelerator: Hugging Face's, where there are several processes.
-
-    Raises:
-        ValueError: The settings, data or files cannot be used; raised before anything is trained or written.
+    Raises ValueError before anything is trained or written, where the settings, data or files cannot be used.
     """
     # Hosts run nodes under inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():

@@ -39,7 +39,8 @@ def sample_sheet(recipe: Recipe, module: TrainingStep, batches: Batches, vae: An
                 module.backbone.patcher, seed, options.sample_steps, options.sample_cfg, "euler",
                 "simple", positive, negative, {"samples": torch.zeros_like(batch.clean)}, 1.0, preset(name),
             )  # fmt: skip
-            pictures.append(_decode(vae, sampled["samples"]))
+            pixels = vae.decode(sampled["samples"])
+            pictures.append(to_picture(pixels.reshape(-1, *pixels.shape[-3:])[0]))
             titles.append(title)
         rows.append((example.prompt, pictures, titles))
     return contact_sheet(rows)
@@ -53,8 +54,3 @@ def _conditioning(module: TrainingStep, batch: Batch, features: Features, pooled
         method=module.method, guidance=module.training_options.guidance,
     )  # fmt: skip
     return [[context.tokens.cpu(), values]]
-
-
-def _decode(vae: Any, latent: Tensor) -> Image.Image:
-    pixels = vae.decode(latent)
-    return to_picture(pixels.reshape(-1, *pixels.shape[-3:])[0])

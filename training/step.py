@@ -30,27 +30,15 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the weighted flow-matching losses (b,), fp32."""
-        mixed = self.training_options.mixed_precision == "bf16"
-        with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=mixed):
-            return self._losses(batch)
-
-    def _losses(self, batch: Batch) -> Tensor:
         backbone, options = self.backbone, self.training_options
-        t = batch.t.to(backbone.device)
-        clean, noise = backbone.latent(batch.clean), batch.noise.to(backbone.device)
-        context = None
-        if batch.features is not None:
-            context = aggregate(batch.features, self.dla, device=backbone.device)
-        velocity = backbone.velocity(
-            noisy(clean, noise, t),
-            t,
-            context,
-            list(batch.references),
-            method=self.method,
-            pooled=None if batch.pooled is None else batch.pooled.to(backbone.device),
-            guidance=options.guidance if backbone.family.takes_guidance else None,
-        )
-        return losses(velocity, clean, noise) * weight(t, options.weighting)
+        device, features, pooled = backbone.device, batch.features, batch.pooled
+        guidance = options.guidance if backbone.family.takes_guidance else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+            t, clean, noise = batch.t.to(device), backbone.latent(batch.clean), batch.noise.to(device)
+            context = None if features is None else aggregate(features, self.dla, device=device)
+            more = dict(method=self.method, pooled=None if pooled is None else pooled.to(device), guidance=guidance)
+            velocity = backbone.velocity(noisy(clean, noise, t), t, context, list(batch.references), **more)
+            return losses(velocity, clean, noise) * weight(t, options.weighting)
 
     def untouched(self) -> Tensor:
         """Returns zero as a function of every parameter: data parallelism waits for a gradient of each."""

@@ -33,12 +33,7 @@ def evaluate(module: TrainingStep, batches: Batches, count: int) -> list[Loss]:
 
 
 def frequencies(shares: dict[str, float], times: FlowTimes) -> dict[tuple[str, str], float]:
-    """Returns for each condition and bin the share of the training passes that have both.
-
-    Args:
-        shares: Condition -> share of the passes that have it.
-        times: Distribution of the flow times in training.
-    """
+    """Returns for each condition and bin the share of the training passes that have both, from each one's `shares`."""
     t = times(torch.linspace(0, 1, 10_001))
     often = [float(((t >= low) & (t < high)).float().mean()) for low, high in BINS]
     return {(c, name): share * f for c, share in shares.items() for name, f in zip(NAMES, often)}

@@ -8,13 +8,9 @@ from .palette import FAINT, GREY, GRID, PAPER, Colour
 
 
 class Axes:
-    """Axes in a box of a canvas, logarithmic where the values span more than a factor of ten.
+    """Axes in a box (left, top, right, bottom in px) of a canvas, that hold `xs` and `ys`; others are at the edge.
 
-    Args:
-        canvas: What to draw on.
-        box: Left, top, right, bottom in px.
-        xs: What the x axis must hold.
-        ys: What the y axis must hold; other values are drawn at its edge.
+    The y axis is logarithmic where its values span more than a factor of ten.
     """
 
     def __init__(self, canvas: Canvas, box: tuple[int, int, int, int], xs: Sequence[float], ys: Sequence[float]):

@@ -16,13 +16,10 @@ def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]],
     side: int = 256,
 ) -> Image.Image:
-    """Rows of pictures, each row under its label (a prompt, say), and each picture over its caption if there are any.
+    """Rows (label, pictures) or (label, pictures, captions): each row under its label, each picture over its caption.
 
-    Line breaks in captions and labels stay; what is too long is wrapped, and cut after three lines of a part.
-
-    Args:
-        rows: (label, pictures) or (label, pictures, captions).
-        side: Pictures are fitted whole into `side` x `side` px.
+    Pictures are fitted whole into `side` x `side` px. Line breaks in captions and labels stay; what is too long is
+    wrapped, and cut after three lines of a part.
     """
     if side < 16:
         raise ValueError(f"contact_sheet: side is {side}, expected at least 16 px.")

@@ -37,19 +37,11 @@ def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteMetrics]]:
 
 def report_text(outputs: Pairs, floor: Pairs, model: str) -> str:
     """Coverage, the table in markdown, and what a reader must know to read it."""
-    report = outputs.report
     lines = [["", "azimuth", "polar", "average recall", *(f"recall@{k}" for k in RECALL), "pairs"]]
     for name, metrics in rows(outputs, floor):
         lines.append([name, *(cell(metrics, key) for key in metrics.intervals), str(metrics.count)])
-    return "\n".join(
-        [
-            f"Orientation by {model}. {coverage(outputs)}.",
-            "",
-            markdown(lines),
-            "",
-            *_notes(outputs, floor, report.threshold),
-        ]
-    )
+    head, notes = f"Orientation by {model}. {coverage(outputs)}.", _notes(outputs, floor, outputs.report.threshold)
+    return "\n".join([head, "", markdown(lines), "", *notes])
 
 
 def coverage(outputs: Pairs) -> str:

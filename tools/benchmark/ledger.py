@@ -26,11 +26,7 @@ class RunError(ValueError):
 
 
 class Ledger:
-    """A line for each case, appended at once and whole; the last line of a name counts.
-
-    Args:
-        folder: Of the run.
-    """
+    """A line for each case of a run's folder, appended at once and whole; the last line of a name counts."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LEDGER
@@ -111,8 +107,7 @@ def check_run(out: Path, facts: dict) -> None:
 def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
     """The PNG with these texts, where it has none of that name (a server may be set to save none).
 
-    Raises:
-        ValueError: It is no whole PNG.
+    Raises ValueError where it is no whole PNG.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:

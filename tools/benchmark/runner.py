@@ -9,6 +9,7 @@ import urllib.error
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -30,15 +31,8 @@ class _NoAnswerError(Exception):
 class Benchmark:
     """A run; `Benchmark(client, template, out).run(cases)` leaves every case's picture in `out`.
 
-    Args:
-        client: Of the server.
-        template: The workflow.
-        out: Folder of the run.
-        root: Folder that references are named from.
-        facts: About the run, for run.json.
-        prefetch: Cases in the server's queue at a time, so that it is never idle.
-        patience: Seconds to wait for a server that does not answer.
-        say: Prints a line.
+    `root` is the folder that references are named from, and `facts` are about the run, for run.json. `prefetch` cases
+    are in the server's queue at a time, so that it is never idle; `patience` is how many seconds it may not answer.
     """
 
     def __init__(
@@ -236,16 +230,13 @@ class Benchmark:
 
     def _cancel(self) -> None:
         """Removes our jobs from the server's queue."""
-        try:
+        failures = OSError, HTTPException, ValueError  # ValueError: the answer is empty
+        with suppress(*failures):
             self.client.post("/queue", json.dumps({"delete": list(self.queued)}).encode(), "application/json")
-        except (OSError, HTTPException, ValueError):  # ValueError: the answer is empty
-            pass
         for job in self.queued:
-            try:
+            with suppress(*failures):
                 if job in {str(entry[1]) for entry in self.client.get("/queue").get("queue_running", [])}:
                     self.client.post("/interrupt", json.dumps({"prompt_id": job}).encode(), "application/json")
-            except (OSError, HTTPException, ValueError):
-                pass
 
 
 def _is_report(text: object) -> bool:

@@ -65,14 +65,9 @@ class System:
             )
 
     def add(self, metric: str, values: Sequence[float], what: dict[str, str], where: str, seen: dict) -> None:
-        """Adds an identity metric's values; those by another backbone than the file's first get a row of their own.
+        """Adds an identity metric's cosines, one for each picture, measured by the backbone `what` (see `_backbone`).
 
-        Args:
-            metric: One of IDENTITY.
-            values: A cosine for each picture.
-            what: The backbone, see `_backbone`.
-            where: The file, for errors.
-            seen: The first backbone of each metric in this file.
+        Those by another backbone than the file's first, which `seen` records by metric, get a row of their own.
         """
         row = self
         if seen.setdefault(metric, what) != what:

@@ -44,8 +44,7 @@ def read_set(
     """The items of a folder or list, its layout detected. Every reference is decoded once.
 
     Args:
-        source: "dreambench": SUBJECT/*.jpg beside prompts_and_classes.txt, as google/dreambooth publishes it, or the
-            folder above; "folder": SUBJECT/*.jpg of one's own; "list": .json or .jsonl, UNO's or XVerseBench's.
+        source: In one of this module's layouts; for "dreambench" also the folder above.
         prompts: For a folder of one's own: .txt with a prompt on each line (# begins a comment), or a .json list of
             them; `{subject}` is replaced by the subject's class (class.txt in its folder, else the folder's name).
         images: Folder that a list's paths start from; None: the list's own.

@@ -13,13 +13,8 @@ from .sets import Case
 class Template:
     """A workflow in API format whose references, prompt and seed are each case's own.
 
-    Args:
-        prompt: The workflow, as tools/comfy_client/workflow.py's `to_api` returns it.
-        object_info: The server's /object_info.
-        prompt_node: Id of the node that holds the prompt; None: as `text_inputs` of that module finds it.
-
-    Raises:
-        WorkflowFileError: There is no seed, no prompt or no Save Image node.
+    `object_info` is the server's; `prompt_node` the id of the node that holds the prompt, None: as `text_inputs` finds
+    it. Raises WorkflowFileError where there is no seed, no prompt or no Save Image node.
     """
 
     def __init__(self, prompt: dict, object_info: dict, prompt_node: str | None = None):
@@ -48,15 +43,10 @@ class Template:
         return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
     def fill(self, case: Case, images: Sequence[str], folder: str) -> dict:
-        """The case's own workflow.
+        """The case's own workflow, which reads these `images` of the server and saves into its `folder`.
 
-        Args:
-            case: The picture to be generated.
-            images: Names of its references on the server; Load Image nodes left over are bypassed.
-            folder: Of the picture on the server.
-
-        Raises:
-            WorkflowFileError: With so few references nothing would be drawn, or a picture without one of them.
+        Load Image nodes left over are bypassed. Raises WorkflowFileError where with so few references nothing would be
+        drawn, or a picture without one of them.
         """
         prompt = self._fill(case.item.prompt, images, case.seed, f"{folder}/{case.name}")
         for loader in self.loaders[len(images) :]:

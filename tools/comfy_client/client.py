@@ -23,12 +23,9 @@ class WorkflowError(RuntimeError):
 
 
 class Client:
-    """Requests to one server.
+    """Requests to one server, at an `address` such as http://127.0.0.1:8188.
 
-    Args:
-        address: Of the server, as http://127.0.0.1:8188.
-        alive: Whether the server's process runs, where it is known.
-        log_tail: The end of the server's log, for errors, where it is known.
+    `alive` (whether its process runs) and `log_tail` (the end of its log, for errors) are given where they are known.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 POSIX = os.name == "posix"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if POSIX else ()
@@ -27,10 +28,8 @@ def keep(command: list[str]) -> int:
     def watch() -> None:
         sys.stdin.buffer.read()
         child.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
         if POSIX:
             os.killpg(os.getpgrp(), signal.SIGKILL)  # whatever the server started, and this process
         child.kill()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ...common.bootstrap import ROOT
@@ -134,10 +135,8 @@ class Server:
 def end_group(process: subprocess.Popen) -> None:
     """Kills a process that leads its own group, and the whole group."""
     if POSIX:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     else:
         process.kill()
     process.wait()

@@ -29,12 +29,6 @@ def read(path: Path) -> dict:
     return workflow
 
 
-def _is_api(workflow: dict) -> bool:
-    """Whether a workflow is in API format."""
-    nodes = workflow.values()
-    return "nodes" not in workflow and all(isinstance(node, dict) and "class_type" in node for node in nodes)
-
-
 def titles(prompt: dict) -> dict[str, str]:
     """The titles of the nodes of a workflow in API format, by id."""
     return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in prompt.items()}
@@ -52,8 +46,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     Raises:
         WorkflowFileError: It has subgraphs, nodes that the server lacks, or widgets without a value.
     """
-    if _is_api(workflow):
-        return workflow
+    if "nodes" not in workflow and all(isinstance(n, dict) and "class_type" in n for n in workflow.values()):
+        return workflow  # in API format already
     if not isinstance(workflow.get("nodes"), list):
         raise WorkflowFileError(
             "Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format."

@@ -18,9 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Sequence[nn.Parameter]] = lambda _: ()):
     """Inside, each of `blocks` keeps its inputs alone and is computed again in the backward pass.
 
-    Args:
-        blocks: Their `forward` is covered by an attribute of the instance meanwhile.
-        trained: The trained parameters that a block reaches (a LoRA's); all its own are taken to be frozen.
+    `trained` gives the trained parameters that a block reaches (a LoRA's); all its own are taken to be frozen.
     """
     covered = []
     try:

@@ -25,13 +25,8 @@ class GradientError(RuntimeError):
 class FrozenDiT:
     """A MODEL to train through: velocities of the host's own forward, with gradients to context tokens and a LoRA.
 
-    Args:
-        model: A ModelPatcher of a family whose record says how it is trained; its weights stay frozen.
-        checkpointing: Keep only the blocks' inputs for the backward pass.
-
-    Raises:
-        GradientError: On hosts whose gradients are wrong.
-        ValueError: For models of other families.
+    Its weights stay frozen; with `checkpointing` only the blocks' inputs are kept for the backward pass. Raises
+    GradientError on hosts whose gradients are wrong, ValueError for a family whose record says nothing of training.
     """
 
     def __init__(self, model, checkpointing: bool = True):

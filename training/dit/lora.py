@@ -15,14 +15,8 @@ from ...loaders.backbones import Backbone
 class LoRA(nn.Module):
     """y + (alpha / rank) B A x at every linear map of the DiT's attention; B starts at zero, so a new one does nothing.
 
-    It reaches the frozen DiT by forward hooks, between `attach` and `detach`.
-
-    Args:
-        diffusion_model: The host's module.
-        family: A family that is trained, for the names of its linear maps.
-        rank: 512 in the paper, as UNO's.
-        alpha: None = the rank.
-        seed: Of A's random start.
+    It reaches the frozen DiT by forward hooks, between `attach` and `detach`. The family's record names these maps; the
+    paper's rank is 512, as UNO's; alpha None = the rank; `seed` is that of A's random start.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ with the allocator's peak on a CPU. Assumed:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from ...common.markdown import markdown
@@ -187,9 +188,8 @@ def estimate(
         kept = size * (ends + sum(b.count * b.tokens * dit.width for b in kinds))
         again = max(whole[b] for b in kinds)
     else:
-        kept = size * activations(dit, context_tokens, image, reference, lora_rank) + sum(
-            b.count * cast(b) for b in kinds
-        )
+        kept = size * activations(dit, context_tokens, image, reference, lora_rank)
+        kept += sum(b.count * cast(b) for b in kinds)
         again = 0
     features = batch_size * context_tokens * (layers + 1) * mllm_width * compute_bytes
     # of the DLA's pooling: forward results and their gradients of one chunk of tokens, see dla.pooling.chunk_length
@@ -239,15 +239,9 @@ def fits(
     cards = [["DiT", "trained", "px", *(f"{card} GB" for card in CARDS)]]
     for backbone, rank, resolution in product(families, ranks, resolutions):
         head = [backbone.training.release, f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]
+        step = partial(estimate, backbone, resolution=resolution, lora_rank=rank)
         steps = {
-            (weight, optimizer, again): estimate(
-                backbone,
-                resolution=resolution,
-                lora_rank=rank,
-                weight_bytes=weight,
-                optimizer=optimizer,
-                checkpointing=again,
-            )
+            (weight, optimizer, again): step(weight_bytes=weight, optimizer=optimizer, checkpointing=again)
             for weight, optimizer, again in product(STORAGES, OPTIMIZER_NAMES, (False, True))
         }
         cells = [

@@ -91,12 +91,10 @@ def table(rows: Sequence[Loss]) -> str:
 
 
 def write_table(path: Path, step: int, rows: Sequence[Loss]) -> None:
-    """Writes the losses of a training step into a CSV file with COLUMNS.
+    """Writes the losses of a training step into a CSV file with COLUMNS, which is replaced atomically.
 
-    Lines of the same step are replaced, so that a resumed run does not repeat itself. The file is replaced atomically.
-
-    Raises:
-        ValueError: The file is there and is no such table; it stays as it is.
+    Lines of the same step are replaced, so that a resumed run does not repeat itself. Raises ValueError where the file
+    is there and is no such table; it stays as it is.
     """
     history = read_table(path) if path.exists() else {}
     history[step] = list(rows)

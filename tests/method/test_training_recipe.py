@@ -10,8 +10,6 @@ from subject_dla.dla import MLLMInfo
 from subject_dla.training.flow import FlowTimes, generator, losses, noisy, weight
 from subject_dla.training.recipe import Recipe, RecipeError, read_toml, template
 
-# settings -----------------------------------------------------------------------------------------------------------
-
 BAD = {
     "training.steps": [True, 1.0, "10", None, -1, 10**9, float("inf")],
     "training.batch_size": [0, False, [1]],
@@ -72,13 +70,9 @@ def test_the_template_holds_every_default_and_its_meaning():
 
 def test_good_values_at_the_bounds():
     name = "Fuchs 2 (rot), für's_Öl-1.5"
-    recipe = Recipe.from_dict(
-        {
-            "run": {"name": name, "save_every": 10**9},
-            "training": {"seed": 2**63 - 1, "learning_rate": 0, "mllm_only": 0.3, "vae_only": 0.7, "stage": 2},
-            "lora": {"rank": 512},
-        }
-    )
+    training = {"seed": 2**63 - 1, "learning_rate": 0, "mllm_only": 0.3, "vae_only": 0.7, "stage": 2}
+    run = {"name": name, "save_every": 10**9}
+    recipe = Recipe.from_dict({"run": run, "training": training, "lora": {"rank": 512}})
     assert recipe.run.name == name and recipe.steps == 10_000
     assert recipe.shares == pytest.approx({"mllm": 0.3, "vae": 0.7, "both": 0.0})
     assert Recipe().shares == {"mllm": 1.0} and Recipe().steps == 25_000
@@ -88,15 +82,8 @@ def test_good_values_at_the_bounds():
 
 def test_a_dla_that_does_not_fit_the_mllm_is_a_bad_recipe():
     info = MLLMInfo("small", "qwen2_5_vl", 3, 256)
-    for values, word in (
-        ({"heads": 3}, "divisor"),
-        ({"layer_subset": [0, 4]}, "layer"),
-        ({"layer_subset": [1.5]}, "layer"),
-        ({"layer_subset": [True]}, "layer"),
-        ({"layer_subset": ["a"]}, "layer"),
-        ({"layer_subset": [[1]]}, "layer"),
-        ({"layer_subset": [2, 1]}, "layer"),
-    ):
+    subsets = ([0, 4], [1.5], [True], ["a"], [[1]], [2, 1])
+    for values, word in (({"heads": 3}, "divisor"), *(({"layer_subset": subset}, "layer") for subset in subsets)):
         with pytest.raises(RecipeError, match=rf"\[dla\].*{word}"):
             Recipe.from_dict({"dla": values}).dla_config(info, 64, "flux")
     config = Recipe().dla_config(info, 64, "flux")
@@ -105,19 +92,15 @@ def test_a_dla_that_does_not_fit_the_mllm_is_a_bad_recipe():
 
 def test_a_node_gives_its_widgets_and_options_have_the_last_word():
     widgets = {"steps": 10, "learning_rate": 1e-3, "rank": 8, "resolution": 256}
-    recipe = Recipe.from_widgets(
-        Path("in") / "foxes", "fox", "training.steps = 20\n[lora]\nlearning_rate = 0.5", widgets
-    )
+    options = "training.steps = 20\n[lora]\nlearning_rate = 0.5"
+    recipe = Recipe.from_widgets(Path("in") / "foxes", "fox", options, widgets)
     assert (recipe.training.steps, recipe.training.learning_rate) == (20, 1e-3)
     assert (recipe.lora.rank, recipe.lora.learning_rate, recipe.data.resolution) == (8, 0.5, 256)
     assert (recipe.data.source, recipe.run.name) == (str(Path("in") / "foxes"), "fox")
-    others = ("steps = 5", "x.y = 1", "=", "training.lr = 1")
-    for options in ('data.source = "/etc"', 'data.validation_source = "/etc"', 'models.vae = "x"', *others):
+    paths = ('data.source = "/etc"', 'data.validation_source = "/etc"', 'models.vae = "x"')
+    for options in (*paths, "steps = 5", "x.y = 1", "=", "training.lr = 1"):
         with pytest.raises(RecipeError):
             Recipe.from_widgets(Path("foxes"), "fox", options, widgets)
-
-
-# flow times and random numbers --------------------------------------------------------------------------------------
 
 
 def test_streams_of_random_numbers_differ_and_come_again():

@@ -1,5 +1,7 @@
 """Validation tables and the pictures of a training run."""
 
+from itertools import product
+
 import numpy
 import pytest
 import scipy.stats
@@ -13,6 +15,7 @@ from subject_dla.training.reporting.losses import Loss, read_table, table, with_
 from subject_dla.training.reporting.plots import loss_curve, validation_plot
 from subject_dla.training.reporting.progress import History, Progress
 
+COLUMNS = "step,condition,stage,mean,low,high,samples"
 ROWS = [
     Loss("vae", "t >= 0.95", 0.2, 0.17, 0.24, 30),
     Loss("vae", "t < 0.95", 0.6, 0.56, 0.63, 10),
@@ -27,10 +30,10 @@ def where(image: Image.Image, colour) -> numpy.ndarray:
 
 def test_all_flow_times_weigh_the_bins_by_their_samples():
     found = {row.condition: row for row in with_all(ROWS) if row.bin == "all"}
-    assert found["vae"].mean == pytest.approx(0.75 * 0.2 + 0.25 * 0.6)
-    assert found["vae"].samples == 40
-    assert found["vae"].mean - found["vae"].low == pytest.approx(((0.75 * 0.03) ** 2 + (0.25 * 0.04) ** 2) ** 0.5)
-    assert found["vae"].high - found["vae"].mean == pytest.approx(((0.75 * 0.04) ** 2 + (0.25 * 0.03) ** 2) ** 0.5)
+    vae = found["vae"]
+    assert vae.mean == pytest.approx(0.75 * 0.2 + 0.25 * 0.6) and vae.samples == 40
+    assert vae.mean - vae.low == pytest.approx(((0.75 * 0.03) ** 2 + (0.25 * 0.04) ** 2) ** 0.5)
+    assert vae.high - vae.mean == pytest.approx(((0.75 * 0.04) ** 2 + (0.25 * 0.03) ** 2) ** 0.5)
     given = Loss("vae", "all", 9.0, 8.0, 10.0, 40)
     assert [row for row in with_all([given, *ROWS]) if (row.condition, row.bin) == ("vae", "all")] == [given]
 
@@ -47,11 +50,8 @@ def test_a_bins_interval_is_students_t(count):
 
 def test_a_line_has_step_loss_pace_and_time_left():
     history = History("a", {}, losses=[0.5, 0.25])
-    for steps, seconds, line in (
-        (10, 0.5, "step 2/10, loss 0.2500, 0.50 s/step, 1 min left"),
-        (10_002, 0.72, "step 2/10002, loss 0.2500, 0.72 s/step, 2 h 0 min left"),
-        (2, 0.5, "step 2/2, loss 0.2500, 0.50 s/step"),
-    ):
+    for steps, seconds, end in ((10, 0.5, ", 1 min left"), (10_002, 0.72, ", 2 h 0 min left"), (2, 0.5, "")):
+        line = f"step 2/{steps}, loss 0.2500, {seconds:.2f} s/step{end}"
         assert Progress(history, steps, seconds).line == line
     assert Progress(history, 10, text="left out: a.png").line == "step 2/10: left out: a.png"
 
@@ -70,15 +70,12 @@ def test_csv_keeps_every_digit_and_a_step_only_once(tmp_path):
     write_table(path, 200, ROWS)
     write_table(path, 100, exact)
     write_table(path, 200, ROWS[:2])
-    assert read_table(path) == {100: exact, 200: ROWS[:2]}
-    assert list(read_table(path)) == [100, 200]
-    assert path.read_text().splitlines()[0] == "step,condition,stage,mean,low,high,samples"
+    assert read_table(path) == {100: exact, 200: ROWS[:2]} and list(read_table(path)) == [100, 200]
+    assert path.read_text().splitlines()[0] == COLUMNS
     assert [file.name for file in tmp_path.iterdir()] == ["validation.csv"]
 
 
-@pytest.mark.parametrize(
-    "text", ["a,b\n1,2\n", "", "step,condition,stage,mean,low,high,samples\n1,vae,all,oops,1,1,1\n"]
-)
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "", f"{COLUMNS}\n1,vae,all,oops,1,1,1\n"])
 def test_a_file_that_is_no_such_table_is_named_and_left_alone(tmp_path, text):
     path = tmp_path / "mine.csv"
     path.write_text(text)
@@ -111,29 +108,19 @@ def test_axis_is_logarithmic_beyond_a_factor_of_ten_only():
 def test_odd_runs_can_be_drawn():
     nan = float("nan")
     for steps, losses, held_out in (
-        ([], [], []),
-        ([1], [0.5], []),
-        ([], [], [(5, 0.2)]),
-        ([3, 4], [nan, nan], [(4, nan)]),
+        ([], [], []), ([1], [0.5], []), ([], [], [(5, 0.2)]), ([3, 4], [nan, nan], [(4, nan)]),
+        ([1, 2], [0.0, 0.0], []), ([1, 2], [-0.5, float("inf")], []),
         (range(200), [nan] * 100 + [1e30] * 100, [(0, 1e-30)]),
-        ([1, 2], [0.0, 0.0], []),
-        ([1, 2], [-0.5, float("inf")], []),
-    ):
+    ):  # fmt: skip
         assert loss_curve(steps, losses, held_out).size == (768, 384)
     with pytest.raises(ValueError, match="2 steps and 1 losses"):
         loss_curve([1, 2], [0.5])
 
 
 def test_validation_plot_has_a_panel_per_bin_and_a_line_per_condition():
-    history = {
-        step: [
-            Loss(condition, name, mean, mean - 0.02, mean + 0.02, 9)
-            for name in ("t >= 0.95", "t < 0.95")
-            for condition, mean in (("mllm", 0.3), ("vae", 0.5))
-        ]
-        for step in (0, 100, 200)
-    }
-    image = validation_plot(history)
+    means = product(("t >= 0.95", "t < 0.95"), (("mllm", 0.3), ("vae", 0.5)))
+    rows = [Loss(condition, name, mean, mean - 0.02, mean + 0.02, 9) for name, (condition, mean) in means]
+    image = validation_plot(dict.fromkeys((0, 100, 200), rows))
     for left, top in ((0, 40), (384, 40), (0, 270)):  # two bins, and all flow times
         part = image.crop((left, top, left + 384, top + 230))
         mllm, vae = (where(part, colour) for colour in (BLUE, ORANGE))
@@ -145,13 +132,10 @@ def test_validation_plot_has_a_panel_per_bin_and_a_line_per_condition():
 
 def test_sheet_shows_every_picture_whole_and_its_label_above():
     red, green, blue = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-    wide, tall, small = (
-        Image.new("RGB", (400, 100), red),
-        Image.new("RGB", (100, 400), green),
-        Image.new("L", (8, 8), 7),
-    )
+    wide, tall = Image.new("RGB", (400, 100), red), Image.new("RGB", (100, 400), green)
+    small, square = Image.new("L", (8, 8), 7), Image.new("RGB", (64, 64), blue)
     long = "a prompt with many words " * 40
-    sheet = contact_sheet([("references", [wide, tall]), (long, [Image.new("RGB", (64, 64), blue)] * 4), ("", [small])])
+    sheet = contact_sheet([("references", [wide, tall]), (long, [square] * 4), ("", [small])])
     assert len(where(sheet, red)) == 256 * 64 and len(where(sheet, green)) == 64 * 256
     squares = where(sheet, blue)
     assert len(squares) == 4 * 256 * 256  # nothing over them, all four inside the sheet
@@ -166,7 +150,5 @@ def test_sheet_shows_every_picture_whole_and_its_label_above():
 @pytest.mark.parametrize("low, high", [(0, 1), (0.31, 0.32), (-3, 25000), (99, 101), (1e-9, 3e-9)])
 def test_ticks_are_round_and_inside(low, high):
     ticks = round_ticks(low, high, 5)
-    assert 2 <= len(ticks) <= 6
-    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
-    digits = f"{ticks[1] - ticks[0]:.3e}"
-    assert digits[:5] in ("1.000", "2.000", "5.000")
+    assert 2 <= len(ticks) <= 6 and all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
+    assert f"{ticks[1] - ticks[0]:.3e}"[:5] in ("1.000", "2.000", "5.000")

@@ -36,9 +36,8 @@ def test_the_bias_of_the_data(training):
 
 def test_words_name_no_fine_trait(training):
     """Fine traits must come from the references' pictures alone."""
-    words = {
-        word for e in training for text in (e.prompt, e.target.caption()) for word in text.replace(",", "").split()
-    }
+    texts = [text.replace(",", "") for example in training for text in (example.prompt, example.target.caption())]
+    words = {word for text in texts for word in text.split()}
     assert words.isdisjoint((*world.DECALS, *world.PATTERNS)) and words >= {*world.KINDS, *world.COLOURS, *world.PARTS}
 
 

@@ -68,10 +68,8 @@ def test_metrics_of_known_readings():
         true = {name: [values.index(toy[name]) for toy in toys] for name, values in TRAITS.items()}
         wrong = {name: [(n + 1) % len(TRAITS[name]) for n in numbers] for name, numbers in true.items()}
         views = [entry["pictures"][shown].view for entry in entries]
-        angles = [[view.azimuth, view.polar] for view in views]
-        return Scores.from_result(
-            {"angles": angles, "traits": {n: (true if n in right else wrong)[n] for n in TRAITS}}, entries
-        )
+        traits = {name: (true if name in right else wrong)[name] for name in TRAITS}
+        return Scores.from_result({"angles": [[v.azimuth, v.polar] for v in views], "traits": traits}, entries)
 
     follows, copies = row(0, (*COARSE, "decal")), row(1, (*COARSE, *FINE))
     assert follows.metrics["follows"][0] == 1 and copies.metrics["follows"][0] == 0  # jitter is 8°, views 90° apart

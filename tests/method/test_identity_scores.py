@@ -24,10 +24,8 @@ def at(*degrees):
 
 def test_cosines_of_known_angles_with_every_reference_of_the_subject_alone():
     metric = image_metric("DINO-I", at(0, 90, 45), at(0, 60, 90), ["cat", "dog", "cat"], ["cat", "cat", "dog"])
-    pairs = {(i, j): value for i, j, value in metric.pairs}
-    assert pairs == pytest.approx({
-        (0, 0): 1, (0, 1): 0.5, (1, 2): 1, (2, 0): cos(radians(45)), (2, 1): cos(radians(15)),
-    }, abs=1e-7)  # fmt: skip
+    expected = {(0, 0): 1, (0, 1): 0.5, (1, 2): 1, (2, 0): cos(radians(45)), (2, 1): cos(radians(15))}
+    assert {(i, j): value for i, j, value in metric.pairs} == pytest.approx(expected, abs=1e-7)
     per_output = [0.75, 1, (cos(radians(45)) + cos(radians(15))) / 2]
     assert metric.per_output == pytest.approx(per_output, abs=1e-7)
     assert metric.mean == pytest.approx(sum(per_output) / 3, abs=1e-7)
@@ -51,14 +49,9 @@ def test_order_of_outputs_and_references_is_of_no_account():
     outputs, references = (torch.randn(n, 64, generator=generator) for n in (12, 7))
     shown, known = list("aabbccaabbcc"), list("abcabca")
     metric = image_metric("DINO-I", outputs, references, shown, known)
-    expected = [
-        torch.stack(
-            [torch.cosine_similarity(o.double(), r.double(), dim=0) for r, k in zip(references, known) if k == s]
-        )
-        .mean()
-        .item()
-        for o, s in zip(outputs, shown)
-    ]
+    cosines = torch.cosine_similarity(outputs[:, None].double(), references[None].double(), dim=-1)
+    matching = torch.tensor([[subject == other for other in known] for subject in shown])
+    expected = [row[own].mean().item() for row, own in zip(cosines, matching)]
     assert metric.per_output == pytest.approx(expected, abs=1e-12)
     turn, swap = torch.randperm(12, generator=generator), torch.randperm(7, generator=generator)
     other = image_metric("DINO-I", outputs[turn], references[swap], [shown[i] for i in turn], [known[i] for i in swap])

@@ -26,10 +26,10 @@ def published_state(width: int, layers: int, bins: int, seed: int = 0) -> dict[s
         "embeddings.patch_embeddings.projection.weight": normal(width, 3, 14, 14),
         "embeddings.patch_embeddings.projection.bias": normal(width),
     }
-    linear = {"attention.attention.query": 1, "attention.attention.key": 1, "attention.attention.value": 1}
+    linear = [f"attention.{name}" for name in ("attention.query", "attention.key", "attention.value", "output.dense")]
     for layer in range(layers):
         base = f"encoder.layer.{layer}."
-        for name in (*linear, "attention.output.dense"):
+        for name in linear:
             state[f"{base}{name}.weight"] = normal(width, width, std=2 / width**0.5)
             state[f"{base}{name}.bias"] = normal(width, std=0.2)
         for name in ("layer_scale1", "layer_scale2"):
@@ -62,11 +62,8 @@ def build_measures(models: Path, comfyui: Path) -> Path:
     dino = transformers.ViTConfig(**VISION, patch_size=16, layer_norm_eps=1e-6)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = {
-            "clip": transformers.CLIPModel(clip),
-            "dino-vits16": transformers.ViTModel(dino, add_pooling_layer=False),
-        }
-        for name, model in parts.items():
+        vit = transformers.ViTModel(dino, add_pooling_layer=False)
+        for name, model in (("clip", transformers.CLIPModel(clip)), ("dino-vits16", vit)):
             for parameter in model.parameters():  # the library's own are so small that all pictures are alike
                 parameter.data = torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1) * 0.5
             model.eval().save_pretrained(models / "clip_vision" / name)

@@ -10,38 +10,29 @@ import sys
 from math import cos, radians, sin
 from pathlib import Path
 
-from panda3d.core import (
-    AmbientLight,
-    Filename,
-    FrameBufferProperties,
-    GraphicsPipe,
-    OrthographicLens,
-    PNMImage,
-    WindowProperties,
-    loadPrcFileData,
-)
+from panda3d import core
 
-loadPrcFileData("", "load-display p3tinydisplay\nwindow-type offscreen\naudio-library-name null\nframebuffer-alpha 1")
+for line in ("load-display p3tinydisplay", "window-type offscreen", "audio-library-name null", "framebuffer-alpha 1"):
+    core.loadPrcFileData("", line)
 
 from direct.showbase.ShowBase import ShowBase  # noqa: E402
 
 
 def main(out: Path, views: list[tuple[float, float]]) -> None:
     base = ShowBase(windowType="none")
-    properties = FrameBufferProperties()
+    properties = core.FrameBufferProperties()
     properties.setRgbaBits(8, 8, 8, 8)
     properties.setDepthBits(24)
     base.makeDefaultPipe()
-    window = base.graphicsEngine.makeOutput(
-        base.pipe, "view", 0, properties, WindowProperties.size(256, 256), GraphicsPipe.BFRefuseWindow
-    )
+    size, hidden = core.WindowProperties.size(256, 256), core.GraphicsPipe.BFRefuseWindow
+    window = base.graphicsEngine.makeOutput(base.pipe, "view", 0, properties, size, hidden)
     window.setClearColorActive(True)
     window.setClearColor((0, 0, 0, 0))
     subject = base.loader.loadModel("models/panda-model")
     subject.reparentTo(base.render)
     low, high = subject.getTightBounds()
     middle, size = (low + high) / 2, (high - low).length()
-    light = base.render.attachNewNode(AmbientLight("all round"))
+    light = base.render.attachNewNode(core.AmbientLight("all round"))
     base.render.setLight(light)
     ball = base.loader.loadModel("models/smiley")
     ball.reparentTo(base.render)
@@ -52,7 +43,7 @@ def main(out: Path, views: list[tuple[float, float]]) -> None:
     ball.setPos(middle.x, middle.y - size * 0.35, middle.z)  # the model faces -y
     ball.setDepthTest(False)
     ball.setBin("fixed", 0)
-    lens = OrthographicLens()
+    lens = core.OrthographicLens()
     lens.setFilmSize(size * 1.1, size * 1.1)
     lens.setNearFar(1, size * 10)
     camera = base.makeCamera(window, lens=lens)
@@ -65,9 +56,9 @@ def main(out: Path, views: list[tuple[float, float]]) -> None:
             (ball.show if shown else ball.hide)()
             base.graphicsEngine.renderFrame()
             base.graphicsEngine.renderFrame()
-            picture = PNMImage()
+            picture = core.PNMImage()
             window.getScreenshot(picture)
-            picture.write(Filename.fromOsSpecific(str(out / f"{azimuth:g}_{polar:g}{name}.png")))
+            picture.write(core.Filename.fromOsSpecific(str(out / f"{azimuth:g}_{polar:g}{name}.png")))
 
 
 if __name__ == "__main__":

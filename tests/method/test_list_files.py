@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from subject_dla.common.list_files import DataError
 from subject_dla.tools.benchmark.sets import read_prompts, read_set
 from subject_dla.training.data.dataset import read_data
 
@@ -53,3 +54,19 @@ def test_every_spelling_of_a_path_inside_the_folder(tmp_path, read):
     assert {example.target for example in examples} == {tmp_path / "a" / "1.jpg" if read is as_training else None}
     assert examples[0].subject == "a/../a/0", "seeds follow the subject: as 0.1.0 called it"
     assert examples[3].subject == "a/0"
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("list.json", "", "not JSON"), ("list.json", "[", "not JSON"), ("list.json", '[{"prompt": ', "not JSON"),
+        ("list.json", "[" * 100_000, "not JSON"), ("list.json", "{}", "dict, expected a list"),
+        ("list.json", "[]", "nothing to (train on|draw)"), ("list.json", "[1]", "1 problem"),
+        ("list.csv", "a,b", "ending in .json or .jsonl"), ("gone", None, "no such"), ("gone.json", None, "no such"),
+    ],
+)  # fmt: skip
+def test_lists_that_are_none(tmp_path, read, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        read(tmp_path / name)

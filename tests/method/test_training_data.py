@@ -197,12 +197,6 @@ def test_nothing_usable_says_how_many_problems_and_the_first_three(tmp_path):
     with pytest.raises(DataError, match=r"5 problem") as error:
         read_data(tmp_path)
     assert str(error.value).count("\n- ") == 3 and "lonely-0" in str(error.value)
-    for path in (tmp_path / "missing", tmp_path / "missing.json"):
-        with pytest.raises(DataError, match="no such"):
-            read_data(path)
-    (tmp_path / "list.csv").write_text("a,b", encoding="utf-8")
-    with pytest.raises(DataError, match=".jsonl"):
-        read_data(tmp_path / "list.csv")
 
 
 def entry(reference="a/0.jpg", target="a/1.jpg", **more):
@@ -287,17 +281,6 @@ def test_lists_with_every_kind_of_damage(lists, suffix):
     for number, word in enumerate(bad.values(), first):
         (found,) = [problem for problem in data.problems if f"entry {number}:" in problem]
         assert word in found and len(found) <= 400 and found.isprintable()
-
-
-@pytest.mark.parametrize(
-    "text, word",
-    [("", "not JSON"), ('[{"prompt": ', "not JSON"), ("{}", "dict"), ("[]", "nothing"), ("[" * 99_999, "not JSON"),
-     ("[1]", "1 problem")],
-)  # fmt: skip
-def test_lists_that_are_none(tmp_path, text, word):
-    (tmp_path / "list.json").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=word):
-        read_data(tmp_path / "list.json")
 
 
 def test_split_is_by_subject_and_stays_when_subjects_come(tmp_path):

@@ -1,12 +1,18 @@
-"""docs/architecture.md names code and files that exist, and the folders of the layout; README's numbers are real."""
+"""The documents say what the code says: names, files, folders, settings, memory, families, the README's results."""
 
 import ast
 import re
 from functools import cache
 
+import pytest
+from subject_dla.loaders import backbones
 from subject_dla.tests.method.test_layout import BELOW, ROOT
+from subject_dla.training import recipe
+from subject_dla.training.dit import memory
 
-TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+TEXT, TRAINING, BACKBONES, EVIDENCE = (
+    (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("architecture", "training", "backbones", "evidence")
+)
 WALKS = TEXT.split("## Four walks through the code")[1].split("\n## ")[0].split("\n### ")[1:]
 
 
@@ -42,13 +48,22 @@ def test_the_table_has_every_folder_of_the_layout():
 
 
 def test_the_readmes_results_are_the_evidences():
-    """Every cell of README's table, mean and interval, is in docs/evidence.md."""
     cells = re.findall(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert len(cells) == 12 and all(cell in evidence for cell in cells)
+    assert len(cells) == 12 and all(cell in EVIDENCE for cell in cells)
 
 
 def test_links_lead_to_files():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8"))]
     assert len(links) > 10 and [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_settings_memory_and_families():
+    assert memory.fits().strip() in TRAINING and recipe.template().strip() in TRAINING
+    assert backbones.table() in BACKBONES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes(path):
+    read = recipe.Recipe.from_dict(recipe.read_toml(path.read_text(encoding="utf-8"), path.name))
+    assert read.run.name and read.data.source and read.models.diffusion_model

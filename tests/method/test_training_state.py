@@ -4,17 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from subject_dla.common import bootstrap
-from subject_dla.dla import MLLMInfo
 from subject_dla.tests.small.killed import Trained
 from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_state
-
-ROOT = Path(__file__).resolve().parents[2]
-INFO = MLLMInfo("small", "qwen2_5_vl", 3, 32)
 
 
 def test_comes_back_bit_for_bit_and_the_newest_stay(tmp_path):
@@ -54,8 +49,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(tmp_path, name
     whole = (newest / name).read_bytes()
     another = newest / ("optimizer.safetensors" if name.startswith("dla") else "dla.safetensors")
     other = b"[1]" if name == "state.json" else another.read_bytes()
-    damaged = {"cut off": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole), "another's": other}[damage]
-    (newest / name).write_bytes(damaged)
+    damaged = {"cut off": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole), "another's": other}
+    (newest / name).write_bytes(damaged[damage])
     with pytest.raises(CheckpointError, match=f"{tmp_path.name}/{newest.name}: .* Move this folder away"):
         Trained().restore(newest)
     newest.rename(tmp_path / "away")

@@ -1,4 +1,7 @@
+from math import exp
+
 import pytest
+import torch
 from subject_dla.sampling.clock import CLOCKS, FLOW_TIME_RESOLUTION, STEPS
 from subject_dla.sampling.stages import PRESETS, Keyframe, Stages, plan, preset
 
@@ -8,21 +11,13 @@ def test_papers_thresholds_are_closed_above():
     # t >= 0.95 MLLM only; 0.85 <= t < 0.95 both; below VAE only (paper, multi-stage denoising)
     found = [stages.strengths(t) for t in (1.0, 0.95, 0.9499, 0.85, 0.8499, 0.0)]
     assert found == [(1, 0), (1, 0), (1, 1), (1, 1), (0, 1), (0, 1)]
-
-
-def test_float32_sigma_at_the_threshold_belongs_to_the_stage_before():
-    import torch
-
-    assert preset("paper").strengths(float(torch.tensor(0.95))) == (1, 0)  # 0.949999988
+    assert stages.strengths(float(torch.tensor(0.95))) == (1, 0)  # in float32 0.949999988
 
 
 def test_flux_schedule_of_25_steps_splits_4_5_16():
     # FLUX's shift at 4096 tokens: mu = 1.15, t' = e^mu / (e^mu + 1/t - 1); the count is the paper's table read with it
-    from math import exp
-
     sigmas = [exp(1.15) / (exp(1.15) + 1 / t - 1) if t else 0.0 for t in [1 - i / 25 for i in range(26)]]
-    steps = plan(preset("paper"), sigmas)
-    stages = [(s.context, s.reference) for s in steps]
+    stages = [(s.context, s.reference) for s in plan(preset("paper"), sigmas)]
     assert [stages.count(x) for x in [(1, 0), (1, 1), (0, 1)]] == [4, 5, 16]
     assert stages == sorted(stages, key=[(1, 0), (1, 1), (0, 1)].index)  # no stage comes back
 
@@ -37,9 +32,8 @@ def test_share_of_steps_is_exact_on_the_grid_and_between():
 
 def test_linear_blend_moves_evenly_to_the_next_keyframe():
     stages = Stages((Keyframe(1, 1, 0, "linear"), Keyframe(0.5, 0, 1)))
-    assert stages.strengths(1.0) == (1, 0)
+    assert stages.strengths(1.0) == (1, 0) and stages.strengths(0.2) == (0, 1)
     assert stages.strengths(0.75) == pytest.approx((0.5, 0.5))
-    assert stages.strengths(0.2) == (0, 1)
     assert set(stages.variants()) == {(True, False), (True, True), (False, True)}
 
 

@@ -18,8 +18,7 @@ VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 151652, 151653, 151655, 151656
 IMG_CONTEXT = 151667
 
 
-def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, vision_width=32, vision_heads=2,
-                   vision_layers=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:  # fmt: skip
+def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
     """Qwen2.5-VL as Qwen/Qwen2.5-VL-7B-Instruct lays it out: flat config, keys "model.layers…", "visual…"."""
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -32,11 +31,9 @@ def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, vision_wi
         "tie_word_embeddings": False, "torch_dtype": _name(dtype), "use_cache": True, "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": _mrope(width // heads, (2, 3, 3))}, "vocab_size": 152064,
         "vision_config": {
-            "depth": vision_layers, "hidden_act": "silu", "hidden_size": vision_width,
-            "intermediate_size": 3 * vision_width // 2, "num_heads": vision_heads, "in_chans": 3,
+            "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_chans": 3,
             "out_hidden_size": width, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-            "window_size": 112, "fullatt_block_indexes": [vision_layers - 1], "tokens_per_second": 2,
-            "temporal_patch_size": 2,
+            "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2,
         },
     }  # fmt: skip
     processor = {
@@ -48,8 +45,7 @@ def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, vision_wi
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16,
-                  shards=1) -> Path:  # fmt: skip
+def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
     """Qwen3-VL as Qwen/Qwen3-VL-8B-Instruct lays it out: keys "model.language_model…", DeepStack."""
     config = {
         "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": IMAGE_PAD,
@@ -80,12 +76,11 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, tile=56, seed=0,
-                   dtype=torch.bfloat16, shards=1) -> Path:  # fmt: skip
+def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
     """InternVL3 as OpenGVLab/InternVL3-8B-hf lays it out: "language_model.model…", "vision_tower…", projector."""
     config = {
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "downsample_ratio": 0.5,
-        "image_seq_length": (tile // 28) ** 2, "image_token_id": IMG_CONTEXT, "projector_hidden_act": "gelu",
+        "image_seq_length": 4, "image_token_id": IMG_CONTEXT, "projector_hidden_act": "gelu",
         "torch_dtype": _name(dtype), "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
         "text_config": {
             "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
@@ -100,7 +95,7 @@ def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, tile=56, 
         "vision_config": {
             "model_type": "internvl_vision", "architectures": ["InternVisionModel"], "attention_bias": True,
             "attention_dropout": 0.0, "dropout": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
-            "hidden_size": 32, "image_size": [tile, tile], "initializer_factor": 0.1, "initializer_range": 1e-10,
+            "hidden_size": 32, "image_size": [56, 56], "initializer_factor": 0.1, "initializer_range": 1e-10,
             "intermediate_size": 64, "layer_norm_eps": 1e-06, "layer_scale_init_value": 0.1, "norm_type": "layer_norm",
             "num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 2, "patch_size": [14, 14],
             "projection_dropout": 0.0, "torch_dtype": _name(dtype), "use_absolute_position_embeddings": True,
@@ -109,7 +104,7 @@ def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, tile=56, 
     }  # fmt: skip
     processor = {
         "image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor",
-        "crop_to_patches": False, "min_patches": 1, "max_patches": 12, "size": {"height": tile, "width": tile},
+        "crop_to_patches": False, "min_patches": 1, "max_patches": 12, "size": {"height": 56, "width": 56},
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
     }  # fmt: skip
     more = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")

@@ -7,8 +7,6 @@ The attention mask is written where it masks something, or where the DiT counts 
 families are faster without, and FLUX.1 on the oldest hosts fails with one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,17 +25,10 @@ Condition = dict[str, Any]
 def aggregate_conditioning(
     features: Features, dla=None, *, template: str = "auto", vit_blend: float = 0.0, pooled_from: list | None = None
 ) -> list:
-    """CONDITIONING with the context tokens of `features`: a DLA's, or the MLLM's last layer as it is.
+    """CONDITIONING with the context tokens of one prompt's `features`: a DLA's, or the MLLM's last layer as it is.
 
-    Args:
-        features: Of one prompt.
-        dla: A loaders.dla.DLA; None = the last layer.
-        template: See dla.context.aggregate.
-        vit_blend: See dla.context.aggregate; 0 = the DLA's own setting.
-        pooled_from: A CONDITIONING whose pooled vector is taken over (FLUX.1: CLIP-L's).
-
-    Raises:
-        ValueError: Where features, DLA or pooled_from do not fit.
+    template, vit_blend: see dla.context.aggregate. pooled_from: a CONDITIONING whose pooled vector is taken over
+    (FLUX.1: CLIP-L's). Raises ValueError where features, DLA or pooled_from do not fit.
     """
     context = (aggregate if dla is None else dla.aggregate)(features, template=template, vit_blend=vit_blend)
     pooled = pooled_from[0][1].get(POOLED) if pooled_from else None
@@ -97,14 +88,10 @@ def strengths_and_masks(values: Mapping[str, Any], count: int) -> tuple[list[flo
 def add_references(
     conditioning: list, latents: list[Tensor], strength: float, masks: list[Tensor | None], method: str | None
 ) -> list:
-    """A copy of CONDITIONING with more reference latents, of one strength, behind those that it has.
+    """A copy of CONDITIONING with more reference latents, as the VAE gives them, behind those that it has.
 
-    Args:
-        conditioning: Is not changed.
-        latents: As the VAE gives them.
-        strength: Of each, multiplied into the schedule's.
-        masks: (h, w) in 0..1 over the picture of each, or None.
-        method: Placement of all of an entry's references; None = as it was.
+    The strength of each is multiplied into the schedule's; masks are (h, w) in 0..1 over the picture of each, or None;
+    the method is the placement of all of an entry's references, None = as it was.
     """
     out = []
     for tokens, values in conditioning:
@@ -119,13 +106,8 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
     """A condition with the token groups of one stage.
 
     References that are off are left out altogether. A context that is off keeps a token, since hosts fail on none: the
-    attention override takes its keys out, or, where the model's token layout is not known, it is zero.
-
-    Args:
-        condition: With both groups.
-        context: Whether the context is on.
-        reference: Whether the references are on; those of strength 0 never are.
-        backbone: The record of the DiT's family; None where its token layout is not known.
+    attention override takes its keys out, or, where the model's token layout is not known (no `backbone`), it is zero.
+    References of strength 0 are never on.
     """
     condition = dict(condition)
     latents = reference_latents(condition)

@@ -1,7 +1,5 @@
 """The DiT, loaded by the host, and what its file's header says."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 
@@ -53,11 +51,7 @@ def _file_header(path: str) -> SafetensorsHeader:
 
 
 def load_dit(name: str, weight_dtype: str = "default") -> Model:
-    """MODEL (a ModelPatcher) of a file under `models/diffusion_models`, through the host's loader.
-
-    Args:
-        name: As the host lists it.
-        weight_dtype: As in the host's Load Diffusion Model.
+    """MODEL of a file under `models/diffusion_models`; names and dtypes are those of the host's Load Diffusion Model.
 
     A safetensors file whose metadata has `unet_config` (JSON) overrides sizes that the host's detection takes for
     granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for a file or a dtype that is none.

@@ -1,7 +1,5 @@
 """DLA files as models under ComfyUI's model management."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -21,10 +19,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
 class DLA:
     """The DLA socket: a DualLayerAggregator that the host loads, offloads and casts.
 
-    Args:
-        config: What its file says of it.
-        state: Checked weights, see dla/checkpoint.py.
-        name: Its file, for messages.
+    state: checked weights, see dla/checkpoint.py. name: its file, for messages.
     """
 
     def __init__(self, config: DLAConfig, state: dict[str, torch.Tensor], name: str = ""):
@@ -47,7 +42,6 @@ class DLA:
 
         Raises ValueError if the features are another MLLM's.
         """
-        self.check_mllm(features.info)
         self._load(features)
         with torch.inference_mode():
             context = aggregate(features, self.model, template=template, vit_blend=vit_blend, device=self.load_device)
@@ -55,7 +49,6 @@ class DLA:
 
     def layer_weights(self, features: Features, template: str | None = None) -> torch.Tensor:
         """(B, T, layers) fp32, see DualLayerAggregator.layer_weights; T counts the features' tokens."""
-        self.check_mllm(features.info)
         self._load(features)
         keep = kept_tokens(features, self.config.template if template in (None, "auto") else template)
         weights = self.model.layer_weights(features, keep, device=self.load_device)
@@ -69,6 +62,7 @@ class DLA:
             raise ValueError(f"DLA {self.name!r}: {error}") from None
 
     def _load(self, features: Features) -> None:
+        self.check_mllm(features.info)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required(self.config, features))
 
 
@@ -78,13 +72,9 @@ def read_config(name: str) -> DLAConfig:
 
 
 def check_dit(config: DLAConfig, name: str, width: int | None, dit: str = "") -> None:
-    """Raises ValueError unless a DiT can read a DLA's tokens.
+    """Raises ValueError unless a DiT can read the tokens of the DLA in the file `name`.
 
-    Args:
-        config: The DLA's.
-        name: Its file.
-        width: Of the context that the DiT reads, in channels; None = not known, which passes.
-        dit: The DiT's family; "" = not known, which passes.
+    width: of the context that the DiT reads, in channels; dit: its family. None and "" = not known, which passes.
     """
     wanted = config.dit or f"any DiT with a context of {config.context_width}"
     if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):

@@ -4,8 +4,6 @@ They are models that the host loads, or Hugging Face folders in models/clip_visi
 is and how it prepares pictures. Pictures go through one at a time, so that no metric depends on the others of a batch.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,13 +147,11 @@ class FolderEmbedder(Embedder):
         sizes = vision.config
         self.preprocessing = clip_preprocessing(sizes.image_size) if kind == "clip" else DINO
         conv = next(module for module in vision.modules() if isinstance(module, nn.Conv2d))
-        family = (
-            "CLIP" if kind == "clip" else "DINOv2" if type_ != "vit" else "DINO" if "dino" in name.lower() else "ViT"
-        )
+        vit = "DINO" if "dino" in name.lower() else "ViT"
+        family = {"clip": "CLIP", "vit": vit}.get(type_, "DINOv2")
         embedding = model.config.projection_dim if kind == "clip" else sizes.hidden_size
-        self.interpolate = (
-            {"interpolate_pos_encoding": True} if type_ == "vit" and sizes.image_size != DINO.crop else {}
-        )
+        other_size = type_ == "vit" and sizes.image_size != DINO.crop
+        self.interpolate = {"interpolate_pos_encoding": True} if other_size else {}
         self.backbone = _record(
             family, model, sizes.num_hidden_layers, conv, embedding, self.preprocessing.crop, [f"{name} (folder)"]
         )
@@ -212,10 +208,9 @@ class HostText:
             there = ", ".join(f"{name} of width {projection.out_features}" for name, projection in towers.items())
             there = there or f"no CLIP text tower ({', '.join(children)})"
             raise EmbedderError(
-                f"CLIP-T: clip holds {there}, expected one whose"
-                f" projection is {width} wide as that of clip_vision is: CLIP-L with ViT-L/14 (768), CLIP-H with"
-                " ViT-H/14 (1024), CLIP-G with ViT-bigG/14 (1280). Connect the text encoder of the same CLIP, or leave"
-                " clip open."
+                f"CLIP-T: clip holds {there}, expected one whose projection is {width} wide as that of clip_vision is:"
+                " CLIP-L with ViT-L/14 (768), CLIP-H with ViT-H/14 (1024), CLIP-G with ViT-bigG/14 (1280). Connect the"
+                " text encoder of the same CLIP, or leave clip open."
             )
         self.clip, self.name, projection = clip, fits[0], towers[fits[0]]
         _check_projection(

@@ -3,8 +3,6 @@
 Also in every folder that extra_model_paths.yaml gives for these names.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PureWindowsPath
 
@@ -54,9 +52,7 @@ def files(kind: str) -> list[str]:
 def find(kind: str, name: str) -> Path:
     """The file or folder `name` of one of these kinds, in the first configured folder that has it.
 
-    Raises:
-        ValueError: The name leads out of the configured folders (absolute, or with ".."), or is not there; the text
-            lists what is.
+    Raises ValueError where it leads out of these folders (absolute, or with ".."), or is not there.
     """
     if not isinstance(name, str) or not name or not _inside(name):
         raise ValueError(f"{name!r} is no name in models/{kind}: expected one without '..', drive or leading slash.")

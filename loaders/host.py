@@ -3,8 +3,6 @@
 `import nodes` here is the host's nodes.py; this pack's folder of that name is `subject_dla.nodes`.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Reference images as the sockets bring them: checked, and taken apart into single pictures."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..common.images import SLIMMEST, SMALLEST, ImageError
@@ -10,19 +8,11 @@ LIMIT = 10
 
 
 def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool = True) -> list[Tensor]:
-    """Every picture of the IMAGE sockets, in order.
+    """Every picture of the IMAGE sockets (None or (b, h, w, c)), in order, each (h, w, 3) float32 in 0..1.
 
-    Args:
-        sockets: Each None or (b, h, w, c); a batch is several references.
-        limit: Most pictures.
-        required: Whether there must be one.
-
-    Returns:
-        (h, w, 3) float32 in 0..1 each.
-
-    Raises:
-        ImageError: No picture, too many, or one with a side under 28 px, alpha, greyscale, NaN or infinity, values far
-            outside 0..1 or a wrong rank; it says which socket (`image_1` is the first) and which of its batch.
+    Raises ImageError for no picture (if `required`), more than `limit`, or one with a side under 28 px, alpha,
+    greyscale, NaN or infinity, values far outside 0..1 or a wrong rank; it says which socket (`image_1` is the first)
+    and which of its batch.
     """
     images = []
     found = sum(socket.shape[0] for socket in sockets if isinstance(socket, Tensor) and socket.ndim == 4)
@@ -41,10 +31,8 @@ def collect_images(*sockets: Tensor | None, limit: int = LIMIT, required: bool =
                 " MASK becomes one with the host's MaskToImage node."
             )
         for index, image in enumerate(socket):
-            where = f"image_{number}" + (
-                f" (number {index + 1} of its batch of {len(socket)})" if len(socket) > 1 else ""
-            )
-            images.append(_check(image, where))
+            where = f" (number {index + 1} of its batch of {len(socket)})" if len(socket) > 1 else ""
+            images.append(_check(image, f"image_{number}{where}"))
     if required and not images:
         raise ImageError(
             "No reference image is connected, expected at least one. Connect a Load Image node to image_1."

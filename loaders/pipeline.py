@@ -1,7 +1,5 @@
 """All four parts at once, compared by their headers before any weights are read."""
 
-from __future__ import annotations
-
 
 def load_pipeline(
     diffusion_model: str,
@@ -11,18 +9,10 @@ def load_pipeline(
     weight_dtype: str = "default",
     mllm_weight_dtype: str = "default",
 ):
-    """MODEL, VAE, MLLM and DLA of files, by their names as the host lists them.
+    """MODEL, VAE, MLLM and DLA of files, by names and dtypes as each one's own loader takes them.
 
-    Args:
-        diffusion_model: Under models/diffusion_models.
-        vae: Under models/vae.
-        mllm: Under models/mllm.
-        dla: Under models/dla; None = no DLA but the MLLM's last layer.
-        weight_dtype: As in the host's Load Diffusion Model.
-        mllm_weight_dtype: As in Load MLLM.
-
-    Raises:
-        ValueError: Before anything is loaded, where the DLA was made for another MLLM or another DiT.
+    `dla` None = no DLA but the MLLM's last layer. Raises ValueError before anything is loaded, where the DLA was made
+    for another MLLM or another DiT.
     """
     from .dit import load_dit
     from .host import load_vae

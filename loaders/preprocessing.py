@@ -1,7 +1,5 @@
 """Pictures as DINO, CLIP and Orient Anything take them: the published preprocessing, on tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor
@@ -48,15 +46,9 @@ def clip_preprocessing(size: int) -> Preprocessing:
 
 
 def preprocess(image: Tensor, how: Preprocessing, begin: Callable[[float], int] = round) -> Tensor:
-    """A picture as a vision tower takes it, as torchvision's Resize, CenterCrop and Normalize would.
+    """(H, W, 3) in 0..1 to (3, crop, crop) float32, as torchvision's Resize, CenterCrop and Normalize would.
 
-    Args:
-        image: (H, W, 3) in 0..1.
-        how: Sizes in px, mean and deviation.
-        begin: How the half px is rounded where the crop is not in the middle: torchvision rounds, transformers floors.
-
-    Returns:
-        (3, crop, crop) float32.
+    begin: how the half px is rounded where the crop is not in the middle: torchvision rounds, transformers floors.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -72,21 +64,12 @@ def preprocess(image: Tensor, how: Preprocessing, begin: Callable[[float], int] 
 
 
 def preprocess_subject(image: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A picture as Orient Anything takes it: the subject cut out onto black, at FILL of a square.
+    """(H, W, 3) in 0..1 to (3, 224, 224) as Orient Anything takes it: the subject on black, at FILL of a square.
 
-    Args:
-        image: (H, W, 3) in 0..1.
-        mask: (h, w) of any size, 1 where the subject is. None: the picture as it is, and what of it is longer than
-            square is lost.
+    The mask is (h, w) of any size, 1 where the subject is. None: the picture as it is, and what of it is longer than
+    square is lost. Raises ImageError where the mask shows no subject.
 
-    Returns:
-        (3, 224, 224) float32.
-
-    Raises:
-        ImageError: The mask shows no subject.
-
-    Source:
-        Orient Anything's own cut-out, then transformers' image processor of DINOv2.
+    Source: Orient Anything's own cut-out, then transformers' image processor of DINOv2.
     """
     image = image.float().clamp(0, 1)
     if mask is not None:

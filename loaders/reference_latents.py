@@ -27,22 +27,13 @@ def add_identity(
     size: int = 0,
     placement: str = "auto",
 ) -> list:
-    """CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3).
+    """A copy of CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3) in 0..1.
 
-    The aspect ratio is kept; what does not fill a token is cut off at the edges.
+    The aspect ratio is kept; what does not fill a token is cut off at the edges. Raises ValueError where the model,
+    whose family decides the default size and placement, cannot do it.
 
-    Args:
-        conditioning: Is not changed.
-        model: MODEL that will sample; its family decides size and placement.
-        vae: Its VAE.
-        image: (b, h, w, 3) in 0..1, each a reference.
-        mask: (h, w) or (b, h, w), 1 = use; None = all of the picture.
-        strength: Multiplied into the schedule's strength of references.
-        size: Longest side of each reference, px; 0 = the family's default.
-        placement: `reference_latents_method`; "auto" = the family's default, see its record.
-
-    Raises:
-        ValueError: Where the model cannot do it.
+    mask: (h, w) or (b, h, w), 1 = use. strength: multiplied into the schedule's. size: longest side of each reference,
+    px; 0 = the default. placement: `reference_latents_method`; "auto" = the default.
     """
     backbone = backbone_of(model)
     method = reference_method(model, placement)
@@ -82,27 +73,21 @@ def reference_method(model: Model, placement: str) -> str | None:
     diffusion_model = model.model.diffusion_model
     known = backbone is None or method in backbone.placements
     if not known or not mentions(diffusion_model, method):
+        remedy = "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."
+        if backbone and not backbone.placements:
+            remedy = f"Choose auto: {backbone.title} places references itself."
         raise ValueError(
             f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} here "
-            "and would silently place references elsewhere. "
-            + (
-                f"Choose auto: {backbone.title} places references itself."
-                if backbone and not backbone.placements
-                else "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."
-            )
+            f"and would silently place references elsewhere. {remedy}"
         )
     return method
 
 
 def reference_size(width: int, height: int, size: int = 0, uno: bool = False, grid: int = 16) -> tuple[int, int]:
-    """Size in px of a `width` x `height` reference, of whole tokens.
+    """Size in px of a `width` x `height` px reference, of whole tokens (`grid` px a side).
 
-    Args:
-        width: Of the picture, px.
-        height: Of the picture, px.
-        size: Longest side that is asked for, px; 0 = the default.
-        uno: Whether the default is UNO's, else at most one megapixel, never enlarged.
-        grid: Pixels per token and side.
+    size: longest side that is asked for, px; 0 = the default: with `uno` UNO's, else at most one megapixel, never
+    enlarged.
 
     Source: UNO's preprocessing for its placement; else the host's edit nodes, without their enlarging (our choice).
     """
@@ -118,10 +103,8 @@ def resize(picture: Tensor, width: int, height: int) -> Tensor:
     """(c, h, w) to exactly width x height: scaled evenly, then cut at the centre. Untouched where it already fits."""
     if picture.shape[-2:] == (height, width):
         return picture
-    shrinks = picture.shape[-1] >= width and picture.shape[-2] >= height
-    return comfy.utils.common_upscale(picture[None], width, height, "area" if shrinks else "bicubic", "center")[
-        0
-    ].clamp(0, 1)
+    method = "area" if picture.shape[-1] >= width and picture.shape[-2] >= height else "bicubic"
+    return comfy.utils.common_upscale(picture[None], width, height, method, "center")[0].clamp(0, 1)
 
 
 def _stretched(mask: Tensor, shape: tuple[int, int]) -> Tensor:

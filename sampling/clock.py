@@ -1,7 +1,5 @@
 """The clocks that a stage schedule counts on, an object each: every number of a schedule is a position on one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt

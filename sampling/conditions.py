@@ -1,7 +1,5 @@
 """What is checked of the conditions before a staged run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from ..loaders.backbones import backbone_of, titles

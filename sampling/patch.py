@@ -5,8 +5,6 @@ call the variant is chosen by sigma, and the guider's own prediction does the re
 and strength 0 is the host's path without those tokens.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from math import prod

@@ -4,8 +4,6 @@ The groups are `context` (the MLLM's or text encoder's tokens, called MLLM token
 reference latents' tokens, called VAE tokens there).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite

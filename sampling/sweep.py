@@ -1,7 +1,5 @@
 """Sweeps over thresholds and strengths: a grid of stage schedules, each with a label."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product

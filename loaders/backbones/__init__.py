@@ -3,8 +3,6 @@
 Adding a family is adding a file. A model of a family that is not here gets None: strengths 0 and 1 only, no training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules

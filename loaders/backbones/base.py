@@ -1,7 +1,5 @@
 """The record of one DiT family: all by which this pack treats families differently."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,9 +80,8 @@ class Backbone:
 
     def has_keys(self, keys: set[str], prefix: str = "") -> bool:
         """Whether a state dict with these keys may be of this family."""
-        return all(f"{prefix}{key}" in keys for key in self.keys) and not any(
-            f"{prefix}{key}" in keys for key in self.absent_keys
-        )
+        found, strange = ([prefix + key in keys for key in some] for some in (self.keys, self.absent_keys))
+        return all(found) and not any(strange)
 
     def has_config(self, config: Mapping[str, Any]) -> bool:
         """Whether the host's `unet_config` is of this family."""

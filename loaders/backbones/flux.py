@@ -24,10 +24,8 @@ BACKBONE = Backbone(
     config={"image_model": "flux"},
     host_class="Flux",
     keys=("txt_in.weight", "img_in.weight", "double_blocks.0.img_attn.qkv.weight"),
-    absent_keys=(
-        "double_stream_modulation_img.lin.weight",
-        "distilled_guidance_layer.in_proj.weight",
-    ),  # FLUX.2, Chroma
+    # FLUX.2, Chroma
+    absent_keys=("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.in_proj.weight"),
     context_width=4096,
     placements=("offset", "index", "uxo", "index_timestep_zero"),
     default_placement="uxo",  # the paper's; Kontext wants the host's own, offset, but no file says so

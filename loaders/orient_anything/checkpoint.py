@@ -3,8 +3,6 @@
 V2 is not read: see web/docs/SubjectLoadOrientation.md for why.
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -32,10 +30,8 @@ class OrientationCheckpointError(ValueError):
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pt or .safetensors under their published keys, on the CPU.
 
-    All keys, shapes, dtypes and values are checked; pickled code is refused, never run.
-
-    Raises:
-        OrientationCheckpointError: The file is no usable Orient Anything V1.
+    All keys, shapes, dtypes and values are checked; pickled code is refused, never run. Raises
+    OrientationCheckpointError where the file is no usable Orient Anything V1.
     """
     if not path.is_file():
         raise OrientationCheckpointError(path, "is not there or is a folder, expected one .pt or .safetensors file.")

@@ -1,7 +1,5 @@
 """Orient Anything V1 under ComfyUI's model management."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,20 +51,12 @@ class OrientationModel:
         return torch.cat(parts)
 
     def estimate(self, images: list[Tensor], masks: list[Tensor | None] | None = None) -> Angles:
-        """Orientations of the subjects of N pictures.
+        """Angles in degrees, on the CPU, of the subjects of N pictures (H, W, 3) in 0..1.
 
-        Where some masks are empty, because a subject was not found, the whole picture is read and the confidence is 0,
-        so that reports leave it out and count it.
+        Each may have a mask, (h, w) of any size, 1 = subject. Where some masks are empty, because a subject was not
+        found, the whole picture is read and the confidence is 0, so that reports leave it out and count it.
 
-        Args:
-            images: N pictures (H, W, 3) in 0..1.
-            masks: One per picture, (h, w) of any size, 1 = subject, or None; None: the whole pictures.
-
-        Returns:
-            Angles in degrees, on the CPU.
-
-        Raises:
-            ValueError: No picture, other than N masks, or all masks are empty.
+        Raises ValueError for no picture, other than N masks, or where all masks are empty.
         """
         if not images:
             raise ValueError("No picture to read an orientation from, expected at least one. Connect an IMAGE.")

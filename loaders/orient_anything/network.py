@@ -6,8 +6,6 @@ Azimuth 0: the subject's front faces the camera; 90: its front points to the lef
 camera is above the subject. Rotation: how far the picture is turned, counter-clockwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -46,10 +46,7 @@ def kept_tokens(features: Features, template: str = "auto") -> Tensor:
         features: Of B prompts.
         template: "auto" = as the MLLM's stock model: "keep", or, where info.drop_leading_template, without what comes
             before the user's turn (features.prefix, else the leading template tokens but for the marker in front of an
-            image); "keep" = all but padding; "drop" = no template token at all (UniFusion).
-
-    Raises:
-        ValueError: For another template.
+            image); "keep" = all but padding; "drop" = no template token at all (UniFusion). Others raise ValueError.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}.")

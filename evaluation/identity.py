@@ -155,16 +155,9 @@ def _metric(name: str, cosines: Tensor, paired: Tensor, subjects: Sequence[str],
     groups: dict[str, list[float]] = {}
     for row, value in zip(rows, values, strict=True):
         groups.setdefault(subjects[row], []).append(value)
-    return IdentityMetric(
-        name,
-        mean,
-        low,
-        high,
-        per_output=tuple(values),
-        pairs=tuple((row, j, value) for row in rows for j, value in own[row]),
-        by_subject={subject: fsum(group) / len(group) for subject, group in groups.items()},
-        **about,
-    )
+    pairs = tuple((row, j, value) for row in rows for j, value in own[row])
+    by_subject = {subject: fsum(group) / len(group) for subject, group in groups.items()}
+    return IdentityMetric(name, mean, low, high, tuple(values), pairs, by_subject=by_subject, **about)
 
 
 def _cosines(name: str, rows: Tensor, columns: Tensor) -> Tensor:

@@ -44,17 +44,11 @@ def overlay(
 ) -> Image.Image:
     """The axes over the picture: red to the subject's front, green to its own right, blue to its top; angles below.
 
-    A dot is an arrow that points at the camera, a cross one that points away. Pictures of one size give overlays of one
-    size.
+    A dot is an arrow that points at the camera, a cross one that points away. The longest side is from 512 to 1024 px
+    without the lines of text; pictures (H, W, 3) in 0..1 of one size give overlays of one size.
 
-    Args:
-        image: (H, W, 3) in 0..1.
-        angles: Azimuth, polar, rotation in degrees, confidence.
-        mask: (h, w) of any size, 1 = subject; the axes begin in the middle of what it shows.
-        threshold: Grey axes where the confidence is below this.
-
-    Returns:
-        RGB, its longest side from 512 to 1024 px without the lines of text.
+    angles: azimuth, polar, rotation in degrees, confidence; below `threshold` the axes are grey. mask: (h, w) of any
+    size, 1 = subject; the axes begin in the middle of what it shows.
     """
     azimuth, polar, rotation, confidence = angles
     height, width, _ = image.shape

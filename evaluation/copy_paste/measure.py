@@ -34,13 +34,8 @@ def copy_paste(orientation, *arguments) -> Report:
     """What `measure` gives for these arguments, as a report; `orientation.name` says whose angles they are."""
     outputs, floor = measure(orientation, *arguments)
     about = (outputs, floor, orientation.name)
-    return Report(
-        report_text(*about),
-        report_csv(outputs, floor),
-        report_json(*about),
-        captions(outputs),
-        to_tensor(report_plot(*about)),
-    )
+    table = report_csv(outputs, floor)
+    return Report(report_text(*about), table, report_json(*about), captions(outputs), to_tensor(report_plot(*about)))
 
 
 def measure(

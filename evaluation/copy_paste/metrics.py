@@ -130,14 +130,8 @@ def _metrics(azimuth: Tensor, polar: Tensor) -> CopyPasteMetrics:
     }
     # The mean of azimuth differences is from 0 to 180 degrees, polar ones too, shares from 0 to 1. NaN stays.
     intervals = {name: (_clip(low), _clip(high)) for name, (_, low, high) in found.items()}
-    return CopyPasteMetrics(
-        azimuth=found["azimuth"][0],
-        polar=found["polar"][0],
-        average_recall=found["average_recall"][0],
-        recall={k: found[f"recall@{k}"][0] for k in RECALL},
-        count=len(azimuth),
-        intervals=intervals,
-    )
+    means = (found[name][0] for name in ("azimuth", "polar", "average_recall"))
+    return CopyPasteMetrics(*means, {k: found[f"recall@{k}"][0] for k in RECALL}, len(azimuth), intervals)
 
 
 def _clip(value: float) -> float:

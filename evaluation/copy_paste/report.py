@@ -10,19 +10,10 @@ from ...common.intervals import share_interval
 from ...common.markdown import markdown
 from .metrics import RECALL, CopyPasteMetrics, Pairs
 
-COLUMNS = (
-    "set",  # outputs: references and outputs; floor: references and their own mirrored, re-cropped selves
-    "pair",
-    "reference_azimuth",
-    "reference_polar",
-    "reference_confidence",
-    "azimuth",
-    "polar",
-    "confidence",
-    "azimuth_difference",
-    "polar_difference",
-    "counted",  # 1: every confidence reaches the threshold
-)
+SEEN, DIFFERENCES = ("azimuth", "polar", "confidence"), ("azimuth_difference", "polar_difference")
+# set: "outputs" = references and outputs, "floor" = references and their own mirrored, re-cropped selves;
+# counted: 1 where every confidence reaches the threshold
+COLUMNS = ("set", "pair", *(f"reference_{name}" for name in SEEN), *SEEN, *DIFFERENCES, "counted")
 
 
 def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteMetrics]]:

@@ -6,6 +6,7 @@ V2 is not read: see web/docs/SubjectLoadOrientation.md for why.
 import pickle
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,36 +47,33 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    fail = partial(OrientationCheckpointError, path)
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
-        raise OrientationCheckpointError(path, "is empty (0 bytes). Download it again.")
+        raise fail("is empty (0 bytes). Download it again.")
     if not start.lstrip().startswith(OF_TORCH) and (kind := signature(start)):
-        raise OrientationCheckpointError(path, f"is {kind}, expected a .pt file. Download it again.")
+        raise fail(f"is {kind}, expected a .pt file. Download it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise OrientationCheckpointError(
-            path,
+        raise fail(
             "holds more than tensors, expected a state dict; code in a file is never run "
-            f"({str(error).splitlines()[0]:.160}). Download the published file, or save its tensors alone.",
+            f"({str(error).splitlines()[0]:.160}). Download the published file, or save its tensors alone."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OrientationCheckpointError(path, f"cannot be read ({text:.160}). Download it again.") from None
+        raise fail(f"cannot be read ({text:.160}). Download it again.") from None
     if not isinstance(state, Mapping) or not state:
-        raise OrientationCheckpointError(
-            path, f"holds {type(state).__name__}, expected a state dict of tensors. Download it again."
-        )
+        raise fail(f"holds {type(state).__name__}, expected a state dict of tensors. Download it again.")
     strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if strange:
         key, value = strange[0], state[strange[0]]
-        raise OrientationCheckpointError(
-            path,
-            f"holds {type(value).__name__} under {key!r}, expected tensors alone. "
-            "Save the state dict itself, not a training checkpoint around it.",
+        raise fail(
+            f"holds {type(value).__name__} under {key!r}, expected tensors alone. Save the state dict itself, not a "
+            "training checkpoint around it."
         )
     _check_keys(path, {key: (tuple(value.shape), value.dtype) for key, value in state.items()})
     return {key: value.clone().contiguous() for key, value in state.items()}  # tensors of a .pt may share memory
@@ -92,19 +90,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _check_keys(path: Path, found: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]) -> None:
     """Raises unless keys, shapes and dtypes are those of one of the published layouts."""
+    fail = partial(OrientationCheckpointError, path)
     cls, first = BACKBONE + "embeddings.cls_token", HEAD + "net1.0.weight"
     if cls not in found or first not in found or len(found[first][0]) != 2:
-        raise OrientationCheckpointError(path, f"is no Orient Anything V1: {_what_is_it(found)}")
+        raise fail(f"is no Orient Anything V1: {_what_is_it(found)}")
     width, out = found[cls][0][-1], found[first][0][0]
     if width not in SIZES:
         known = ", ".join(f"{width} ({name})" for width, (name, _) in SIZES.items())
-        raise OrientationCheckpointError(
-            path, f"{cls} is {width} wide, expected {known}. Take one of the published files."
-        )
+        raise fail(f"{cls} is {width} wide, expected {known}. Take one of the published files.")
     try:
         rotation_bins(out)
     except ValueError as error:
-        raise OrientationCheckpointError(path, f"{first}: {error} Take one of the published files.") from None
+        raise fail(f"{first}: {error} Take one of the published files.") from None
     size, layers = SIZES[width]
     expected = published_shapes(width, layers, out)
     missing = [key for key in expected if key not in found and not key.endswith(UNREAD)]
@@ -112,22 +109,15 @@ def _check_keys(path: Path, found: Mapping[str, tuple[tuple[int, ...], torch.dty
     what = f"Orient Anything V1 {size} ({layers} layers)"
     if missing:
         also = f" It has {extra[0]!r} instead: it was written by other code." if extra else ""
-        raise OrientationCheckpointError(
-            path, f"{len(missing)} key(s) of {what} are missing, such as {missing[0]!r}.{also} Download it again."
-        )
+        raise fail(f"{len(missing)} key(s) of {what} are missing, such as {missing[0]!r}.{also} Download it again.")
     if extra:
-        raise OrientationCheckpointError(
-            path, f"{len(extra)} key(s) do not belong to {what}, such as {extra[0]!r}. Download it again."
-        )
+        raise fail(f"{len(extra)} key(s) do not belong to {what}, such as {extra[0]!r}. Download it again.")
     for key, (shape, dtype) in found.items():
         if shape != expected[key]:
-            raise OrientationCheckpointError(
-                path,
-                f"{key} has shape {list(shape)}, expected {list(expected[key])} for {what}. Download it again.",
-            )
+            raise fail(f"{key} has shape {list(shape)}, expected {list(expected[key])} for {what}. Download it again.")
         floating = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
         if not floating and not key.endswith(UNREAD):
-            raise OrientationCheckpointError(path, f"{key} does not hold floating-point numbers. Download it again.")
+            raise fail(f"{key} does not hold floating-point numbers. Download it again.")
 
 
 def _what_is_it(keys: Mapping) -> str:

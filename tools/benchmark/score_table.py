@@ -88,11 +88,8 @@ class System:
 def read_systems(sources: Sequence[str]) -> list[System]:
     """A system for each name, followed by one for each further backbone in its files.
 
-    Args:
-        sources: NAME=PATH, or PATH, which then gives the name; PATH is a score file or a run's folder.
-
-    Raises:
-        ScoreError: A file is damaged, or files of one name hold a metric that was measured in different ways.
+    A source is NAME=PATH, or PATH, which then gives the name; PATH is a score file or a run's folder. Raises ScoreError
+    where a file is damaged, or files of one name hold a metric that was measured in different ways.
     """
     systems: dict[str, System] = {}
     for source in sources:

@@ -29,14 +29,8 @@ START_SECONDS = 300
 class Server:
     """`with Server(comfyui, base) as server:` a running server; `server.client` sends requests to it.
 
-    Args:
-        comfyui: Folder of the checkout.
-        base: Folder for everything that the server reads and writes.
-        packs: Folders of the enabled custom nodes, by name; None: this pack.
-        models: Further folders laid out like ComfyUI's `models`.
-        arguments: Further ones for main.py.
-        python: Interpreter.
-        port: 0: a free one.
+    Everything that it reads and writes is in the folder `base`. packs: folders of the enabled custom nodes, by name;
+    None: this pack. models: further folders laid out like ComfyUI's `models`. port 0: a free one.
     """
 
     def __init__(

@@ -37,14 +37,9 @@ def titles(prompt: dict) -> dict[str, str]:
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The queue's format (id -> class_type, inputs) of a workflow in either format.
 
-    Muted nodes are left out, bypassed ones pass their input on, reroutes vanish.
-
-    Args:
-        workflow: As `read` returns it.
-        object_info: The server's /object_info: which inputs are widgets, and the order in which their values are saved.
-
-    Raises:
-        WorkflowFileError: It has subgraphs, nodes that the server lacks, or widgets without a value.
+    Muted nodes are left out, bypassed ones pass their input on, reroutes vanish. The server's object_info says which
+    inputs are widgets, and the order in which their values are saved. Raises WorkflowFileError for subgraphs, nodes
+    that the server lacks, and widgets without a value.
     """
     if "nodes" not in workflow and all(isinstance(n, dict) and "class_type" in n for n in workflow.values()):
         return workflow  # in API format already
@@ -129,15 +124,10 @@ def _widgets(info: dict) -> Iterator[tuple[str, str, dict]]:
 
 
 def put_in(prompt: dict, images: list[str] | None = None, text: str | None = None) -> dict:
-    """A copy of a workflow in API format with one's own pictures and prompt.
+    """A copy of a workflow in API format with one's own pictures and prompt `text`.
 
-    Args:
-        prompt: The workflow.
-        images: Names on the server, for its Load Image nodes in the order of their ids; other nodes keep their picture.
-        text: The prompt.
-
-    Raises:
-        WorkflowFileError: It has too few Load Image nodes, or no input for the prompt.
+    `images` are names on the server, for the Load Image nodes in the order of their ids; others keep their picture.
+    Raises WorkflowFileError where there are too few of these nodes, or there is no input for the prompt.
     """
     prompt = {key: {**node, "inputs": dict(node["inputs"])} for key, node in prompt.items()}
     loaders = nodes_of(prompt, "LoadImage")

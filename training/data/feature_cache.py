@@ -33,16 +33,10 @@ class EncodedPrompt:
 
 
 class FeatureSource:
-    """Features of prompts, encoded once: the last used are kept in memory, all of them on disk if there is a folder.
+    """Features of prompts, encoded once: the last `keep` used stay in memory, all of them on disk if there is a folder.
 
-    Args:
-        mllm: Reads prompts and references; one that reads text only gets the prompts alone.
-        layers: Layer numbers wanted; None = all.
-        clip: Text encoder that gives the pooled vector; None = none is wanted.
-        folder: Of one file for each prompt; None = keep nothing on disk.
-        image_size: See MLLM.encode.
-        images: False = the MLLM reads the prompts alone.
-        keep: How many prompts stay in memory.
+    The MLLM reads prompts and references, without `images`, or if it reads text only, the prompts alone; the CLIP, if
+    there is one, gives the pooled vector. layers, image_size: see MLLM.encode.
     """
 
     def __init__(

@@ -94,25 +94,23 @@ class FrozenDiT:
         Raises:
             GradientError: Where the output does not depend on the context for autograd.
         """
-        batch, mask = noisy.shape[0], None
+        batch, mask, settings = noisy.shape[0], None, dict(method=method, guidance=guidance)
         if context is None:
             tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
         else:
             tokens, mask = context.tokens, context.attention_mask
         if mask is not None and self.family.counts_context and not bool(mask.all()):  # one number for the whole batch
             rows = [slice(i, i + 1) for i in range(batch)]
-            more = [dict(pooled=None if pooled is None else pooled[i], method=method, guidance=guidance) for i in rows]
-            parts = zip(rows, map(context.row, range(batch)), more)
-            found = [self.velocity(noisy[i], t[i], row, [r[i] for r in references], **kw) for i, row, kw in parts]
+            vectors = [None if pooled is None else pooled[i] for i in rows]
+            parts = zip(rows, map(context.row, range(batch)), vectors)
+            found = [
+                self.velocity(noisy[i], t[i], row, [r[i] for r in references], pooled=vector, **settings)
+                for i, row, vector in parts
+            ]
             return torch.cat(found)
-        values = values_of(
-            torch.ones(1, tokens.shape[1], dtype=torch.bool, device=self.device),  # padding is taken out below
-            self.family.counts_context,
-            pooled=pooled,
-            references=[reference.to(self.device) for reference in references],
-            method=method,
-            guidance=guidance,
-        )
+        every = torch.ones(1, tokens.shape[1], dtype=torch.bool, device=self.device)  # padding is taken out below
+        references = [reference.to(self.device) for reference in references]
+        values = values_of(every, self.family.counts_context, pooled=pooled, references=references, **settings)
         conds = self.base.extra_conds(
             noise=noisy, device=self.device, prompt_type="positive", cross_attn=tokens, **values
         )

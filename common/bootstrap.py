@@ -6,11 +6,11 @@ The pack's root must not be on `sys.path` beside the host: the folder `nodes` wo
 pack is imported by its location, as the host does with a custom node.
 """
 
-import importlib.util
 import os
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 PACK = "subject_dla"
@@ -20,11 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def import_pack() -> None:
     """Makes the pack importable as `subject_dla`, whatever its folder is called."""
     if PACK not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
+        spec = spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
         assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
+        module = module_from_spec(spec)
         sys.modules[PACK] = module
         spec.loader.exec_module(module)
 

@@ -121,10 +121,8 @@ def text_report(metrics: Sequence[IdentityMetric], notes: Sequence[str] = ()) ->
     if shown:
         names = sorted({subject for metric in shown for subject in metric.by_subject})
         head = ("subject", *(_short(metric) for metric in shown))
-        values = [
-            (name, *(f"{m.by_subject[name]:.4f}" if name in m.by_subject else "-" for m in shown)) for name in names
-        ]
-        text.append(markdown([head, *values]))
+        means = [[f"{m.by_subject[name]:.4f}" if name in m.by_subject else "-" for m in shown] for name in names]
+        text.append(markdown([head, *([name, *row] for name, row in zip(names, means))]))
     how = dict.fromkeys(f"{_short(metric)}: {metric.preprocessing}." for metric in metrics if metric.preprocessing)
     text.append("\n".join([*how, COPYING, COMPARABLE, *notes]))
     return "\n\n".join(text)

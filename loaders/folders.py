@@ -24,18 +24,13 @@ def register() -> None:
         folder_paths.folder_names_and_paths[kind] = (paths, set(extensions))
 
 
-def mllm_folders() -> list[str]:
-    """The folders in which MLLMs are looked for, first one first."""
-    return _roots("mllm")
-
-
 def mllm_names() -> list[str]:
-    """Names, with forward slashes and sorted, of the Hugging Face folders in any of `mllm_folders`.
+    """Names, with forward slashes and sorted, of the Hugging Face folders in any of `roots`.
 
     Those are the ones with a config.json, also one level deeper, as the owner/name that a download may leave.
     """
     found = set()
-    for root in map(Path, mllm_folders()):
+    for root in map(Path, roots("mllm")):
         for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):
             name = config.parent.relative_to(root)
             if name.parts[0].startswith(".") or (config.parent.parent / "config.json").is_file():
@@ -46,7 +41,7 @@ def mllm_names() -> list[str]:
 
 def files(kind: str) -> list[str]:
     """Files of a kind as the host lists them: names relative to `models/{kind}`, sorted."""
-    return [name for name in folder_paths.get_filename_list(kind) if _inside(name)] if _roots(kind) else []
+    return [name for name in folder_paths.get_filename_list(kind) if _inside(name)] if roots(kind) else []
 
 
 def find(kind: str, name: str) -> Path:
@@ -59,17 +54,18 @@ def find(kind: str, name: str) -> Path:
     if kind in FILES and Path(name).suffix.lower() not in EXTENSIONS[kind]:
         extensions = " or ".join(sorted(EXTENSIONS[kind], reverse=True))
         raise ValueError(f"{name!r} is no {FILES[kind]} file: expected the extension {extensions}.")
-    for root in _roots(kind):
+    for root in roots(kind):
         if (Path(root) / name).exists():
             return Path(root) / name
     there = files(kind) if kind in FILES else mllm_names()
     raise ValueError(
         f"models/{kind} has no {name!r}; it holds {', '.join(there) or 'nothing'}. "
-        f"Put it into {' or '.join(_roots(kind)) or 'a folder that register() makes known'} and refresh."
+        f"Put it into {' or '.join(roots(kind)) or 'a folder that register() makes known'} and refresh."
     )
 
 
-def _roots(kind: str) -> list[str]:
+def roots(kind: str) -> list[str]:
+    """The folders in which files of a kind are looked for, first one first."""
     return list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
 
 

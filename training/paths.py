@@ -29,7 +29,6 @@ def run_paths(recipe: Recipe, output: Path | None = None) -> RunPaths:
     import folder_paths
 
     base = Path(output or folder_paths.get_output_directory()) / "subject_dla"
-    dla, lora = (
-        Path(folder_paths.get_folder_paths(kind)[0]) / f"{recipe.run.name}.safetensors" for kind in ("dla", "loras")
-    )
+    name = f"{recipe.run.name}.safetensors"
+    dla, lora = (Path(folder_paths.get_folder_paths(kind)[0]) / name for kind in ("dla", "loras"))
     return RunPaths(base / "runs" / recipe.run.name, base / "cache", dla, lora if recipe.lora.rank else None)

@@ -14,9 +14,8 @@ from .base import Backbone, DiTSizes, MLLMSizes, Training
 __all__ = ["BACKBONES", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"]
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
-BACKBONES: dict[str, Backbone] = {
-    module.BACKBONE.name: module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE")
-}
+_FOUND = (module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE"))
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _FOUND}
 
 
 def backbone_of(model: Model) -> Backbone | None:

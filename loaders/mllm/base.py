@@ -76,9 +76,7 @@ class MLLM(ABC):
                 f"{self.info.name} gave {states.shape[2]} tokens, expected {len(modality)} for this prompt and"
                 f" {len(images)} image(s). A node has probably changed its tokenizer or its vision tower."
             )
-        return Features(
-            states, wanted, modality[None], image_index[None], mask, self.info, (prefix,), grids=(tuple(grids),)
-        )
+        return Features(states, wanted, modality[None], image_index[None], mask, self.info, (prefix,), (tuple(grids),))
 
     @abstractmethod
     def run(

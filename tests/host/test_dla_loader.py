@@ -137,7 +137,7 @@ def test_lists_files_of_every_configured_root(models):
     (models / "models" / "mllm" / "empty").mkdir()
     assert folders.mllm_names() == ["internvl", "owner/qwen"]
     assert folders.find("mllm", "owner/qwen") == models / "extra" / "mllm" / "owner" / "qwen"
-    assert set(map(Path, folders.mllm_folders())) == {models / "models" / "mllm", models / "extra" / "mllm"}
+    assert set(map(Path, folders.roots("mllm"))) == {models / "models" / "mllm", models / "extra" / "mllm"}
 
 
 @pytest.mark.parametrize(

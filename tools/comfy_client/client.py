@@ -144,9 +144,8 @@ class _Listener:
             import websocket
         except ImportError:
             return
-        self.socket = websocket.create_connection(
-            f"{address.replace('http', 'ws', 1)}/ws?clientId={client}", timeout=10
-        )
+        url = f"{address.replace('http', 'ws', 1)}/ws?clientId={client}"
+        self.socket = websocket.create_connection(url, timeout=10)
         self.socket.settimeout(None)
         threading.Thread(target=self._receive, args=(progress,), daemon=True).start()
 

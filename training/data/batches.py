@@ -76,12 +76,9 @@ class Batches:
 
     def _sizes(self, example: Example) -> tuple[tuple[int, int], ...]:
         """(width, height) in px of target and references, all snapped to buckets so that they stack."""
-        data = self.recipe.data
-        target = bucket(*example.target_size, data.resolution)
-        references = [
-            reference_size(*size, data.reference_size, self.placement == "uxo") for size in example.reference_sizes
-        ]
-        return target, *references
+        data, uno = self.recipe.data, self.placement == "uxo"
+        references = (reference_size(*size, data.reference_size, uno) for size in example.reference_sizes)
+        return bucket(*example.target_size, data.resolution), *references
 
     def plan(self, position: int) -> PassPlan:
         """Plans pass number `position` of the run, counted from 0 over all epochs and processes."""

@@ -102,7 +102,6 @@ class _Recompute(torch.autograd.Function):
             out = ctx.block(inputs)
             out = (out,) if isinstance(out, Tensor) else out
             reached = [(o, g) for o, g in zip(out, gradients) if o.requires_grad and g is not None]
-            found = iter(
-                torch.autograd.grad([o for o, _ in reached], wanted, [g for _, g in reached], allow_unused=True)
-            )
+            outputs, given = [o for o, _ in reached], [g for _, g in reached]
+            found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
         return None, None, *(next(found) if t.requires_grad else None for t in (*inputs, *tensors[ctx.count :]))

@@ -124,42 +124,24 @@ class Estimate:
 def estimate(
     backbone: Backbone,
     *,
-    sizes: DiTSizes | None = None,
-    resolution: int | tuple[int, int] = 1024,
+    sizes: DiTSizes | None = None,  # of the DiT; None = of the family's release
+    resolution: int | tuple[int, int] = 1024,  # side of a square, or (width, height), px
     references: int = 1,
-    reference_side: int = 512,
-    context_tokens: int = 512,
-    mllm: tuple[int, int] | None = None,
-    dla_parameters: int | None = None,
-    lora_rank: int = 0,
-    weight_bytes: int = 2,
-    compute_bytes: int = 2,
-    optimizer: str = "adamw",
+    reference_side: int = 512,  # of each, squares, px
+    context_tokens: int = 512,  # prompt and image tokens of the MLLM
+    mllm: tuple[int, int] | None = None,  # its (layers, width); None = the family's
+    dla_parameters: int | None = None,  # None = a new DLA's
+    lora_rank: int = 0,  # 0 = no LoRA
+    weight_bytes: int = 2,  # of the frozen DiT's storage: 2 = bf16, 1 = fp8
+    compute_bytes: int = 2,  # of its arithmetic
+    optimizer: str = "adamw",  # one of OPTIMIZERS
     batch_size: int = 1,
-    checkpointing: bool = True,
+    checkpointing: bool = True,  # whether blocks are computed again in the backward pass
 ) -> Estimate:
     """Memory of a training step on one device.
 
-    The VAE and the MLLM are not on it then: their outputs are cached, or the host offloads them, see `encoding`.
-
-    Args:
-        backbone: A family that is trained.
-        sizes: Of the DiT; None = of the family's release.
-        resolution: Side of a square, or (width, height), px.
-        references: Number of references.
-        reference_side: Side of each, squares, px.
-        context_tokens: Prompt and image tokens of the MLLM.
-        mllm: Its (layers, width); None = the family's.
-        dla_parameters: None = a new DLA's.
-        lora_rank: 0 = no LoRA.
-        weight_bytes: Of the frozen DiT's storage, 2 = bf16, 1 = fp8.
-        compute_bytes: Of its arithmetic.
-        optimizer: One of OPTIMIZERS.
-        batch_size: Examples in a pass.
-        checkpointing: Whether blocks are computed again in the backward pass.
-
-    Raises:
-        ValueError: For a family that is not trained and for an unknown optimizer.
+    The VAE and the MLLM are not on it then: their outputs are cached, or the host offloads them, see `encoding`. Raises
+    ValueError for a family that is not trained and for an unknown optimizer.
     """
     if backbone.training is None:
         raise ValueError(f"DiT family is {backbone.name!r}, expected one of {', '.join(b.name for b in TRAINED)}.")
@@ -170,8 +152,9 @@ def estimate(
     wide, high = resolution if isinstance(resolution, tuple) else (resolution, resolution)
     token = backbone.token_side
     image, reference = (wide // token) * (high // token), references * (reference_side // token) ** 2
-    if dla_parameters is None:
-        dla_parameters = new_dla_parameters(backbone, layers, mllm_width)
+    if dla_parameters is None:  # with this pack's defaults
+        config = DLAConfig(MLLMInfo("", "", layers, mllm_width), backbone.context_width)
+        dla_parameters = sum(p.numel() for p in DualLayerAggregator(config, device="meta").parameters())
 
     kinds = [b for b in blocks(dit, context_tokens, image, reference, lora_rank > 0) if b.count > 0]
     lora = sum(b.count * b.lora(lora_rank) for b in kinds)
@@ -214,13 +197,6 @@ def estimate(
 def encoding(mllm: MLLMSizes, step: Estimate, weight_bytes: int = 2) -> int:
     """Bytes while the MLLM encodes, between steps: it and what is trained, with the DiT offloaded."""
     return mllm.parameters * weight_bytes + step.trained + step.parts["features"] + RESERVE
-
-
-def new_dla_parameters(backbone: Backbone, layers: int, width: int) -> int:
-    """Parameters of a DLA with this pack's defaults."""
-    info = MLLMInfo("", "", layers, width)
-    dla = DualLayerAggregator(DLAConfig(info, backbone.context_width), device="meta")
-    return sum(p.numel() for p in dla.parameters())
 
 
 def fits(

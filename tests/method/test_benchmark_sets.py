@@ -7,6 +7,7 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -176,8 +177,7 @@ def test_seeds_belong_to_the_prompt_and_nothing_else(tmp_path):
     assert len({case.seed for case in all_of_them}) == len(all_of_them)
     assert all(0 <= case.seed < 2**53 for case in all_of_them)
     assert cases(items, seeds=3, limit=2) == all_of_them[:6]
-    shuffled = list(items)
-    random.Random(0).shuffle(shuffled)
+    shuffled = random.Random(0).sample(items, len(items))
     assert set(cases(shuffled, seeds=3)) == set(all_of_them)
     assert not {case.name for case in cases(items, seed=1)} & {case.name for case in all_of_them}
 
@@ -318,32 +318,6 @@ def test_a_picture_says_which_case_it_shows(tmp_path):
             with_texts(bad, {})
 
 
-class Answers:
-    """A server that has generated a picture for whatever it was asked."""
-
-    address = id = "http://127.0.0.1:8188"
-
-    def __init__(self, picture):
-        self.picture, self.prompts = picture, []
-
-    def answers(self):
-        return True
-
-    def upload(self, path, name):
-        return name
-
-    def post(self, path, body, kind):
-        self.prompts.append(json.loads(body)["prompt"])
-        return json.loads(body)
-
-    def get(self, path):
-        image = {"filename": "a.png", "type": "output"}
-        return {} if path == "/queue" else {path.rsplit("/", 1)[1]: {"outputs": {"4": {"images": [image]}}}}
-
-    def fetch(self, image):
-        return self.picture
-
-
 def test_a_run_begun_by_0_1_0_is_continued(tmp_path):
     """Two pictures are done, one failed, the run was killed before the fourth's line, and while writing the next."""
     shutil.copytree(FIXTURES / "benchmark", tmp_path, dirs_exist_ok=True)
@@ -351,11 +325,22 @@ def test_a_run_begun_by_0_1_0_is_continued(tmp_path):
     before = {path.name: path.read_bytes() for path in out.glob("*.png")}
     facts = json.loads((out / "run.json").read_text())
     template = Template(json.loads((tmp_path / "workflow.json").read_text()), {})
-    client = Answers((tmp_path / "set" / "cat" / "0.png").read_bytes())
+    prompts, picture = [], (tmp_path / "set" / "cat" / "0.png").read_bytes()
+
+    def post(path, body, kind):
+        prompts.append(json.loads(body)["prompt"])
+        return json.loads(body)
+
+    def get(path):
+        image = {"filename": "a.png", "type": "output"}
+        return {} if path == "/queue" else {path.rsplit("/", 1)[1]: {"outputs": {"4": {"images": [image]}}}}
+
+    always = dict(answers=lambda: True, upload=lambda path, name: name, fetch=lambda image: picture)
+    client = SimpleNamespace(address="http://127.0.0.1:8188", id="id", post=post, get=get, **always)
     wanted = cases(found.items)
     result = Benchmark(client, template, out, root=found.root, facts=facts).run(wanted)
     assert result == {"pictures": 5, "made": 2, "failed": 0, "cases": 5} and not found.problems
-    texts = [prompt["2"]["inputs"]["text"] for prompt in client.prompts]
+    texts = [prompt["2"]["inputs"]["text"] for prompt in prompts]
     assert texts == ["a cat that fails", "a cat to come"], "a picture that was there was generated again"
     assert before == {name: (out / name).read_bytes() for name in before} and len(before) == 3
     entries = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -48,6 +48,7 @@ def test_recorded_rows_stand_in_for_weights_that_do_not_ship_with_this_family(mo
     store = ResultStore(tmp_path, models, recorded)
     store.path(ROW).write_text(json.dumps(RESULT))
     store.record(evidence_rows.ROWS)
+    assert len({row.key for row in evidence_rows.ROWS}) == len(evidence_rows.ROWS)
     assert set(json.loads(recorded.read_text())["rows"]) == {ROW.key}
     for file in pair(models):
         file.unlink()
@@ -84,8 +85,3 @@ def test_metrics_of_known_readings():
     assert paired_difference(copies, follows, "fine") == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     assert torch.equal(copies.shares("fine"), torch.ones(80).double())
     assert len(copies.select(torch.ones(200) > 0).angles) == 80  # a quick look draws fewer cases than there are
-
-
-def test_rows_have_keys_of_their_own():
-    keys = [row.key for row in evidence_rows.ROWS]
-    assert len(set(keys)) == len(keys)

@@ -90,12 +90,8 @@ def circle(root: Path) -> list[str]:
     return []
 
 
-def test_no_import_points_upward():
-    assert wrong_imports(ROOT) == []
-
-
-def test_no_circle():
-    assert circle(ROOT) == []
+def test_no_import_points_upward_and_none_in_a_circle():
+    assert wrong_imports(ROOT) == [] and circle(ROOT) == []
 
 
 def test_every_folder_with_code_is_in_the_layout():

@@ -24,17 +24,14 @@ IDENTITY = {
 }
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [(("copy_paste.json", "identity.json"), POSE | IDENTITY), (("copy_paste.csv",), POSE)],
-)
-def test_the_score_table_of_then(names, expected):
-    systems = read_systems([f"ours={REPORTS / name}" for name in names])
-    found = as_json(systems)["ours"]
-    assert found.keys() == expected.keys()
-    for name, values in found.items():
-        assert tuple(values.values()) == pytest.approx(expected[name], abs=1e-9), name
-    assert "3 of 4 pairs count" in score_table(systems)
+def test_the_score_table_of_then():
+    for names, expected in ((("copy_paste.json", "identity.json"), POSE | IDENTITY), (("copy_paste.csv",), POSE)):
+        systems = read_systems([f"ours={REPORTS / name}" for name in names])
+        found = as_json(systems)["ours"]
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            assert tuple(values.values()) == pytest.approx(expected[name], abs=1e-9), name
+        assert "3 of 4 pairs count" in score_table(systems)
 
 
 def test_the_same_pairs_give_the_same_copy_paste_files():

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import Linear, ModuleDict, ModuleList
 
 from ...dla import DLAConfig, DualLayerAggregator, MLLMInfo
 from ...loaders.backbones import BACKBONES
@@ -20,19 +21,14 @@ from ...training.checkpoints import checkpoints, restore, save
 from ...training.dit.lora import LoRA
 
 
-class Attention(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.double_blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"img_attn": torch.nn.ModuleDict()})])
-        self.double_blocks[0]["img_attn"]["qkv"] = torch.nn.Linear(16, 48)
-
-
 class Trained:
     """What a checkpoint holds; every weight is `value`, and the moments have seen gradients of it."""
 
     def __init__(self, value=0.0, width=32, rank=2):
         config = DLAConfig(MLLMInfo("small", "qwen2_5_vl", 3, width), width, "flux", heads=2)
-        self.dla, self.lora = DualLayerAggregator(config), LoRA(Attention(), BACKBONES["flux"], rank)
+        attention = ModuleDict({"img_attn": ModuleDict({"qkv": Linear(16, 48)})})
+        dit = ModuleDict({"double_blocks": ModuleList([attention])})
+        self.dla, self.lora = DualLayerAggregator(config), LoRA(dit, BACKBONES["flux"], rank)
         self.parameters = [*self.dla.parameters(), *self.lora.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
         self.fill(value)

@@ -28,11 +28,9 @@ def shrink(prompt: dict) -> None:
     """Sizes and step counts for a processor: same nodes, same links."""
     for node in prompt.values():
         inputs = node["inputs"]
-        for name in ("width", "height"):
+        for name, small in (("width", 128), ("height", 128), ("steps", 4)):
             if isinstance(inputs.get(name), int):
-                inputs[name] = 128
-        if isinstance(inputs.get("steps"), int):
-            inputs["steps"] = 4
+                inputs[name] = small
         if node["class_type"] == "SubjectAddIdentity":
             inputs["size"] = 128
         if node["class_type"] == "SubjectTrainDLA":

@@ -27,14 +27,11 @@ def saved(path, config=CONFIG, dtype=torch.float32, spread=0.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(pooling="linear", modalities="shared", refiner_blocks=2, layer_subset=(0, 2, 3), template="drop"),
-        dict(modalities="last", vit_blend=0.25, context_width=16),  # no weight at all
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {},
+    dict(pooling="linear", modalities="shared", refiner_blocks=2, layer_subset=(0, 2, 3), template="drop"),
+    dict(modalities="last", vit_blend=0.25, context_width=16),  # no weight at all
+])  # fmt: skip
 def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
     config = replace(CONFIG, provenance={"a": [1]}, **changes)
     dla = saved(tmp_path / "a.safetensors", config, dtype, 0.3)

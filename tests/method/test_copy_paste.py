@@ -73,23 +73,20 @@ def test_arrays_lists_and_half_precision_give_the_same():
     assert {copy_paste_report(form(reference), form(generated)).azimuth for form in forms} == {12.5}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([[0, 0]], [[0, 0], [1, 1]]), "1 references and 2 generated"),
-        (([0, 0], [[0, 0]]), r"reference has shape \(2,\), expected \(N, 2\)"),
-        (([[0, 0]], [[0, 0, 0]]), r"generated has shape \(1, 3\)"),
-        ((torch.zeros(0, 2), torch.zeros(0, 2)), "at least one"),
-        (([[0, 0], [1]], [[0, 0]]), "reference is no table of numbers"),
-        (([["a", "b"]], [[0, 0]]), "reference is no table of numbers"),
-        (([[0, 0], [0, 0]], [[0, 0], [nan, 0]]), "generated line 1 is .*nan.*Leave"),
-        (([[0, 0]], [[0, 0]], [0.5, 0.5]), r"confidence has shape \(2,\), expected \(1,\)"),
-        (([[0, 0]], [[0, 0]], [[0.5, 0.5, 0.5]]), r"confidence has shape \(1, 3\)"),
-        (([[0, 0]], [[0, 0]], [3.5]), "3.5.*softmax"),
-        (([[0, 0]], [[0, 0]], [nan]), "nan.*expected 0 to 1"),
-        (([[0, 0]], [[0, 0]], [0.5], 50), "threshold is 50"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (([[0, 0]], [[0, 0], [1, 1]]), "1 references and 2 generated"),
+    (([0, 0], [[0, 0]]), r"reference has shape \(2,\), expected \(N, 2\)"),
+    (([[0, 0]], [[0, 0, 0]]), r"generated has shape \(1, 3\)"),
+    ((torch.zeros(0, 2), torch.zeros(0, 2)), "at least one"),
+    (([[0, 0], [1]], [[0, 0]]), "reference is no table of numbers"),
+    (([["a", "b"]], [[0, 0]]), "reference is no table of numbers"),
+    (([[0, 0], [0, 0]], [[0, 0], [nan, 0]]), "generated line 1 is .*nan.*Leave"),
+    (([[0, 0]], [[0, 0]], [0.5, 0.5]), r"confidence has shape \(2,\), expected \(1,\)"),
+    (([[0, 0]], [[0, 0]], [[0.5, 0.5, 0.5]]), r"confidence has shape \(1, 3\)"),
+    (([[0, 0]], [[0, 0]], [3.5]), "3.5.*softmax"),
+    (([[0, 0]], [[0, 0]], [nan]), "nan.*expected 0 to 1"),
+    (([[0, 0]], [[0, 0]], [0.5], 50), "threshold is 50"),
+])  # fmt: skip
 def test_what_is_no_pair_of_angles_is_refused_with_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         copy_paste_report(*arguments)

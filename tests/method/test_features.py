@@ -19,26 +19,23 @@ def features(rows, mask=None, info=INFO, prefix=None):
 GOOD = features([[M, T, I]])
 
 
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        ({"hidden_states": GOOD.hidden_states[0]}, "expected floating (B, M, T, C)"),
-        ({"hidden_states": GOOD.hidden_states.long()}, "torch.int64"),
-        ({"hidden_states": GOOD.hidden_states[..., :7]}, "width 7, expected 8"),
-        ({"layers": (0, 1, 2, 3)}, "holds 5 layers, but layers names 4"),
-        ({"layers": (0, 1, 3, 2, 4)}, "ascending numbers from 0 to 4"),
-        ({"layers": (0, 1, 2, 3, 5)}, "ascending numbers from 0 to 4"),
-        ({"modality": GOOD.modality.long()}, "modality is torch.int64"),
-        ({"modality": GOOD.modality + 2}, "modality holds 4"),
-        ({"image_index": -torch.ones_like(GOOD.image_index)}, "image_index must be 0 or more at image tokens"),
-        ({"attention_mask": GOOD.attention_mask[:, :2]}, "attention_mask is torch.bool (1, 2)"),
-        ({"attention_mask": ~GOOD.attention_mask}, "without a single token"),
-        ({"prefix": (4,)}, "prefix is (4,)"),
-        ({"grids": ((ImageGrid(1, 2),),)}, "grids are of [[2]] tokens by prompt and image, expected [[1]]"),
-        ({"grids": ((),)}, "grids are of [[]]"),
-        ({"grids": ()}, "grids are of []"),
-    ],
-)
+@pytest.mark.parametrize("change, text", [
+    ({"hidden_states": GOOD.hidden_states[0]}, "expected floating (B, M, T, C)"),
+    ({"hidden_states": GOOD.hidden_states.long()}, "torch.int64"),
+    ({"hidden_states": GOOD.hidden_states[..., :7]}, "width 7, expected 8"),
+    ({"layers": (0, 1, 2, 3)}, "holds 5 layers, but layers names 4"),
+    ({"layers": (0, 1, 3, 2, 4)}, "ascending numbers from 0 to 4"),
+    ({"layers": (0, 1, 2, 3, 5)}, "ascending numbers from 0 to 4"),
+    ({"modality": GOOD.modality.long()}, "modality is torch.int64"),
+    ({"modality": GOOD.modality + 2}, "modality holds 4"),
+    ({"image_index": -torch.ones_like(GOOD.image_index)}, "image_index must be 0 or more at image tokens"),
+    ({"attention_mask": GOOD.attention_mask[:, :2]}, "attention_mask is torch.bool (1, 2)"),
+    ({"attention_mask": ~GOOD.attention_mask}, "without a single token"),
+    ({"prefix": (4,)}, "prefix is (4,)"),
+    ({"grids": ((ImageGrid(1, 2),),)}, "grids are of [[2]] tokens by prompt and image, expected [[1]]"),
+    ({"grids": ((),)}, "grids are of [[]]"),
+    ({"grids": ()}, "grids are of []"),
+])  # fmt: skip
 def test_bad_features_are_refused_by_name(change, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         dataclasses.replace(GOOD, **change)

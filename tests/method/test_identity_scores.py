@@ -74,18 +74,15 @@ def test_references_among_themselves_leave_out_the_picture_itself():
     assert reference_metric("DINO-I", at(0, 60), ["a", "b"]) is None
 
 
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: image_metric("DINO-I", at(0, 9), at(0), ["cat", "dgo"], ["cat"]), ["output 2", "dgo", "cat"]),
-        (lambda: image_metric("DINO-I", at(0), at(0), ["cat", "dog"], ["cat"]), ["2 subject labels", "1 pictures"]),
-        (lambda: image_metric("DINO-I", at(0), torch.ones(2, 3)), ["2 and 3 wide"]),
-        (lambda: image_metric("DINO-I", at(0), torch.zeros(1, 2)), ["DINO-I", "number 1", "length 0.0"]),
-        (lambda: image_metric("DINO-I", torch.full((1, 2), nan), at(0)), ["number 1 of the outputs", "nan"]),
-        (lambda: text_metric("CLIP-T", at(0, 1), at(0), [0]), ["2 outputs", "1 prompts"]),
-        (lambda: text_metric("CLIP-T", at(0), at(0), [1]), ["1 text embeddings"]),
-    ],
-)
+@pytest.mark.parametrize("make, words", [
+    (lambda: image_metric("DINO-I", at(0, 9), at(0), ["cat", "dgo"], ["cat"]), ["output 2", "dgo", "cat"]),
+    (lambda: image_metric("DINO-I", at(0), at(0), ["cat", "dog"], ["cat"]), ["2 subject labels", "1 pictures"]),
+    (lambda: image_metric("DINO-I", at(0), torch.ones(2, 3)), ["2 and 3 wide"]),
+    (lambda: image_metric("DINO-I", at(0), torch.zeros(1, 2)), ["DINO-I", "number 1", "length 0.0"]),
+    (lambda: image_metric("DINO-I", torch.full((1, 2), nan), at(0)), ["number 1 of the outputs", "nan"]),
+    (lambda: text_metric("CLIP-T", at(0, 1), at(0), [0]), ["2 outputs", "1 prompts"]),
+    (lambda: text_metric("CLIP-T", at(0), at(0), [1]), ["1 text embeddings"]),
+])  # fmt: skip
 def test_what_gives_no_metric_is_refused(make, words):
     with pytest.raises(IdentityError) as error:
         make()

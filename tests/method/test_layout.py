@@ -134,7 +134,3 @@ def test_a_circle_is_found(tmp_path):
     assert set(circle(tmp_path)) == {"dla/a.py", "dla/b.py", "dla/c.py"}
     (tmp_path / "dla" / "c.py").write_text("")
     assert circle(tmp_path) == []
-
-
-if __name__ == "__main__":
-    print("\n".join([*wrong_imports(ROOT), "circle: " + " -> ".join(circle(ROOT))]))

@@ -56,15 +56,12 @@ def test_every_spelling_of_a_path_inside_the_folder(tmp_path, read):
     assert examples[3].subject == "a/0"
 
 
-@pytest.mark.parametrize(
-    "name, text, words",
-    [
-        ("list.json", "", "not JSON"), ("list.json", "[", "not JSON"), ("list.json", '[{"prompt": ', "not JSON"),
-        ("list.json", "[" * 100_000, "not JSON"), ("list.json", "{}", "dict, expected a list"),
-        ("list.json", "[]", "nothing to (train on|draw)"), ("list.json", "[1]", "1 problem"),
-        ("list.csv", "a,b", "ending in .json or .jsonl"), ("gone", None, "no such"), ("gone.json", None, "no such"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, text, words", [
+    ("list.json", "", "not JSON"), ("list.json", "[", "not JSON"), ("list.json", '[{"prompt": ', "not JSON"),
+    ("list.json", "[" * 100_000, "not JSON"), ("list.json", "{}", "dict, expected a list"),
+    ("list.json", "[]", "nothing to (train on|draw)"), ("list.json", "[1]", "1 problem"),
+    ("list.csv", "a,b", "ending in .json or .jsonl"), ("gone", None, "no such"), ("gone.json", None, "no such"),
+])  # fmt: skip
 def test_lists_that_are_none(tmp_path, read, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-8")

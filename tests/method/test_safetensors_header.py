@@ -26,19 +26,16 @@ def test_header_and_dtypes_are_the_librarys(tmp_path, metadata):
 
 
 # The damages of tests/method/test_checkpoint.py, where a DLA is such a file, are not repeated here.
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "does not exist"),
-        (b"", "is empty .0 bytes"),
-        (b"<!DOCTYPE html>", "is a web page"),
-        (b"\x89PNG\r\n\x1a\n", "is not a .safetensors file: it begins with b'.*PNG"),
-        (struct.pack("<Q", 90) + b'{"a": ', "is cut off inside its header: 14 bytes, at least 98 expected"),
-        (struct.pack("<Q", 12) + b'{"a": [1,2]}', "has a damaged .safetensors header"),
-        (struct.pack("<Q", 54) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-         "is cut off: 62 bytes, expected 66"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "problem"), [
+    (None, "does not exist"),
+    (b"", "is empty .0 bytes"),
+    (b"<!DOCTYPE html>", "is a web page"),
+    (b"\x89PNG\r\n\x1a\n", "is not a .safetensors file: it begins with b'.*PNG"),
+    (struct.pack("<Q", 90) + b'{"a": ', "is cut off inside its header: 14 bytes, at least 98 expected"),
+    (struct.pack("<Q", 12) + b'{"a": [1,2]}', "has a damaged .safetensors header"),
+    (struct.pack("<Q", 54) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+     "is cut off: 62 bytes, expected 66"),
+])  # fmt: skip
 def test_what_is_no_safetensors_file_is_named_with_what_was_found(tmp_path, content, problem):
     path = tmp_path / "a.safetensors"
     if content is not None:

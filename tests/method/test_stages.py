@@ -54,20 +54,17 @@ def test_every_preset_starts_at_the_beginning_of_its_clock(name):
         assert all(any(groups) for groups in stages.variants())
 
 
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: preset("paper", tau1=0.85, tau2=0.95), ["out of order", "0.95", "0.85", "fall"]),
-        (lambda: preset("paper", "steps"), ["out of order", "rise", "flow times"]),
-        (lambda: preset("paper", tau1=1.5), ["1.5", "between 0 and 1"]),
-        (lambda: preset("nonsense"), ["nonsense", "semantics_first"]),
-        (lambda: Stages((Keyframe(1, -0.1, 1),)), ["Keyframe 1", "mllm", "-0.1"]),
-        (lambda: Stages((Keyframe(1, 1, float("nan")),)), ["vae", "nan"]),
-        (lambda: Stages((Keyframe(1, 1, 1, "cubic"),)), ["cubic", "linear"]),
-        (lambda: Stages((Keyframe(1, 1, 1),), "sigma"), ["sigma", "flow_time"]),
-        (lambda: Stages(()), ["no keyframe"]),
-    ],
-)
+@pytest.mark.parametrize("make, words", [
+    (lambda: preset("paper", tau1=0.85, tau2=0.95), ["out of order", "0.95", "0.85", "fall"]),
+    (lambda: preset("paper", "steps"), ["out of order", "rise", "flow times"]),
+    (lambda: preset("paper", tau1=1.5), ["1.5", "between 0 and 1"]),
+    (lambda: preset("nonsense"), ["nonsense", "semantics_first"]),
+    (lambda: Stages((Keyframe(1, -0.1, 1),)), ["Keyframe 1", "mllm", "-0.1"]),
+    (lambda: Stages((Keyframe(1, 1, float("nan")),)), ["vae", "nan"]),
+    (lambda: Stages((Keyframe(1, 1, 1, "cubic"),)), ["cubic", "linear"]),
+    (lambda: Stages((Keyframe(1, 1, 1),), "sigma"), ["sigma", "flow_time"]),
+    (lambda: Stages(()), ["no keyframe"]),
+])  # fmt: skip
 def test_bad_schedules_say_what_is_wrong(make, words):
     with pytest.raises(ValueError) as error:
         make()

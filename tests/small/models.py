@@ -32,8 +32,12 @@ WAN_VAE = {
 }  # fmt: skip
 
 
-def build(out: Path, small_host) -> None:
-    width = small_host.WIDTH
+def main(comfyui: str, out: str | Path) -> None:
+    start_host(comfyui)
+    from ..server import small_host
+
+    small_host.shrink_host()
+    out, width = Path(out), small_host.WIDTH
     for kind in ("diffusion_models", "vae", "text_encoders", "mllm", "dla", "loras"):
         (out / kind).mkdir(parents=True, exist_ok=True)
 
@@ -98,14 +102,6 @@ def text_encoder_shapes(name: str) -> dict[str, torch.Tensor]:
 
     state = (sd3_clip.T5XXLModel() if name == "t5xxl" else comfy.sd1_clip.SDClipModel()).transformer.state_dict()
     return {key: value for key, value in state.items() if not key.startswith("text_projection")}
-
-
-def main(comfyui: str, out: str) -> None:
-    start_host(comfyui)
-    from ..server import small_host
-
-    small_host.shrink_host()
-    build(Path(out), small_host)
 
 
 if __name__ == "__main__":

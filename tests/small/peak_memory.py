@@ -15,8 +15,7 @@ CHUNK = 8 * 2**20
 
 
 def features(tokens: int) -> Features:
-    kind = torch.zeros(1, tokens, dtype=torch.uint8)
-    kind[:, ::2] = 1
+    kind = torch.tensor([[1, 0] * (tokens // 2)], dtype=torch.uint8)
     index = torch.where(kind == 1, 0, -1).to(torch.int16)
     hidden = torch.full((1, 29, tokens, 512), 0.5, dtype=torch.bfloat16)
     return Features(hidden, tuple(range(29)), kind, index, kind < 2, INFO)

@@ -23,12 +23,9 @@ def paint_subjects(folder: Path, subjects: int = 6, size: int = 64) -> Path:
             picture = Image.new("RGB", (size, size), GROUNDS[ground])
             pen, left, top = ImageDraw.Draw(picture), 6 + 10 * view, 24 - 8 * view
             box = (left, top, left + 26, top + 26)
-            if shape == "ball":
-                pen.ellipse(box, colour, "white")
-            elif shape == "box":
-                pen.rectangle(box, colour, "white")
-            else:
-                pen.polygon([(left + 13, top), (left + 26, top + 13), (left + 13, top + 26), (left, top + 13)], colour)
+            kite = [(left + 13, top), (left + 26, top + 13), (left + 13, top + 26), (left, top + 13)]
+            draws = {"ball": (pen.ellipse, box), "box": (pen.rectangle, box), "kite": (pen.polygon, kite)}
+            draws[shape][0](draws[shape][1], colour, "white" if shape != "kite" else None)
             picture.save(subject / f"{view}.png")
             (subject / f"{view}.txt").write_text(f"a {shape} before a {PLACES[ground]}", encoding="utf-8")
     return folder

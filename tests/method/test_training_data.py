@@ -210,36 +210,22 @@ GOOD = [
     {"prompt": "both\u2028lines", "image_paths": ["a/0.jpg", "./b//0.jpg"], "image_tgt_path": "b\\1.jpg",
      "subject": "ab"},
 ]  # fmt: skip
-BAD = {
-    "null": "NoneType",
-    "17": "int",
-    '["a"]': "list",
-    '{"prompt": "p"}': "image_paths is None",
-    '{"prompt": 3, "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "prompt is 3",
-    '{"prompt": " \\n ", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "expected text",
-    '{"prompt": "\\ud800", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "expected text",
-    '{"image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "prompt is None",
-    '{"prompt": "p", "image_paths": [], "image_tgt_path": "a/1.jpg"}': "image_paths is []",
-    '{"prompt": "p", "image_paths": {"a": 1}, "image_tgt_path": "a/1.jpg"}': "image_paths is {",
-    '{"prompt": "p", "image_paths": ["a/0.jpg", 5], "image_tgt_path": "a/1.jpg"}': "image_paths is",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"]}': "image_tgt_path is None",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": 7}': "image_tgt_path is 7",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg", "subject": 5}': "subject is 5",
-    '{"prompt": "p", "image_paths": ["../out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
-    '{"prompt": "p", "image_paths": ["a/../../out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
-    '{"prompt": "p", "image_paths": ["a\\\\..\\\\..\\\\out.jpg"], "image_tgt_path": "a/1.jpg"}': "leads out",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "/etc/passwd"}': "leads out",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "C:\\\\x.jpg"}': "leads out",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "."}': "leads out",
-    '{"prompt": "p", "image_paths": ["a/0.jpg"], "image_tgt_path": "a"}': "cannot be read",
-    '{"prompt": "p", "image_paths": ["a/9.jpg"], "image_tgt_path": "a/1.jpg"}': "does not exist",
-    '{"prompt": "p", "image_paths": ["a/broken.jpg"], "image_tgt_path": "a/1.jpg"}': "broken.jpg cannot be read",
-    '{"prompt": "p", "image_paths": ["a/broken.jpg"], "image_tgt_path": "a/2.jpg"}': "broken.jpg cannot be read",
-    '{"prompt": "p", "image_paths": ["a/\\u0000.jpg"], "image_tgt_path": "a/1.jpg"}': "cannot be read",
-    '{"prompt": "p", "image_paths": ["a/\\ud800.jpg"], "image_tgt_path": "a/1.jpg"}': "image_paths is",
-    '{"prompt": "p", "image_paths": ["%s"], "image_tgt_path": "a/1.jpg"}' % ("n" * 5000): "cannot be read",
-    '{"prompt": "p", "image_paths": ["a/0.jpg", "a/0.jpg", "a/0.jpg"], "image_tgt_path": "a/1.jpg"}': "max_references",
-}
+BAD = {  # by the words that their problem must hold
+    "NoneType": [None], "int": [17], "list": [["a"]], "prompt is 3": [entry(prompt=3)],
+    "prompt is None": [{"image_paths": ["a/0.jpg"], "image_tgt_path": "a/1.jpg"}],
+    "expected text": [entry(prompt=" \n "), entry(prompt="\ud800")], "subject is 5": [entry(subject=5)],
+    "image_paths is None": [{"prompt": "p"}], "image_paths is []": [entry(image_paths=[])],
+    "image_paths is {": [entry(image_paths={"a": 1})],
+    "image_paths is": [entry(image_paths=["a/0.jpg", 5]), entry("a/\ud800.jpg")],
+    "image_tgt_path is None": [{"prompt": "p", "image_paths": ["a/0.jpg"]}], "image_tgt_path is 7": [entry(target=7)],
+    "leads out": [
+        entry("../out.jpg"), entry("a/../../out.jpg"), entry("a\\..\\..\\out.jpg"), entry(target="/etc/passwd"),
+        entry(target="C:\\x.jpg"), entry(target="."),
+    ],
+    "cannot be read": [entry(target="a"), entry("a/\0.jpg"), entry("n" * 5000)], "does not exist": [entry("a/9.jpg")],
+    "broken.jpg cannot be read": [entry("a/broken.jpg"), entry("a/broken.jpg", "a/2.jpg")],
+    "max_references": [entry(image_paths=["a/0.jpg"] * 3)],
+}  # fmt: skip
 UNREADABLE = (b'{"prompt": "p", "image_pa', b"\xff\xfe\xff", b'{"prompt": "\xe9"}', b"[" * 100_000)  # as lines
 
 
@@ -255,7 +241,7 @@ def lists(tmp_path):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_lists_with_every_kind_of_damage(lists, suffix):
     lines = [json.dumps(good, ensure_ascii=False).encode() for good in GOOD]
-    bad = {line.encode(): word for line, word in BAD.items()}
+    bad = {json.dumps(value).encode(): word for word, values in BAD.items() for value in values}
     text, first = b"[" + b",".join([*lines, *bad]) + b"]", len(GOOD) + 1
     if suffix == ".jsonl":
         bad |= dict.fromkeys(UNREADABLE, "not JSON")

@@ -5,15 +5,8 @@ from pathlib import Path
 
 from ...tools.comfy_client import workflow
 
-SMALL_RUN = """
-data.reference_size = 64
-data.mllm_image_size = 56
-data.encode_ahead = 2
-data.pairs_per_target = 1
-run.samples = 1
-run.sample_steps = 2
-run.validation_examples = 2
-"""
+SMALL_RUN = """data = {reference_size = 64, mllm_image_size = 56, encode_ahead = 2, pairs_per_target = 1}
+run = {samples = 1, sample_steps = 2, validation_examples = 2}"""
 
 
 def two_references(object_info: dict) -> dict:

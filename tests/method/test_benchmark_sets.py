@@ -23,9 +23,9 @@ OBJECTS = ["'a {0} {1} in the jungle'", "'a {0} {1} on top of a mirror'", "'a re
 ALIVE = ["'a {0} {1} wearing a red hat'", "'a wet {0} {1}'"]
 
 
-def paint(path, colour="teal", size=(64, 48)):
+def paint(path, colour="teal"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", (64, 48), colour).save(path)
 
 
 def dreambench(root, objects=OBJECTS, classes=("can,can", "dog2,dog", "wolf_plushie,stuffed animal")):
@@ -279,8 +279,8 @@ def test_places_that_are_linked_or_missing():
     assert Template(graph(_9={"quality": 3}), INFO).digest != Template(graph(), INFO).digest
 
 
-def png(path, name, colour="red"):
-    paint(path, colour)
+def png(path, name):
+    paint(path)
     path.write_bytes(with_texts(path.read_bytes(), {"subject_benchmark": json.dumps({"name": name, "seed": 1})}))
 
 
@@ -432,10 +432,8 @@ def test_a_figure_is_never_pooled_over_two_backbones(tmp_path):
         (run / f"{name}.json").write_text(json.dumps({"figures": [row, wide, said]}))
     systems = read_systems([f"ours={tmp_path / 'run'}"])
     found = {name: {key: value["mean"] for key, value in row.items()} for name, row in as_json(systems).items()}
-    assert found == {
-        "ours": {"DINO-I": pytest.approx(0.6), "CLIP-T": pytest.approx(0.6)},
-        "ours, by ViT-B/16": {"DINO-I": pytest.approx(0.1)},
-    }
+    ours = {"DINO-I": pytest.approx(0.6), "CLIP-T": pytest.approx(0.6)}
+    assert found == {"ours": ours, "ours, by ViT-B/16": {"DINO-I": pytest.approx(0.1)}}
     assert [len(system.identity["DINO-I"]) for system in systems] == [4, 2]
     table = score_table(systems)
     by = "DINO-I by ViT-S/16, dino.safetensors; CLIP-T by CLIP ViT-L/14, l.safetensors, text by CLIP text"

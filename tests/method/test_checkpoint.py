@@ -67,7 +67,7 @@ def test_describe_tells_what_it_belongs_to():
     assert all(part in text for part in parts), text
 
 
-# Damage: each writes one wrong file, and names the words that must be in its message.
+# Damage: each makes a good file wrong, and names the words that must be in its message.
 
 
 def write_bytes(content):
@@ -79,23 +79,11 @@ def write_tensor(key):
 
 
 def edit(change):
-    """The bytes of a good file changed."""
-
-    def damage(path):
-        saved(path)
-        path.write_bytes(change(path.read_bytes()))
-
-    return damage
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
 def metadata(value, change=lambda tensors: tensors):
-    """Another metadata block, and other weights."""
-
-    def damage(path):
-        saved(path)
-        save_file(change(load_file(path)), path, metadata=value)
-
-    return damage
+    return lambda path: save_file(change(load_file(path)), path, metadata=value)
 
 
 def state(change):
@@ -117,9 +105,9 @@ def with_value(key, value):
 
 
 DAMAGED = {
-    "does not exist": (lambda path: None, ["does not exist"]),
+    "does not exist": (lambda path: path.unlink(), ["does not exist"]),
     "empty": (write_bytes(b""), ["is empty", "0 bytes"]),
-    "folder": (lambda path: path.mkdir(), ["is a folder"]),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), ["is a folder"]),
     "web page": (write_bytes(b"\n<!DOCTYPE html><html>Sign in</html>"), ["web page", "login"]),
     "lfs pointer": (write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["Git LFS pointer"]),
     "renamed .pt": (lambda path: torch.save({"state_dict": {"a": torch.zeros(1)}}, path), ["zip archive", ".pt"]),
@@ -167,6 +155,7 @@ DAMAGED = {
 
 
 def message(path, damage):
+    saved(path)
     damage(path)
     with pytest.raises(DLACheckpointError) as error:
         load_dla(path)

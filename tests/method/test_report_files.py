@@ -13,10 +13,9 @@ from subject_dla.tools.benchmark.score_table import as_json, read_systems, score
 
 REPORTS = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0" / "reports"
 POSE = {  # mean, low, high, as 0.1.0 read these files
-    "azimuth": (57, 0, 180),
-    "polar": (6, 0, 31.815916378496762),
+    "azimuth": (57, 0, 180), "polar": (6, 0, 31.815916378496762),
     "average_recall": (1 / 3, 0.10443353952677975, 0.6819203827386573),
-}
+}  # fmt: skip
 IDENTITY = {
     "DINO-I": (0.9969733682594732, 0.9961253965230962, 0.9978213399958503),
     "CLIP-I": (0.9983916391099082, 0.9972070233891722, 0.9995762548306443),

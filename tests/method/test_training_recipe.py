@@ -36,12 +36,11 @@ def test_a_bad_setting_is_named_with_what_was_found_and_expected(setting, value)
 
 def test_what_is_no_setting_is_named_with_what_there_is():
     for values, words in (
-        ({"train": {}}, ("[train]", "[training]")),
+        ({"train": {}}, ("[train]", "[training]")), ({"training": 5}, ("training is 5", "[training]")),
         ({"training": {"lr": 1}}, ("[training] has no 'lr'", "learning_rate")),
-        ({"training": 5}, ("training is 5", "[training]")),
-        ({"run": ["a"]}, ("run is ['a']", "[run]")),
         ({"training": {"mllm_only": 0.7, "vae_only": 0.4}}, ("mllm_only 0.7", "vae_only 0.4", "at most 1")),
-    ):
+        ({"run": ["a"]}, ("run is ['a']", "[run]")),
+    ):  # fmt: skip
         with pytest.raises(RecipeError) as error:
             Recipe.from_dict(values)
         assert all(word in str(error.value) for word in words), str(error.value)

@@ -4,6 +4,8 @@ from dataclasses import fields
 
 import torch
 
+from ...loaders.backbones import BACKBONES
+
 FLUX = dict(
     image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
     mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
@@ -62,8 +64,6 @@ def build(family: str, sizes=(), dtype=torch.bfloat16, operations=None) -> torch
 def on_this_host(family: str) -> bool:
     """Whether the host has the family's class: older ones run LongCat-Image as another model, without an error."""
     import comfy.model_base
-
-    from ...loaders.backbones import BACKBONES
 
     return hasattr(comfy.model_base, BACKBONES[family].host_class)
 

@@ -110,13 +110,9 @@ def aggregate(
         return value.gather(1, index).masked_fill(~mask, padding)
 
     mask = keep.gather(1, order).to(tokens.device)
-    return Context(
-        tokens=tokens.gather(1, order.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2])),
-        attention_mask=mask,
-        modality=compact(features.modality, int(Modality.TEMPLATE)),
-        image_index=compact(features.image_index, -1),
-        grids=features.grids,
-    )
+    modality, image_index = compact(features.modality, int(Modality.TEMPLATE)), compact(features.image_index, -1)
+    tokens = tokens.gather(1, order.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2]))
+    return Context(tokens, mask, modality, image_index, features.grids)
 
 
 def _leading_template(features: Features) -> list[int]:

@@ -216,13 +216,9 @@ class HostText:
         _check_projection(
             "clip", files, ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight"), projection
         )
-        self.backbone = {
-            "model": type(children[self.name].transformer).__name__,
-            "layers": children[self.name].num_layers,
-            "width": projection.in_features,
-            "embedding": projection.out_features,
-            "file": ", ".join(files) or None,
-        }
+        tower = children[self.name]
+        sizes = {"layers": tower.num_layers, "width": projection.in_features, "embedding": projection.out_features}
+        self.backbone = {"model": type(tower.transformer).__name__, **sizes, "file": ", ".join(files) or None}
         self.cut = 0
 
     @torch.no_grad()
@@ -252,16 +248,8 @@ def _record(family: str, model: nn.Module, layers: int, conv, embedding: int, si
     name = f"{family} {SIZES.get((layers, width), f'ViT {layers} x {width}')}/{patch}"
     if family == "CLIP" and size != 224:
         name += f"@{size}px"
-    return {
-        "name": name,
-        "model": type(model).__name__,
-        "layers": layers,
-        "width": width,
-        "patch": patch,
-        "embedding": embedding,
-        "input": size,
-        "file": ", ".join(files) or None,
-    }
+    sizes = {"layers": layers, "width": width, "patch": patch, "embedding": embedding, "input": size}
+    return {"name": name, "model": type(model).__name__, **sizes, "file": ", ".join(files) or None}
 
 
 def _describe(clip_vision) -> str:

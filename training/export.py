@@ -45,13 +45,8 @@ def provenance(recipe: Recipe, history: History, family: str, examples: int) -> 
     for name in ("source", "validation_source"):
         settings["data"][name] = Path(settings["data"][name]).name
     last = history.losses[-50:]
-    out: dict[str, Any] = {
-        "stage": recipe.training.stage,
-        "steps": history.step,
-        "dit": family,
-        "examples": examples,
-        "loss": round(sum(last) / max(1, len(last)), 6),
-    }
+    out: dict[str, Any] = {"stage": recipe.training.stage, "steps": history.step, "dit": family, "examples": examples}
+    out["loss"] = round(sum(last) / max(1, len(last)), 6)
     if history.validation:
         rows = history.validation[max(history.validation)]
         out["held_out_loss"] = {f"{row.condition}, {row.bin}": round(row.mean, 6) for row in rows}

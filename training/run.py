@@ -240,17 +240,13 @@ class _Run:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights and moments."""
         data = self.data
+        counts = {"training": len(data.training), "held_out": len(data.validation), "left_out": len(data.problems)}
         return {
             **self.history.to_dict(),
             "recipe": self.recipe.to_dict(),
             "mllm": self.models.mllm.info.name,
             "family": self.module.backbone.family.name,
-            "data": {
-                "fingerprint": data.fingerprint,
-                "training": len(data.training),
-                "held_out": len(data.validation),
-                "left_out": len(data.problems),
-            },
+            "data": {"fingerprint": data.fingerprint, **counts},
         }
 
     def _say(self, text: str) -> None:

@@ -10,12 +10,10 @@ from torch import Tensor
 from .palette import GREY, INK, PAPER, WIDTH, typeface
 
 GAP, LINE = 12, 20  # px between pictures, px a line of text
+Row = tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]],
-    side: int = 256,
-) -> Image.Image:
+def contact_sheet(rows: Sequence[Row], side: int = 256) -> Image.Image:
     """Rows (label, pictures) or (label, pictures, captions): each row under its label, each picture over its caption.
 
     Pictures are fitted whole into `side` x `side` px. Line breaks in captions and labels stay; what is too long is
@@ -68,7 +66,7 @@ def labelled_sheet(
     if len(labels) != len(pictures):
         raise ValueError(f"A sheet got {len(pictures)} pictures and {len(labels)} labels, expected as many of each.")
     columns = columns or min(6, max(1, round(len(pictures) ** 0.5 + 0.25)))
-    rows: list[tuple[str, Sequence[Image.Image], Sequence[str]]] = [(title, [], [])] if title else []
+    rows: list[Row] = [(title, [], [])] if title else []
     for i in range(0, len(references), columns):
         rows.append(("references" if i == 0 else "", references[i : i + columns], ()))
     for i in range(0, len(pictures), columns):

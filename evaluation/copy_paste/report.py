@@ -91,14 +91,9 @@ def _records(outputs: Pairs, floor: Pairs) -> Iterator[dict]:
     """A dict by COLUMNS for each pair of outputs and floor."""
     for name, pairs in (("outputs", outputs), ("floor", floor)):
         report = pairs.report
-        columns = zip(
-            pairs.reference.tolist(),
-            pairs.generated.tolist(),
-            report.azimuth_difference.tolist(),
-            report.polar_difference.tolist(),
-            report.counted.tolist(),
-        )
-        for number, (reference, generated, azimuth, polar, counted) in enumerate(columns, 1):
+        columns = pairs.reference, pairs.generated, report.azimuth_difference, report.polar_difference, report.counted
+        lines = zip(*(column.tolist() for column in columns))
+        for number, (reference, generated, azimuth, polar, counted) in enumerate(lines, 1):
             yield dict(zip(COLUMNS, (name, number, *reference, *generated, azimuth, polar, int(counted))))
 
 

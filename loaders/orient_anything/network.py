@@ -78,14 +78,8 @@ def build_backbone(width: int, layers: int, device, dtype, operations) -> nn.Mod
     """The host's DINOv2 of this width."""
     from comfy.image_encoders.dino2 import Dinov2Model
 
-    config = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": width // HEAD_WIDTH,
-        "layer_norm_eps": 1e-6,
-        "use_swiglu_ffn": False,
-    }
-    return Dinov2Model(config, dtype, device, operations)
+    config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // HEAD_WIDTH}
+    return Dinov2Model({**config, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}, dtype, device, operations)
 
 
 def published_shapes(width: int, layers: int, out: int) -> dict[str, tuple[int, ...]]:

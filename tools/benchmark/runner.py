@@ -182,16 +182,9 @@ class Benchmark:
         self._report(case, f"FAILED: {error}")
 
     def _describe(self, case: Case) -> dict:
-        item = case.item
-        return {
-            "name": case.name,
-            "subject": item.subject,
-            "prompt": item.prompt,
-            "references": [path.relative_to(self.root).as_posix() for path in item.references],
-            "seed": case.seed,
-            "take": case.take,
-            "workflow": self.facts.get("workflow"),
-        }
+        item, names = case.item, [path.relative_to(self.root).as_posix() for path in case.item.references]
+        shown = {"name": case.name, "subject": item.subject, "prompt": item.prompt, "references": names}
+        return shown | {"seed": case.seed, "take": case.take, "workflow": self.facts.get("workflow")}
 
     def _report(self, case: Case, what: str) -> None:
         here = self.made + self.failed

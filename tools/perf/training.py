@@ -153,13 +153,8 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
     difference = max(float((whole[key].double() - parts[key].double()).abs().max()) for key in whole)
     difference = max([difference, *(abs(a - b) for a, b in zip(result.losses, resumed.losses, strict=True))])
     tenth = max(1, steps // 10)
-    losses = {
-        "start": sum(result.losses[:tenth]) / tenth,
-        "end": sum(result.losses[-tenth:]) / tenth,
-        "held_out_start": result.held_out[0],
-        "held_out_end": result.held_out[steps],
-        "steps": steps,
-    }
+    losses = {"start": sum(result.losses[:tenth]) / tenth, "end": sum(result.losses[-tenth:]) / tenth}
+    losses |= {"held_out_start": result.held_out[0], "held_out_end": result.held_out[steps], "steps": steps}
     assert torch.isfinite(torch.tensor(list(losses.values()))).all()
     return difference, losses
 

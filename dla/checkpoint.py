@@ -43,10 +43,7 @@ def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
 
 
 def read_config(path: str | os.PathLike) -> DLAConfig:
-    """Config of a DLA file, from its header alone, with every key, shape and dtype checked.
-
-    Raises DLACheckpointError.
-    """
+    """Config of a DLA file, from its header alone, every key, shape and dtype checked. Raises DLACheckpointError."""
     try:
         header = read_header(path)
         config = _parse_config(header)
@@ -59,10 +56,7 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
 def load_dla(
     path: str | os.PathLike, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DualLayerAggregator:
-    """Read a DLA file into torch's own modules, on `device` (None = CPU), in `dtype` (None = as stored).
-
-    Raises DLACheckpointError.
-    """
+    """Reads a DLA into torch's modules on `device` (None = CPU), `dtype` None = as stored. Raises DLACheckpointError."""
     config = read_config(path)
     try:
         state = load_file(path)

@@ -24,13 +24,9 @@ def axes(azimuth: float, polar: float, rotation: float) -> Tensor:
     Columns: how far each points to the right of the picture, up in it, and towards the camera.
     """
     a, p, r = map(radians, (azimuth, polar, rotation))
-    upright = torch.tensor(
-        [
-            [-sin(a), -cos(a) * sin(p), cos(a) * cos(p)],
-            [-cos(a), sin(a) * sin(p), -sin(a) * cos(p)],
-            [0.0, cos(p), sin(p)],
-        ]
-    )
+    front = [-sin(a), -cos(a) * sin(p), cos(a) * cos(p)]
+    right = [-cos(a), sin(a) * sin(p), -sin(a) * cos(p)]
+    upright = torch.tensor([front, right, [0.0, cos(p), sin(p)]])
     turn = torch.tensor([[cos(r), sin(r), 0.0], [-sin(r), cos(r), 0.0], [0.0, 0.0, 1.0]])  # counter-clockwise
     return upright @ turn
 

@@ -93,13 +93,9 @@ def required_memory(components: Components, recipe: Recipe) -> int:
 
 def _read_data(recipe: Recipe, family: Backbone) -> Collection:
     options, source = recipe.data, recipe.data.validation_source
-    data = read_data(
-        Path(options.source),
-        validation=Path(source) if source else options.validation,
-        seed=recipe.training.seed,
-        max_references=options.max_references,
-        pairs_per_target=options.pairs_per_target,
-    )
+    validation, seed = Path(source) if source else options.validation, recipe.training.seed
+    limits = dict(max_references=options.max_references, pairs_per_target=options.pairs_per_target)
+    data = read_data(Path(options.source), validation=validation, seed=seed, **limits)
     most = max(len(example.references) for example in (*data.training, *data.validation))
     if family.most_references is not None and most > family.most_references:
         raise RecipeError(

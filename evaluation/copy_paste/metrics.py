@@ -78,15 +78,10 @@ def copy_paste_from_differences(
     """
     azimuth, polar = (torch.as_tensor(values, dtype=torch.float64) for values in (azimuth, polar))
     counted = torch.ones(len(azimuth)).bool() if counted is None else torch.as_tensor(counted).bool()
-    return CopyPasteReport(
-        **vars(_metrics(azimuth[counted], polar[counted])),
-        coverage=float(counted.double().mean()),
-        ungated=_metrics(azimuth, polar),
-        threshold=threshold,
-        azimuth_difference=azimuth,
-        polar_difference=polar,
-        counted=counted,
-    )
+    gated, ungated = _metrics(azimuth[counted], polar[counted]), _metrics(azimuth, polar)
+    coverage = float(counted.double().mean())
+    pairs = dict(azimuth_difference=azimuth, polar_difference=polar, counted=counted)
+    return CopyPasteReport(**vars(gated), coverage=coverage, ungated=ungated, threshold=threshold, **pairs)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,8 @@ COLUMNS = ("set", "pair", *(f"reference_{name}" for name in SEEN), *SEEN, *DIFFE
 
 def rows(outputs: Pairs, floor: Pairs) -> list[tuple[str, CopyPasteMetrics]]:
     """The four lines of the table, by name."""
-    return [
-        ("outputs", outputs.report),
-        ("outputs, ungated", outputs.report.ungated),
-        ("floor", floor.report),
-        ("floor, ungated", floor.report.ungated),
-    ]
+    both = ("outputs", outputs.report), ("floor", floor.report)
+    return [row for name, report in both for row in ((name, report), (f"{name}, ungated", report.ungated))]
 
 
 def report_text(outputs: Pairs, floor: Pairs, model: str) -> str:

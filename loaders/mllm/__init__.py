@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_mllm(name: str, weight_dtype: str = "default") -> MLLM:
-    """The MLLM in the folder `name` under models/mllm, run by transformers; weight_dtype: see huggingface.load_folder.
-
-    Raises ValueError.
-    """
+    """The MLLM in the folder `name` under models/mllm, see huggingface.load_folder. Raises ValueError."""
     from ..folders import find
     from .huggingface import load_folder
 

@@ -105,10 +105,7 @@ def check_run(out: Path, facts: dict) -> None:
 
 
 def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
-    """The PNG with these texts, where it has none of that name (a server may be set to save none).
-
-    Raises ValueError where it is no whole PNG.
-    """
+    """The PNG with these texts where it has none of that name. Raises ValueError where it is no whole PNG."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()

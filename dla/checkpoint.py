@@ -56,7 +56,7 @@ def read_config(path: str | os.PathLike) -> DLAConfig:
 def load_dla(
     path: str | os.PathLike, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DualLayerAggregator:
-    """Reads a DLA into torch's modules on `device` (None = CPU), `dtype` None = as stored. Raises DLACheckpointError."""
+    """Reads a DLA as torch's modules on `device` (None = CPU), `dtype` None = as stored. Raises DLACheckpointError."""
     config = read_config(path)
     try:
         state = load_file(path)

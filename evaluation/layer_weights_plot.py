@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..common.drawing.palette import BLUE, COLD, FAINT, GREY, HEAT, INK, ORANGE, PAPER, WIDTH, typeface
-from ..common.drawing.sheet import to_picture, to_tensor
+from ..common.drawing.sheet import to_batch, to_picture, to_tensor
 from ..dla.context import kept_tokens
 from ..dla.features import Features, ImageGrid, Modality
 from .layer_weights import MODALITIES, LayerWeights, describe
@@ -45,9 +45,7 @@ def draw_layer_weights(
     rows = zip(*(value.cpu() for value in by_token), grids)
     prompts = [LayerWeights(row, dla.config.pooled_layers, *rest, features.info, grid) for row, *rest, grid in rows]
     overlays = None if picture is None else torch.cat([to_tensor(overlay(p, picture, index, layer)) for p in prompts])
-    maps = [heat_map(prompt) for prompt in prompts]
-    high = max(image.height for image in maps)
-    maps = torch.cat([to_tensor(ImageOps.pad(image, (WIDTH, high), color=PAPER, centering=(0, 0))) for image in maps])
+    maps = to_batch([heat_map(prompt) for prompt in prompts])
     return maps, overlays, "\n\n".join(describe(prompt, dla.name) for prompt in prompts)
 
 

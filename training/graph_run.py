@@ -7,12 +7,11 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..common.drawing.palette import PAPER, WIDTH
-from ..common.drawing.sheet import contact_sheet, to_tensor
+from ..common.drawing.sheet import contact_sheet, to_batch, to_tensor
 from ..loaders.dla import DLA, load_dla
 from .checkpoints import check_same_run, checkpoints, read_state
 from .export import check_free
@@ -71,7 +70,7 @@ def train_in_graph(
     report, history, sheet = result.text(), result.history, newest_samples(paths)
     log.info("%s: %s", name, report)
     plots = [history.curve(), *([validation_plot(history.validation)] if history.validation else [])]
-    return load_dla(result.dla.name), _batch(plots), report, None if sheet is None else to_tensor(sheet)
+    return load_dla(result.dla.name), to_batch(plots), report, None if sheet is None else to_tensor(sheet)
 
 
 class Preview:
@@ -130,12 +129,3 @@ def _recipe(
     values["start_lora"] = {NONE: "", BESIDE: values["start_dla"]}.get(start_lora, start_lora)
     values = {key: value for key, value in values.items() if value is not None}
     return Recipe.from_widgets(source or Path("linked"), "linked" if name is None else name, options or "", values)
-
-
-def _batch(pictures: list[Image.Image]) -> Tensor:
-    """(n, h, w, 3) in 0..1: smaller ones at the top left of the largest's size."""
-    size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures)))
-    pages = [Image.new("RGB", size, PAPER) for _ in pictures]
-    for page, picture in zip(pages, pictures):
-        page.paste(picture)
-    return torch.cat([to_tensor(page) for page in pages])

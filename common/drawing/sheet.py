@@ -121,6 +121,12 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)[None]
 
 
+def to_batch(pictures: Sequence[Image.Image]) -> Tensor:
+    """(n, h, w, 3) as `to_tensor`, smaller RGB pictures on paper at the top left of the largest's size."""
+    w, h = (max(sides) for sides in zip(*(picture.size for picture in pictures)))
+    return torch.cat([to_tensor(ImageOps.expand(p, (0, 0, w - p.width, h - p.height), PAPER)) for p in pictures])
+
+
 def _lines(text: str, width: float, font, most: int = 3) -> list[str]:
     """Every part between line breaks in at most `most` lines of at most `width` px; longer ones end in dots."""
     return [line for part in text.split("\n") for line in _wrapped(part, width, font, most)]

@@ -58,15 +58,11 @@ class HostCLIP(Embedder):
                 " ViT-bigG/14). DINOv2 belongs to dino; SigLIP is loaded by the host without its pooling head. "
                 f"{WHOLE_CLIP}: put it into models/clip_vision and load it with Load CLIP Vision."
             )
-        _check_projection(
-            "clip_vision", files, ("clip_vision", "checkpoints"), ("visual_projection.weight", "visual.proj"),
-            model.visual_projection,
-        )  # fmt: skip
-        conv, projection = tower.embeddings.patch_embedding, model.visual_projection
-        self.clip_vision, self.preprocessing = clip_vision, clip_preprocessing(clip_vision.image_size)
-        self.backbone = _record(
-            "CLIP", model, len(tower.encoder.layers), conv, projection.out_features, clip_vision.image_size, files
-        )
+        conv, projection, size = tower.embeddings.patch_embedding, model.visual_projection, clip_vision.image_size
+        kinds, endings = ("clip_vision", "checkpoints"), ("visual_projection.weight", "visual.proj")
+        _check_projection("clip_vision", files, kinds, endings, projection)
+        self.clip_vision, self.preprocessing = clip_vision, clip_preprocessing(size)
+        self.backbone = _record("CLIP", model, len(tower.encoder.layers), conv, projection.out_features, size, files)
 
     def image(self, image: Tensor) -> Tensor:
         """By the host."""
@@ -92,9 +88,7 @@ class HostDINO(Embedder):
             )
         conv = model.embeddings.patch_embeddings.projection
         self.clip_vision = clip_vision
-        self.backbone = _record(
-            "DINOv2", model, len(model.encoder.layer), conv, conv.out_channels, self.preprocessing.crop, files
-        )
+        self.backbone = _record("DINOv2", model, len(model.encoder.layer), conv, conv.out_channels, DINO.crop, files)
 
     @torch.no_grad()
     def image(self, image: Tensor) -> Tensor:
@@ -152,9 +146,8 @@ class FolderEmbedder(Embedder):
         embedding = model.config.projection_dim if kind == "clip" else sizes.hidden_size
         other_size = type_ == "vit" and sizes.image_size != DINO.crop
         self.interpolate = {"interpolate_pos_encoding": True} if other_size else {}
-        self.backbone = _record(
-            family, model, sizes.num_hidden_layers, conv, embedding, self.preprocessing.crop, [f"{name} (folder)"]
-        )
+        crop, files = self.preprocessing.crop, [f"{name} (folder)"]
+        self.backbone = _record(family, model, sizes.num_hidden_layers, conv, embedding, crop, files)
         self.patcher = comfy.model_patcher.ModelPatcher(
             _Wrapped(model),
             load_device=comfy.model_management.text_encoder_device(),
@@ -213,9 +206,8 @@ class HostText:
                 " text encoder of the same CLIP, or leave clip open."
             )
         self.clip, self.name, projection = clip, fits[0], towers[fits[0]]
-        _check_projection(
-            "clip", files, ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight"), projection
-        )
+        kinds, endings = ("text_encoders", "checkpoints"), ("text_projection", "text_projection.weight")
+        _check_projection("clip", files, kinds, endings, projection)
         tower = children[self.name]
         sizes = {"layers": tower.num_layers, "width": projection.in_features, "embedding": projection.out_features}
         self.backbone = {"model": type(tower.transformer).__name__, **sizes, "file": ", ".join(files) or None}

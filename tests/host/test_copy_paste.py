@@ -1,16 +1,23 @@
-"""Copy-Paste Report, with an orientation model that knows: pictures whose angles are drawn into them."""
+"""Copy-Paste Report, with orientation models that know the angles: drawn into the pictures, or a rendered subject's."""
 
-import asyncio
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import folder_paths
+import numpy
 import pytest
 import torch
+from PIL import Image
+from subject_dla.evaluation.orientation_overlay import axes
 from subject_dla.loaders.orient_anything.network import Angles
-from subject_dla.nodes import SubjectExtension
+from subject_dla.nodes.copy_paste import SubjectCopyPasteReport
 
-NODE = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}["SubjectCopyPasteReport"]
+RENDER = Path(__file__).parents[1] / "small" / "render.py"
+VIEWS = [(0, 0), (90, 0), (33, 24), (200, -20), (359, 10), (1, 12)]
+SHARE = 0.35 / 1.1 * 256  # px from the middle to the ball before the face, seen from the side
 
 
 def picture(azimuth, polar=0.0, confidence=0.9, side=200):
@@ -45,10 +52,10 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
 
     def run(references, images, threshold=0.5, prefix="copy_paste/report", oracle=None, **masks):
-        found = NODE.execute([oracle or Oracle()], references, images, [threshold], [prefix], **masks)
+        found = SubjectCopyPasteReport.execute([oracle or Oracle()], references, images, [threshold], [prefix], **masks)
         text, plot, content, captions = found.result
         assert len(captions) == sum(len(batch) for batch in images)
-        return text, plot, json.loads(content), found.ui
+        return text, plot, json.loads(content), found.ui, captions
 
     return run
 
@@ -56,13 +63,12 @@ def report(tmp_path, monkeypatch):
 def test_known_angles_give_the_metrics_and_the_floor_that_follow_from_them(report, tmp_path):
     references = torch.cat([picture(0), picture(90, 9), picture(-90, -18)])
     images = [torch.cat([picture(9), picture(90, 27)]), picture(108, -18)]  # a list of batches, as a queue gives
-    text, plot, content, shown = report([references], images)
+    text, plot, content, shown, _ = report([references], images)
     metrics = content["figures"]
     assert metrics["outputs"]["azimuth"]["mean"] == pytest.approx((9 + 0 + 162) / 3, abs=1e-3)
     assert metrics["outputs"]["polar"]["mean"] == pytest.approx((0 + 18 + 0) / 3, abs=1e-3)
-    assert [metrics["outputs"][f"recall@{k}"]["mean"] for k in (5, 10, 15, 20)] == pytest.approx(
-        [0, 1 / 3, 1 / 3, 2 / 3]
-    )
+    recalls = [metrics["outputs"][f"recall@{k}"]["mean"] for k in (5, 10, 15, 20)]
+    assert recalls == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3])
     assert metrics["outputs"] == metrics["outputs, ungated"] and content["coverage"]["mean"] == 1
     # cropped to 0.9 about the middle, a spot is 1/0.9 times as far from it
     assert metrics["floor"]["azimuth"]["mean"] == pytest.approx((0 + 10 + 10) / 3, abs=0.05)
@@ -87,7 +93,7 @@ def test_one_reference_serves_all_images_of_any_size(report):
 
 
 def test_without_any_front_the_report_says_so_and_what_to_do(report):
-    text, _, content, _ = report([picture(0, confidence=0.3)], [picture(90), picture(0)])
+    text, _, content, *_ = report([picture(0, confidence=0.3)], [picture(90), picture(0)])
     assert content["coverage"]["mean"] == 0 and content["figures"]["outputs"]["azimuth"]["mean"] is None
     assert content["figures"]["outputs, ungated"]["azimuth"]["mean"] == pytest.approx(45)
     assert "NaN" in text and "no front" in text and "Lower the threshold" in text
@@ -112,16 +118,13 @@ def test_masks_go_with_their_pictures_and_are_mirrored_with_them(report):
     assert oracle.masks[:2] == [None, None] and all(torch.equal(found, mask[0]) for found in oracle.masks[2:])
 
 
-@pytest.mark.parametrize(
-    ("references", "images", "masks", "message"),
-    [
-        ([torch.cat([picture(0)] * 2)], [torch.cat([picture(0)] * 3)], {}, "references holds 2 pictures and images 3"),
-        ([torch.zeros(1, 64, 64, 2)], [picture(0)], {}, r"references: .*\(1, 64, 64, 2\), expected"),
-        ([picture(0)], [], {}, "images holds no picture"),
-        ([picture(0)], [picture(0) / 0], {}, "images: Picture 1 of 1.*NaN"),
-        ([picture(0)], [picture(0)], {"masks": [torch.ones(2, 200, 200)]}, "masks holds 2 masks, images 1 pictures"),
-    ],
-)
+@pytest.mark.parametrize(("references", "images", "masks", "message"), [
+    ([torch.cat([picture(0)] * 2)], [torch.cat([picture(0)] * 3)], {}, "references holds 2 pictures and images 3"),
+    ([torch.zeros(1, 64, 64, 2)], [picture(0)], {}, r"references: .*\(1, 64, 64, 2\), expected"),
+    ([picture(0)], [], {}, "images holds no picture"),
+    ([picture(0)], [picture(0) / 0], {}, "images: Picture 1 of 1.*NaN"),
+    ([picture(0)], [picture(0)], {"masks": [torch.ones(2, 200, 200)]}, "masks holds 2 masks, images 1 pictures"),
+])  # fmt: skip
 def test_what_does_not_fit_together_is_named(report, references, images, masks, message):
     with pytest.raises(ValueError, match=message):
         report(references, images, **masks)
@@ -131,3 +134,49 @@ def test_files_stay_in_the_output_folder(report, tmp_path):
     with pytest.raises(Exception, match="outside the output folder"):
         report([picture(0)], [picture(0)], prefix="../elsewhere")
     assert not list(tmp_path.rglob("elsewhere*"))
+
+
+@pytest.fixture(scope="module")
+def renders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("renders")
+    views = [f"{azimuth}:{polar}" for azimuth, polar in VIEWS]
+    done = subprocess.run([sys.executable, RENDER, folder, *views], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_front_axis_points_at_the_face(renders, view):
+    with Image.open(renders / f"{view[0]}_{view[1]}_front.png") as picture:
+        pixels = numpy.asarray(picture.convert("RGB")).astype(int)
+    rows, columns = ((pixels[..., 0] > 200) & (pixels[..., 1:].max(-1) < 60)).nonzero()
+    assert len(rows) > 50
+    right, up, _ = axes(*view, 0.0)[0].tolist()
+    assert columns.mean() + 0.5 - 128 == pytest.approx(SHARE * right, abs=2)
+    assert 128 - rows.mean() - 0.5 == pytest.approx(SHARE * up, abs=2)
+
+
+class RenderedOracle(Oracle):
+    """Knows the pictures that were rendered; of others (the floor's) it knows nothing."""
+
+    def __init__(self, pictures: dict[tuple, torch.Tensor]):
+        self.pictures = pictures
+
+    def read(self, image):
+        found = [view for view, known in self.pictures.items() if torch.equal(known, image[..., :3])]
+        return (*found[0], 0.9) if found else (0.0, 0.0, 0.0)
+
+
+def test_an_oracle_gives_exact_metrics(renders, report):
+    pictures = {}
+    for view in VIEWS:
+        with Image.open(renders / f"{view[0]}_{view[1]}.png") as rendered:
+            pictures[view] = torch.from_numpy(numpy.asarray(rendered.convert("RGB"), dtype=numpy.float32) / 255)
+    references = torch.stack([pictures[view] for view in ((0, 0), (90, 0), (359, 10))])
+    outputs = torch.stack([pictures[view] for view in ((33, 24), (90, 0), (1, 12))])
+    _, _, content, _, captions = report([references], [outputs], oracle=RenderedOracle(pictures))
+    metrics = content["figures"]["outputs"]
+    assert metrics["azimuth"]["mean"] == pytest.approx((33 + 0 + 2) / 3, abs=1e-4)  # 359 and 1 differ by 2
+    assert metrics["polar"]["mean"] == pytest.approx((24 + 0 + 2) / 3, abs=1e-4)
+    assert captions == ["azimuth 33, polar 24", "azimuth 0, polar 0", "azimuth 2, polar 2"]
+    assert metrics["average_recall"]["mean"] == pytest.approx(2 / 3, abs=1e-6)

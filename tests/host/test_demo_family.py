@@ -6,21 +6,17 @@ from PIL import Image
 from subject_dla.common.drawing.sheet import to_tensor
 from subject_dla.demo.evidence.draw import Arm, Case, Family
 from subject_dla.demo.family import latents, world
-from subject_dla.demo.family.layout import MODELS, NAMES, ROOT
+from subject_dla.demo.family.layout import MODELS, ROOT
 from subject_dla.demo.family.oracle import load_oracle
 from subject_dla.demo.showcase import CASES
 from subject_dla.evaluation.copy_paste.metrics import azimuth_difference
 from subject_dla.sampling.stages import preset
+from subject_dla.tests.small.training import small_family
 
 
 @pytest.fixture(scope="module")
-def family():
-    import folder_paths
-    from subject_dla.loaders import folders
-
-    folders.register()
-    for kind in NAMES:
-        folder_paths.add_model_folder_path(kind, str(MODELS / kind), is_default=True)
+def family(tmp_path_factory):
+    small_family(tmp_path_factory.mktemp("models"))
     return Family()
 
 
@@ -55,7 +51,6 @@ def test_cases_drawn_together_do_not_see_each_other(family, cases):
 
 
 def test_latents_encoded_many_at_a_time_are_the_hosts(cases):
-    """The recipe's, which go into the training's cache."""
     pictures = torch.stack([case.references[0] for case in cases]).permute(0, 3, 1, 2).mul(255).round().byte()
     encoded = latents.unscale(latents.encode(latents.load_vae(MODELS.parent), pictures))
     expected = torch.cat([case.latents[0] for case in cases])

@@ -4,44 +4,20 @@ named."""
 import os
 from pathlib import Path
 
+import comfy.ops
 import pytest
 import torch
-from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate, save_dla
+from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, aggregate, save_dla
+from subject_dla.dla import load_dla as load_torch_only
+from subject_dla.loaders import folders
+from subject_dla.loaders.dla import load_dla, read_config
+from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=32)
 
 
-@pytest.fixture
-def models(tmp_path, monkeypatch):
-    """The host's models folder, empty; the pack's two kinds registered, MLLM and DLA also in a second root, as
-    extra_model_paths.yaml would add it before any pack is loaded."""
-    import folder_paths
-    from subject_dla.loaders import folders
-
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    for kind in ("mllm", "dla"):
-        folder_paths.folder_names_and_paths.pop(kind, None)
-        (tmp_path / "models" / kind).mkdir(parents=True)
-        (tmp_path / "extra" / kind).mkdir(parents=True)
-        folder_paths.add_model_folder_path(kind, str(tmp_path / "extra" / kind))
-    folders.register()
-    folders.register()  # again: no effect
-    return tmp_path
-
-
 def make_features(dtype=torch.float32) -> Features:
-    torch.manual_seed(0)
-    modality = torch.tensor([[2, 2, 0, 0, 2, 1, 1, 2], [2, 2, 0, 1, 1, 1, 2, 0]], dtype=torch.uint8)
-    return Features(
-        torch.randn(2, 4, 8, 32).to(dtype),
-        (0, 1, 2, 3),
-        modality,
-        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
-        torch.ones(2, 8, dtype=torch.bool),
-        INFO,
-    )
+    return random_features([[2, 2, 0, 0, 2, 1, 1, 2], [2, 2, 0, 1, 1, 1, 2, 0]], INFO, dtype=dtype)
 
 
 def make_file(path, dtype=torch.float32, **changes) -> DualLayerAggregator:
@@ -56,18 +32,11 @@ def make_file(path, dtype=torch.float32, **changes) -> DualLayerAggregator:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(pooling="linear", modalities="shared", refiner_blocks=1, layer_subset=(0, 3), template="drop"),
-        dict(modalities="last", vit_blend=0.5),
-        dict(modalities="last", context_width=32),  # nothing to load at all
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {}, dict(pooling="linear", modalities="shared", refiner_blocks=1, layer_subset=(0, 3), template="drop"),
+    dict(modalities="last", vit_blend=0.5), dict(modalities="last", context_width=32),  # the last has no weights at all
+])  # fmt: skip
 def test_a_loaded_dla_gives_what_the_torch_only_one_gives(models, dtype, changes):
-    from subject_dla.loaders.dla import load_dla
-
     plain = make_file(models / "models" / "dla" / "a.safetensors", dtype, **changes)
     features = make_features(dtype)
     with torch.no_grad():
@@ -85,8 +54,6 @@ def test_a_loaded_dla_gives_what_the_torch_only_one_gives(models, dtype, changes
 
 
 def test_fp16_files_run_in_fp32_on_the_cpu(models):
-    from subject_dla.loaders.dla import load_dla
-
     plain = make_file(models / "models" / "dla" / "a.safetensors", torch.float16)
     with torch.no_grad():
         expected = aggregate(make_features(), plain.float())
@@ -99,15 +66,12 @@ def test_fp16_files_run_in_fp32_on_the_cpu(models):
 def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy):
     """Low-VRAM mode: leaves are cast at use. Seen here through the dtype, since a CPU has no second device: fp16
     weights, fp32 arithmetic. `lazy`: hosts with dynamic VRAM make leaves without weights until a file is loaded."""
-    import comfy.ops
-    from subject_dla.dla import load_dla
-
     plain = make_file(models / "models" / "dla" / "a.safetensors", torch.float16, pooling="linear", refiner_blocks=1)
     memory = getattr(comfy, "memory_management", None)
     if lazy and memory is not None:
         monkeypatch.setattr(memory, "aimdo_enabled", True)
     hosted = DualLayerAggregator(plain.config, dtype=torch.float16, operations=comfy.ops.manual_cast)
-    state = load_dla(models / "models" / "dla" / "a.safetensors").state_dict()
+    state = load_torch_only(models / "models" / "dla" / "a.safetensors").state_dict()
     hosted.load_state_dict(state, assign=lazy)
     if lazy and memory is not None:
         monkeypatch.setattr(memory, "aimdo_enabled", False)
@@ -117,36 +81,25 @@ def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy
 
 
 def test_lists_files_of_every_configured_root(models):
-    from subject_dla.loaders import folders
-    from subject_dla.loaders.dla import load_dla, read_config
-
     make_file(models / "models" / "dla" / "b.safetensors")
     make_file(models / "extra" / "dla" / "a.safetensors", context_width=20)
     (models / "models" / "dla" / "notes.txt").write_text("no DLA")
     assert folders.files("dla") == ["a.safetensors", "b.safetensors"]
     assert read_config("a.safetensors").context_width == 20 and load_dla("b.safetensors").config.context_width == 48
 
-    for place in (
-        "models/mllm/internvl",
-        "extra/mllm/owner/qwen",
-        "models/mllm/internvl/vision",
-        "models/mllm/.cache/x",
-    ):
-        (models / place).mkdir(parents=True)
-        (models / place / "config.json").write_text("{}")
+    for sub in ("models/mllm/internvl", "extra/mllm/owner/qwen", "models/mllm/internvl/vision", "models/mllm/.cache/x"):
+        (models / sub).mkdir(parents=True)
+        (models / sub / "config.json").write_text("{}")
     (models / "models" / "mllm" / "empty").mkdir()
     assert folders.mllm_names() == ["internvl", "owner/qwen"]
     assert folders.find("mllm", "owner/qwen") == models / "extra" / "mllm" / "owner" / "qwen"
     assert set(map(Path, folders.roots("mllm"))) == {models / "models" / "mllm", models / "extra" / "mllm"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", ""],
-)
+@pytest.mark.parametrize("name", [
+    "../secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", "",
+])  # fmt: skip
 def test_no_name_leads_out_of_the_folders(models, name):
-    from subject_dla.loaders.dla import load_dla, read_config
-
     make_file(models / "models" / "secret.safetensors")
     for path in (name, str(models / "models" / "secret.safetensors")):
         for read in (load_dla, read_config):
@@ -155,8 +108,6 @@ def test_no_name_leads_out_of_the_folders(models, name):
 
 
 def test_a_missing_name_lists_what_is_there(models):
-    from subject_dla.loaders.dla import load_dla
-
     with pytest.raises(ValueError, match=r"has no 'x.safetensors'; it holds nothing. Put it into .*dla"):
         load_dla("x.safetensors")
     make_file(models / "models" / "dla" / "b.safetensors")
@@ -169,8 +120,6 @@ def test_a_missing_name_lists_what_is_there(models):
 
 @pytest.mark.parametrize("change", [dict(family="qwen2_5_vl"), dict(layers=4), dict(width=64)])
 def test_another_mllm_is_refused(models, change):
-    from subject_dla.loaders.dla import load_dla
-
     make_file(models / "models" / "dla" / "b.safetensors")
     dla = load_dla("b.safetensors")
     dla.check_mllm(MLLMInfo("same-model-other-folder", "internvl", 3, 32))
@@ -188,8 +137,7 @@ def test_another_dit_is_refused(models):
     config = read_config("b.safetensors")
     for width, dit in ((48, "flux"), (None, ""), (48, ""), (None, "flux")):
         check_dit(config, "b.safetensors", width, dit)
+    refused = "'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"
     for width, dit in ((3584, "qwen_image"), (64, "flux"), (48, "flux2"), (64, "")):
-        with pytest.raises(
-            ValueError, match=r"'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"
-        ):
+        with pytest.raises(ValueError, match=refused):
             check_dit(config, "b.safetensors", width, dit)

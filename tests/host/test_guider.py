@@ -1,10 +1,19 @@
 """The staged guider on a tiny FLUX: what the DiT itself is given, call by call, and what strengths do to attention."""
 
 import math
+from unittest.mock import Mock
 
+import comfy.ldm.flux.layers
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from einops import rearrange
+from subject_dla.sampling.guider import StagedGuider
+from subject_dla.sampling.patch import add_stages
+from subject_dla.sampling.sample import staged_sample
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.small.dit import tiny_flux
 
@@ -29,22 +38,17 @@ def condition(tokens=7, seed=2, references=2, **values):
 
 
 def run(
-    model, stages, positive, negative=None, cfg=1.0, sampler="euler", steps=6, size=8, batch=1, scheduler="simple",
-    denoise=1.0, **latents,
-):  # fmt: skip
-    from subject_dla.sampling.sample import staged_sample
-
-    values = {"samples": torch.zeros(batch, 16, size, size), **latents}
-    return staged_sample(model, 3, steps, cfg, sampler, scheduler, positive, negative, values, denoise, stages)[
-        "samples"
-    ]
+    model, stages, positive, negative=None, cfg=1.0, sampler="euler", steps=6, batch=1, scheduler="simple", **latents
+):
+    denoise = latents.pop("denoise", 1.0)
+    values = {"samples": torch.zeros(batch, 16, 8, 8), **latents}
+    out = staged_sample(model, 3, steps, cfg, sampler, scheduler, positive, negative, values, denoise, stages)
+    return out["samples"]
 
 
-def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, size=8, batch=1, scheduler="simple", **latents):
-    import comfy.sample
-
+def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, batch=1, scheduler="simple", **latents):
     denoise, mask = latents.pop("denoise", 1.0), latents.pop("noise_mask", None)
-    image = latents.get("samples", torch.zeros(batch, 16, size, size))
+    image = latents.get("samples", torch.zeros(batch, 16, 8, 8))
     noise = comfy.sample.prepare_noise(image, 3)
     return comfy.sample.sample(
         model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise, noise_mask=mask,
@@ -54,8 +58,6 @@ def host(model, positive, negative, cfg=1.0, sampler="euler", steps=6, size=8, b
 
 def seen_by(model):
     """(model clone, list of (flow time, context tokens, references) per DiT call), through the host's own wrapper."""
-    import comfy.patcher_extension
-
     calls = []
 
     def wrapper(executor, x, timestep, context, y, guidance, ref_latents=None, *args, **kwargs):
@@ -67,17 +69,9 @@ def seen_by(model):
     return clone, calls
 
 
-def samplers():
-    import comfy.samplers
-
-    return [name for name in comfy.samplers.SAMPLER_NAMES if "gpu" not in name]
-
-
 def test_every_sampler_switches_exactly_at_the_thresholds(model):
-    import comfy.samplers
-
     failures = []
-    for name in samplers():
+    for name in (name for name in comfy.samplers.SAMPLER_NAMES if "gpu" not in name):
         clone, calls = seen_by(model)
         stages = preset("paper", tau1=0.85, tau2=0.6)
         run(clone, stages, condition(), condition(5, 9, 0), cfg=2.0, sampler=name, steps=8)
@@ -99,8 +93,6 @@ def test_every_sampler_switches_exactly_at_the_thresholds(model):
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral"])
 def test_steps_clock_switches_at_its_step(model, sampler):
-    import comfy.samplers
-
     clone, calls = seen_by(model)
     stages = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps")
     run(clone, stages, condition(), sampler=sampler, scheduler="beta")
@@ -109,20 +101,14 @@ def test_steps_clock_switches_at_its_step(model, sampler):
         assert references == (2 if t <= sigmas[3] * 1.0001 else 0), (t, sigmas)
 
 
-def test_steps_clock_is_refused_where_the_sampler_chooses_its_steps(model):
-    with pytest.raises(ValueError, match="dpm_adaptive.*flow_time"):
-        run(model, preset("both", "steps"), condition(), sampler="dpm_adaptive")
-
-
 def test_image_to_image_and_inpainting_equal_the_host(model):
     picture = latent(8, 8, batch=2, seed=8)
     mask = torch.zeros(1, 8, 8)
     mask[:, :, 4:] = 1
     for extra in ({"denoise": 0.5}, {"noise_mask": mask}, {"denoise": 0.6, "noise_mask": mask}):
         args = dict(cfg=2.0, samples=picture, **extra)
-        ours, theirs = (
-            f(model, *a, condition(), condition(5, 9), **args) for f, a in ((run, (preset("both"),)), (host, ()))
-        )
+        ours = run(model, preset("both"), condition(), condition(5, 9), **args)
+        theirs = host(model, condition(), condition(5, 9), **args)
         assert torch.equal(ours, theirs), extra
         staged = run(model, preset("paper"), condition(), condition(5, 9), **args)
         assert staged.isfinite().all() and not torch.equal(staged, theirs)
@@ -146,9 +132,8 @@ CONTEXT, IMAGE, FIRST, SECOND = 7, 16, 12, 8  # tokens: 8x8 latent -> 16, refere
 
 @pytest.mark.parametrize("mllm, vae", [(0.5, 1), (1, 0.25), (0.3, 0.6), (1.5, 1)])
 def test_strength_between_is_ln_strength_on_the_groups_logits(model, mllm, vae):
-    expected = torch.cat(
-        [torch.full((CONTEXT,), math.log(mllm)), torch.zeros(IMAGE), torch.full((FIRST + SECOND,), math.log(vae))]
-    )
+    context, references = torch.full((CONTEXT,), math.log(mllm)), torch.full((FIRST + SECOND,), math.log(vae))
+    expected = torch.cat([context, torch.zeros(IMAGE), references])
     theirs = host(dense_oracle(model, expected), condition(), condition(seed=4), cfg=2.0, batch=2)
     ours = run(model, Stages((Keyframe(1, mllm, vae),)), condition(), condition(seed=4), cfg=2.0, batch=2)
     assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
@@ -171,14 +156,10 @@ def test_each_reference_has_its_own_strength_and_mask(model):
     first = torch.zeros(4, 3)
     first[:, 0] = -math.inf
     keys[CONTEXT + IMAGE :] = torch.cat([first.flatten(), torch.full((SECOND,), math.log(0.5))])
-    ours = run(
-        model, preset("both"), condition(subject_reference_strengths=[1.0, 0.5], subject_reference_masks=[mask, None])
-    )
+    masked = condition(subject_reference_strengths=[1.0, 0.5], subject_reference_masks=[mask, None])
+    ours = run(model, preset("both"), masked)
     assert torch.allclose(ours, host(dense_oracle(model, keys), condition(), condition()), atol=2e-4)
-
-
-def test_reference_of_strength_0_is_left_out_exactly(model):
-    kept = condition(references=1)
+    kept = condition(references=1)  # a reference of strength 0 is left out exactly
     ours = run(model, preset("both"), condition(subject_reference_strengths=[1.0, 0.0]))
     assert torch.equal(ours, host(model, kept, kept))
 
@@ -192,28 +173,19 @@ def test_another_override_on_the_model_still_runs(model):
 
     clone = model.clone()
     clone.model_options["transformer_options"]["optimized_attention_override"] = counted
-    assert (
-        torch.equal(run(clone, preset("vae_only"), condition()), run(model, preset("vae_only"), condition())) and calls
-    )
+    ours, theirs = (run(which, preset("vae_only"), condition()) for which in (clone, model))
+    assert torch.equal(ours, theirs) and calls
 
 
 def test_easycache_is_reset_where_the_stage_changes(model):
-    class Holder:
-        resets = 0
-
-        def reset(self):
-            self.resets += 1
-
     clone = model.clone()
-    clone.model_options["transformer_options"]["easycache"] = holder = Holder()
+    clone.model_options["transformer_options"]["easycache"] = holder = Mock()
     run(clone, preset("paper", tau1=0.7, tau2=0.4), condition())
-    assert holder.resets == 3
+    assert holder.reset.call_count == 3
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc"])
 def test_a_patched_model_in_the_hosts_sampler_equals_the_staged_sampler(model, sampler):
-    from subject_dla.sampling.patch import add_stages
-
     stages, conditions = preset("paper", tau1=0.8, tau2=0.5), (condition(), condition(5, 9))
     untouched = host(model, *conditions, cfg=2.0, sampler=sampler)
     clone = model.clone()
@@ -227,8 +199,6 @@ def test_a_patched_model_in_the_hosts_sampler_equals_the_staged_sampler(model, s
 
 
 def test_predict_noise_outside_a_run_is_refused(model):
-    from subject_dla.sampling.guider import StagedGuider
-
     guider = StagedGuider(model, preset("both"))
     guider.set_conds(condition())
     with pytest.raises(RuntimeError, match="Call sample"):
@@ -245,55 +215,39 @@ def test_area_conditions_get_their_own_image_tokens(model):
 
 
 def test_interrupt_reaches_the_caller(model):
-    import comfy.model_management
-
-    clone, calls = seen_by(model)
-
-    def stop(executor, *args, **kwargs):
-        raise comfy.model_management.InterruptProcessingException()
-
-    import comfy.patcher_extension
-
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "stop", stop)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
+    clone, interrupt = model.clone(), comfy.model_management.InterruptProcessingException
+    wrapper = Mock(side_effect=interrupt())
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "stop", wrapper)
+    with pytest.raises(interrupt):
         run(clone, preset("both"), condition())
 
 
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda m: run(m, preset("both"), [[torch.zeros(1, 3, 99), {}]]), ["width 99", "width 24", "positive"]),
-        (
-            lambda m: run(m, preset("vae_only"), condition(references=0)),
-            ["no reference latent", "Add Identity", "mllm_only"],
-        ),
-        (lambda m: run(m, preset("both"), condition(), cfg=2.5), ["CFG is 2.5", "negative"]),
-    ],
-)
-def test_conditions_that_cannot_work_are_refused(model, make, words):
+@pytest.mark.parametrize("stages, positive, options, words", [
+    (preset("both"), [[torch.zeros(1, 3, 99), {}]], {}, ["width 99", "width 24", "positive"]),
+    (preset("vae_only"), condition(references=0), {}, ["no reference latent", "Add Identity", "mllm_only"]),
+    (preset("both"), condition(), {"cfg": 2.5}, ["CFG is 2.5", "negative"]),
+    (preset("both", "steps"), condition(), {"sampler": "dpm_adaptive"}, ["dpm_adaptive", "flow_time"]),
+])  # fmt: skip
+def test_conditions_that_cannot_work_are_refused(model, stages, positive, options, words):
     with pytest.raises(ValueError) as error:
-        make(model)
+        run(model, stages, positive, **options)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_unknown_layout_takes_0_and_1_only(model, monkeypatch):
-    from subject_dla.sampling import conditions, patch
-
-    for module in (conditions, patch):
-        monkeypatch.setattr(module, "backbone_of", lambda m: None)
-    with pytest.raises(ValueError, match="token layout"):
-        run(model, Stages((Keyframe(1, 0.5, 1),)), condition())
-    with pytest.raises(ValueError, match="token layout"):
-        run(model, preset("both"), condition(subject_reference_strengths=[0.5, 1]))
+    for module in ("conditions", "patch"):
+        monkeypatch.setattr(f"subject_dla.sampling.{module}.backbone_of", lambda m: None)
+    half = Stages((Keyframe(1, 0.5, 1),)), condition()
+    for stages, positive in (half, (preset("both"), condition(subject_reference_strengths=[0.5, 1]))):
+        with pytest.raises(ValueError, match="token layout"):
+            run(model, stages, positive)
     assert torch.equal(run(model, preset("both"), condition()), host(model, condition(), condition()))
 
 
 def test_model_without_the_hosts_attention_is_told_so(model, monkeypatch):
-    import comfy.ldm.flux.layers as layers
-
     def attention(q, k, v, pe, mask=None, transformer_options=None):
         return rearrange(torch.nn.functional.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
-    monkeypatch.setattr(layers, "attention", attention)
+    monkeypatch.setattr(comfy.ldm.flux.layers, "attention", attention)
     with pytest.raises(RuntimeError, match="optimized_attention_override"):
         run(model, Stages((Keyframe(1, 0.5, 1),)), condition())

@@ -1,8 +1,12 @@
 """Reference latents: size, crop, placement and what travels beside them, against the host's own encoding."""
 
+import comfy.sd
 import pytest
 import torch
+from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.loaders.reference_latents import add_identity, reference_size, resize
 from subject_dla.tests.small.dit import tiny_flux
+from subject_dla.tests.small.models import host_shapes, random_like
 
 WIDTH = 24
 
@@ -15,15 +19,8 @@ def model():
 @pytest.fixture(scope="module")
 def vae():
     """A random VAE in the layout of TAEF1, through the host's own detection."""
-    import comfy.sd
-    from comfy.taesd.taesd import TAESD
-
-    net = TAESD(latent_channels=16)
-    for weights in net.parameters():
-        torch.nn.init.normal_(weights, 0, 0.05)
-    state = {f"taesd_encoder.{k}": v for k, v in net.taesd_encoder.state_dict().items()}
-    state |= {f"taesd_decoder.{k}": v for k, v in net.taesd_decoder.state_dict().items()}
-    return comfy.sd.VAE(sd=state)
+    shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
+    return comfy.sd.VAE(sd=random_like(shapes, torch.float32))
 
 
 def condition(**values):
@@ -34,27 +31,18 @@ def picture(height, width, count=1, seed=0):
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    "width, height, size, uno, expected",
-    [
-        (1024, 768, 0, True, (512, 384)),  # UNO: longest side 512
-        (400, 300, 0, True, (512, 384)),  # UNO enlarges
-        (300, 200, 0, False, (288, 192)),  # elsewhere nothing is enlarged, edges are cut to whole tokens
-        (2048, 2048, 0, False, (1024, 1024)),  # at most one megapixel
-        (4000, 1000, 0, False, (2048, 512)),
-        (1000, 500, 640, False, (640, 320)),  # an asked-for longest side
-        (3000, 40, 512, True, (512, 16)),  # never less than one token
-    ],
-)
+@pytest.mark.parametrize("width, height, size, uno, expected", [
+    (1024, 768, 0, True, (512, 384)), (400, 300, 0, True, (512, 384)),  # UNO: longest side 512, also enlarged to it
+    (300, 200, 0, False, (288, 192)),  # elsewhere nothing is enlarged, edges are cut to whole tokens
+    (2048, 2048, 0, False, (1024, 1024)), (4000, 1000, 0, False, (2048, 512)),  # at most one megapixel
+    (1000, 500, 640, False, (640, 320)),  # an asked-for longest side
+    (3000, 40, 512, True, (512, 16)),  # never less than one token
+])  # fmt: skip
 def test_size_keeps_the_aspect_ratio(width, height, size, uno, expected):
-    from subject_dla.loaders.reference_latents import reference_size
-
     assert reference_size(width, height, size, uno) == expected
 
 
 def test_a_picture_that_fits_is_encoded_as_the_host_encodes_it(model, vae):
-    from subject_dla.loaders.reference_latents import add_identity
-
     image = picture(64, 48)
     out = add_identity(condition(), model, vae, image, size=64)[0][1]
     assert vae.encode(image).isfinite().all() and torch.equal(out["reference_latents"][0], vae.encode(image))
@@ -64,8 +52,6 @@ def test_a_picture_that_fits_is_encoded_as_the_host_encodes_it(model, vae):
 
 def test_nothing_is_stretched(model, vae):
     """A disc stays a disc: resized evenly and cut, width and height of its box stay equal."""
-    from subject_dla.loaders.reference_latents import resize
-
     y, x = torch.meshgrid(torch.arange(300.0), torch.arange(500.0), indexing="ij")
     disc = (((x - 250) ** 2 + (y - 150) ** 2) < 100**2).float()[None].repeat(3, 1, 1)
     out = resize(disc, 240, 144)[0] > 0.5
@@ -74,8 +60,6 @@ def test_nothing_is_stretched(model, vae):
 
 
 def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae):
-    from subject_dla.loaders.reference_latents import add_identity
-
     foreign = torch.zeros(1, 16, 4, 4)
     first = add_identity(condition(reference_latents=[foreign]), model, vae, picture(64, 64, 2), strength=0.5, size=64)
     mask = torch.zeros(1, 32, 32)
@@ -88,21 +72,15 @@ def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae
     assert len(first[0][1]["reference_latents"]) == 3  # what the user had is untouched
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]),
-        (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
-        (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
-        (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
-        (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
-        (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
-        (dict(placement="nowhere"), ["nowhere", "silently"]),
-    ],
-)
+@pytest.mark.parametrize("change, words", [
+    (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]), (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
+    (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
+    (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
+    (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
+    (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
+    (dict(placement="nowhere"), ["nowhere", "silently"]),
+])  # fmt: skip
 def test_bad_references_are_refused_in_words(model, vae, change, words):
-    from subject_dla.loaders.reference_latents import add_identity
-
     given = dict(image=picture(64, 64), size=64) | change
     with pytest.raises(ValueError) as error:
         add_identity(condition(), model, vae, **given)
@@ -110,11 +88,8 @@ def test_bad_references_are_refused_in_words(model, vae, change, words):
 
 
 def test_omnigen2_takes_five(model, vae, monkeypatch):
-    import subject_dla.loaders.reference_latents as identity
-    from subject_dla.loaders.backbones import BACKBONES
-
-    monkeypatch.setattr(identity, "backbone_of", lambda m: BACKBONES["omnigen2"])
+    monkeypatch.setattr("subject_dla.loaders.reference_latents.backbone_of", lambda m: BACKBONES["omnigen2"])
     with pytest.raises(ValueError, match="at most 5.*makes 6"):
-        identity.add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
+        add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
     with pytest.raises(ValueError, match="OmniGen2 places references itself"):
-        identity.add_identity(condition(), model, vae, picture(64, 64), size=64, placement="uxo")
+        add_identity(condition(), model, vae, picture(64, 64), size=64, placement="uxo")

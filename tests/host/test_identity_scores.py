@@ -55,18 +55,14 @@ def world(tmp_path_factory):
     }
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         (root / "clip" / name).write_bytes((TOKENIZER / name).read_bytes())
-    sizes = {
-        "clip": VISION | dict(hidden_act="quick_gelu", image_size=224, num_channels=3, projection_dim=64),
-        "dinov2": dinov2 | dict(use_swiglu_ffn=False, layer_norm_eps=1e-6, image_mean=DINO.mean, image_std=DINO.std),
-    }
-    for name, size in sizes.items():
-        kind = "dinov2" if name == "dinov2" else "clip_vision_model"
-        (root / f"{name}.json").write_text(json.dumps(size | {"model_type": kind}))
+    small = dict(model_type="clip_vision_model", hidden_act="quick_gelu", image_size=224, num_channels=3)
+    (root / "clip.json").write_text(json.dumps(VISION | small | {"projection_dim": 64}))
+    small = dict(model_type="dinov2", use_swiglu_ffn=False, layer_norm_eps=1e-6)
+    (root / "dinov2.json").write_text(json.dumps(dinov2 | small | {"image_mean": DINO.mean, "image_std": DINO.std}))
     return root, models
 
 
 def load_vision(world, monkeypatch, name, path=None):
-    """The host's own detection and loading, at the small width."""
     root = world[0]
     monkeypatch.setattr(comfy.clip_vision, "ClipVisionModel", lambda config: REAL(str(root / f"{name}.json")))
     return comfy.clip_vision.load(str(path or root / name / "model.safetensors"))
@@ -188,9 +184,8 @@ def test_folders_run_the_librarys_models(world, listed):
 
 def run(tmp_path, monkeypatch, **inputs):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    report, text, own = SubjectIdentityScores.execute(
-        **{key: [v] if key != "images" else v for key, v in inputs.items()}
-    ).result
+    lists = {key: value if key == "images" else [value] for key, value in inputs.items()}
+    report, text, own = SubjectIdentityScores.execute(**lists).result
     (written, *_), read = sorted(tmp_path.glob("identity/*.json"), reverse=True), json.loads(text)
     assert json.loads(written.read_text(encoding="utf-8")) == read
     for row in (row for row in read["figures"] if not row["figure"].endswith(", references")):
@@ -222,7 +217,7 @@ def test_identical_pictures_give_1_and_order_is_of_no_account(world, listed, mon
     assert found["CLIP-T"]["backbone"]["text"]["model"] == "CLIPTextModel" and read["prompts"][3] == "four"
 
 
-def test_prompts_and_labels_may_be_one_for_all_or_one_for_each_item_of_the_list(world, monkeypatch, tmp_path):
+def test_prompts_and_labels_may_be_one_for_all_or_one_for_each_item_of_the_list():
     batches = [torch.zeros(2, 8, 8, 3), torch.zeros(1, 8, 8, 3)]
     assert spread("prompts", ["a cat"], batches) == ["a cat"] * 3
     assert spread("prompts", ["a\n\n b \n"], batches) == ["a", "a", "b"]
@@ -265,13 +260,12 @@ def test_what_does_not_fit_is_refused_with_what_would(world, listed, monkeypatch
 
 
 def test_the_file_is_read_off_the_queued_graph():
-    loaders = {
-        "3": {"inputs": {"clip_name": "dino/large.safetensors"}},
-        "4": {"inputs": {"clip_name1": "l.safetensors", "clip_name2": "t5.gguf", "type": "flux"}},
-        "5": {"inputs": {"switch": ["4", 0]}},
-    }
-    links = {"inputs": {"dino": ["3", 0], "clip": ["4", 0], "clip_vision": ["5", 0]}}
-    hidden = {"PROMPT": loaders | {"9": links}, "UNIQUE_ID": "9"}
+    inputs = {
+        "3": {"clip_name": "dino/large.safetensors"}, "5": {"switch": ["4", 0]},
+        "4": {"clip_name1": "l.safetensors", "clip_name2": "t5.gguf", "type": "flux"},
+        "9": {"dino": ["3", 0], "clip": ["4", 0], "clip_vision": ["5", 0]},
+    }  # fmt: skip
+    hidden = {"PROMPT": {key: {"inputs": values} for key, values in inputs.items()}, "UNIQUE_ID": "9"}
     node = type("Queued", (SubjectIdentityScores,), {"hidden": HiddenHolder.from_dict(hidden)})
     assert node._files("dino") == ["dino/large.safetensors"]
     assert node._files("clip") == ["l.safetensors", "t5.gguf"]

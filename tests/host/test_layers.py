@@ -1,6 +1,6 @@
 """Layer roles in the graph: what the pooling attends to and where on the picture; sweeps, their labels, their sheet."""
 
-import asyncio
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -10,48 +10,34 @@ from subject_dla.common.drawing.sheet import labelled_sheet, sheet_of_batches
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, ImageGrid, MLLMInfo, Modality
 from subject_dla.evaluation import layer_weights_plot as plot
 from subject_dla.evaluation.layer_weights import LayerWeights, describe
-from subject_dla.nodes import SubjectExtension
+from subject_dla.loaders.dla import DLA
+from subject_dla.loaders.mllm.families import FAMILIES
+from subject_dla.loaders.mllm.vision import Vision, internvl_grid, internvl_tiles, qwen_grid, qwen_pixels, to_area
+from subject_dla.loaders.preprocessing import HALF
+from subject_dla.nodes.layers import SubjectAblateLayers, SubjectAblationSweep, SubjectLayerWeights
+from subject_dla.nodes.sweep import SubjectContactSheet, SubjectThresholdSweep
 from subject_dla.sampling.stages import preset
 from subject_dla.sampling.sweep import threshold_sweep
+from subject_dla.tests.small.features import random_features
 
-NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 INFO = MLLMInfo("tiny", "qwen2_5_vl", layers=3, width=16)
 
 
 def make_features() -> Features:
-    generator = torch.Generator().manual_seed(0)
-    modality = torch.tensor([[2, 2, 0, 0, 0, *[1] * 6, 0, 2]], dtype=torch.uint8)
-    return Features(
-        torch.randn(1, 4, modality.shape[1], 16, generator=generator),
-        (0, 1, 2, 3),
-        modality,
-        torch.where(modality == Modality.IMAGE, 0, -1).to(torch.int16),
-        torch.ones_like(modality, dtype=torch.bool),
-        INFO,
-        prefix=(2,),
-        grids=((ImageGrid(2, 3),),),
-    )
+    modality = [[2, 2, 0, 0, 0, *[1] * 6, 0, 2]]
+    return random_features(modality, INFO, prefix=(2,), grids=((ImageGrid(2, 3),),))
 
 
 def make_weights(rows, layers, image=(), grid=None, top=28) -> LayerWeights:
     """Tokens with these weights; those numbered in `image` are image 0's."""
     modality = torch.tensor([int(i in image) for i in range(len(rows))], dtype=torch.uint8)
-    return LayerWeights(
-        torch.tensor(rows, dtype=torch.float32),
-        tuple(layers),
-        torch.ones(len(rows), dtype=torch.bool),
-        modality,
-        torch.where(modality == 1, 0, -1).to(torch.int16),
-        MLLMInfo("m", "qwen2_5_vl", top, 8),
-        grid and (grid,),
-    )
+    index, mask = torch.where(modality == 1, 0, -1).to(torch.int16), torch.ones(len(rows), dtype=torch.bool)
+    weights, info = torch.tensor(rows, dtype=torch.float32), MLLMInfo("m", "qwen2_5_vl", top, 8)
+    return LayerWeights(weights, tuple(layers), mask, modality, index, info, grid and (grid,))
 
 
 def pixels(image: Image.Image) -> numpy.ndarray:
     return numpy.asarray(image).astype(int)
-
-
-# ---- heat map
 
 
 def test_bars_and_cells_have_the_numbers_of_their_layers():
@@ -77,11 +63,9 @@ def test_negative_weights_are_blue_and_hang_below_the_line():
     cold, none, hot = plot.heat_colours(torch.tensor([[-1.0, 0.0, 1.0]]))[0].astype(int)
     assert cold[2] > cold[0] and hot[0] > hot[2] - 1 and none.min() > 250
     picture = pixels(plot.heat_map(make_weights([[-0.5, 1.5]], (0, 1), top=1)))
-    edges = plot.column_edges(2)
-    first, second = (
-        numpy.argwhere((picture[30:112, (a + b) // 2] == shade).all(axis=1))
-        for (a, b), shade in zip(((edges[0], edges[1]), (edges[1], edges[2])), ((222, 140, 62), (86, 130, 214)))
-    )
+    left, middle, right = plot.column_edges(2)
+    columns = ((left + middle) // 2, (222, 140, 62)), ((middle + right) // 2, (86, 130, 214))
+    first, second = (numpy.argwhere((picture[30:112, x] == shade).all(axis=1)) for x, shade in columns)
     assert first.min() > second.max() - 2 and len(second) / len(first) == pytest.approx(3, rel=0.15)
 
 
@@ -94,13 +78,7 @@ def test_mean_layer_and_words():
     assert "mean layer 28.00" in text[2] and "28 (1.000)" in text[2] and "late (20-28) 1.00" in text[2]
 
 
-# ---- image tokens on the picture
-
-
 def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
-    from subject_dla.loaders.mllm.families import FAMILIES
-    from subject_dla.loaders.mllm.vision import qwen_grid, qwen_pixels, to_area
-
     vision = FAMILIES["qwen2_5_vl"].vision
     generator = torch.Generator().manual_seed(3)
     sizes = [(640, 480), (480, 640), (512, 512), (1000, 101), (57, 1000), (28, 28)]
@@ -116,14 +94,11 @@ def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():
             assert placement.order.flatten().tolist() == list(range(grid.tokens))
 
 
-@pytest.mark.parametrize(
-    "width, height, tiles", [(300, 300, 1), (600, 200, 1), (600, 200, 4), (240, 500, 6), (500, 500, 4)]
-)
+@pytest.mark.parametrize("width, height, tiles", [
+    (300, 300, 1), (600, 200, 1), (600, 200, 4), (240, 500, 6), (500, 500, 4),
+])  # fmt: skip
 def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     """Every token's mean brightness in the tiles is that of the px of the picture that are said to be its own."""
-    from subject_dla.loaders.mllm.vision import Vision, internvl_grid, internvl_tiles
-    from subject_dla.loaders.preprocessing import HALF
-
     vision = Vision(14, 2, HALF, HALF)
     ramp = torch.linspace(0.2, 0.8, width)[None] * torch.linspace(0.5, 1.0, height)[:, None]
     grid = internvl_grid(height, width, vision, 448, tiles)
@@ -133,9 +108,8 @@ def test_internvl_tokens_lie_where_their_tiles_were_cut(width, height, tiles):
     placement = plot.place(grid, width, height)
     found = placement.over(values, width, height)
     edge = max(width, height) / 16  # px: tokens that reach over the picture's edge hold border as well
-    inner = found[int(edge) : height - int(edge), int(edge) : width - int(edge)]
-    wanted = ramp[int(edge) : height - int(edge), int(edge) : width - int(edge)]
-    assert float((inner - wanted).abs().mean()) < 0.02 and float((inner - wanted).abs().max()) < 0.1
+    off = (found - ramp)[int(edge) : height - int(edge), int(edge) : width - int(edge)].abs()
+    assert float(off.mean()) < 0.02 and float(off.max()) < 0.1
     left, top, right, bottom = placement.box
     assert (left + right) / 2 == pytest.approx(width / 2) and (top + bottom) / 2 == pytest.approx(height / 2)
 
@@ -172,23 +146,16 @@ def test_a_picture_that_the_tokens_are_not_of_is_refused():
         plot.overlay(make_weights([[1.0]] * 32, (0,), range(32)), torch.zeros(200, 400, 3))
 
 
-# ---- nodes
-
-
 def test_layer_weights_shows_what_the_dla_computes(monkeypatch):
-    from subject_dla.loaders.dla import DLA
-
     torch.manual_seed(1)
     plain = DualLayerAggregator(DLAConfig(INFO, context_width=16, heads=4))
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.normal_(std=0.3)
     dla, features, kept = DLA(plain.config, plain.state_dict(), "a.safetensors"), make_features(), []
-    node = NODES["SubjectLayerWeights"]
-    monkeypatch.setattr(
-        "subject_dla.nodes.layers.ui.PreviewImage", lambda pictures, cls: kept.append(pictures) or Shown()
-    )
-    maps, over, text = node.execute(features, dla, torch.rand(1, 56, 84, 3), 1, 3).result
+    shown = SimpleNamespace(as_dict=lambda: {"images": [], "animated": (False,)})
+    monkeypatch.setattr("subject_dla.nodes.layers.ui.PreviewImage", lambda maps, cls: kept.append(maps) or shown)
+    maps, over, text = SubjectLayerWeights.execute(features, dla, torch.rand(1, 56, 84, 3), 1, 3).result
     assert maps.shape[0] == 1 and maps.shape[2] == plot.WIDTH and over.shape == (1, 512 + 34, 768, 3) and len(kept) == 2
     expected = plain.layer_weights(features)[0]
     for modality, name in ((Modality.TEXT, "text, 4"), (Modality.IMAGE, "image, 6")):
@@ -197,41 +164,29 @@ def test_layer_weights_shows_what_the_dla_computes(monkeypatch):
         centre = float(((size * torch.arange(4)).sum(1) / size.sum(1)).mean())
         assert f"{name} tokens: mean layer {centre:.2f}" in text, text
     assert "template, 1 tokens" in text  # the leading two are not passed on
-    maps, over, _ = node.execute(features, dla).result
+    maps, over, _ = SubjectLayerWeights.execute(features, dla).result
     assert type(over).__name__ == "ExecutionBlocker" and over.message is None
 
 
-class Shown:
-    def as_dict(self):
-        return {"images": [], "animated": (False,)}
-
-
 def test_ablate_layers_and_the_sweep_zero_what_they_say():
-    features, ablate = make_features(), NODES["SubjectAblateLayers"].execute
+    features, ablate = make_features(), SubjectAblateLayers.execute
     assert ablate(features, "untouched", "", "untouched", "").result[0] is features
     (found,) = ablate(features, "untouched", "nonsense", "keep", "late").result
     gone = (found.hidden_states == 0).all(dim=-1)[0]
     assert gone.sum(dim=1).tolist() == [6, 6, 6, 0]
-    found, labels = (
-        NODES["SubjectAblationSweep"].execute(features, "text and image", "zero", "early; middle; late").result
-    )
-    assert labels == [
-        "untouched",
-        *(f"{name}: {layers} zeroed" for name in ("text", "image") for layers in ("layer 0", "layers 1-2", "layer 3")),
-    ]
+    found, labels = SubjectAblationSweep.execute(features, "text and image", "zero", "early; middle; late").result
+    groups = ("layer 0", "layers 1-2", "layer 3")
+    assert labels == ["untouched", *(f"{name}: {layers} zeroed" for name in ("text", "image") for layers in groups)]
     counts = [(entry.hidden_states == 0).all(dim=-1)[0].sum(dim=1).tolist() for entry in found]
     assert counts == [[0] * 4, [4, 0, 0, 0], [0, 4, 4, 0], [0, 0, 0, 4], [6, 0, 0, 0], [0, 6, 6, 0], [0, 0, 0, 6]]
     with pytest.raises(ValueError, match="'5'.*0 .*3"):
-        NODES["SubjectAblationSweep"].execute(features, "text", "zero", "early; 5")
+        SubjectAblationSweep.execute(features, "text", "zero", "early; 5")
 
 
 def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
-    run = NODES["SubjectThresholdSweep"].execute
+    run = SubjectThresholdSweep.execute
     stages, labels = run("paper", "flow_time", "0.95, 0.85", "0.85, 0.7", "grid", "1", "1", False).result
-    assert labels == [
-        "paper, tau1 0.95, tau2 0.85", "paper, tau1 0.95, tau2 0.7", "paper, tau1 0.85, tau2 0.85",
-        "paper, tau1 0.85, tau2 0.7",
-    ]  # fmt: skip
+    assert labels == [f"paper, tau1 {tau1}, tau2 {tau2}" for tau1 in (0.95, 0.85) for tau2 in (0.85, 0.7)]
     assert stages[0] == preset("paper") and stages[3] == preset("paper", tau1=0.85, tau2=0.7)
     assert stages[2] == preset("two_stage", tau1=0.85)  # no time between the two
     stages, labels = run("paper", "flow_time", "0, 0.95", "0, 0.85", "pairs", "1", "1", True).result
@@ -239,49 +194,28 @@ def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
     assert all(stages[2].at_sigma(t, []) == (1, 0) for t in (1.0, 0.5, 0.0))  # the paper's (0, 0)
     stages, labels = run("semantics_first", "flow_time", "0.9", "0.8, 0.7", "grid", "1", "0.5, 1", False).result
     assert labels == ["semantics first, tau1 0.9, VAE 0.5", "semantics first, tau1 0.9, VAE 1"]
-    assert [[(key.context, key.reference) for key in entry.keyframes] for entry in stages] == [
-        [(1, 0), (1, 0.5)],
-        [(1, 0), (1, 1)],
-    ]
+    strengths = [[(key.context, key.reference) for key in entry.keyframes] for entry in stages]
+    assert strengths == [[(1, 0), (1, 0.5)], [(1, 0), (1, 1)]]
     stages, labels = run("paper", "steps", "0.1, 0.3", "0.2", "grid", "1", "1", False).result
     assert labels == ["paper, tau1 0.1, tau2 0.2"]
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"tau1": "0.95, x"}, "tau1.*'x'"),
-        ({"tau2": "1.5"}, "tau2.*'1.5'.*0 to 1"),
-        ({"tau1": " "}, "tau1 is empty"),
-        ({"vae_strengths": "3"}, "vae_strengths.*'3'.*0 to 2"),
-        ({"tau1": "0.7", "tau2": "0.9"}, "tau2 of 0.9.*below.*Swap"),
-        ({"tau1": "0.7", "tau2": "0.9", "combine": "pairs"}, "out of order"),
-        ({"tau1": "0.7", "tau2": "0.6, 0.5", "combine": "pairs"}, "1 numbers and tau2 2"),
-        ({"tau1": ", ".join(f"0.9{i:02}" for i in range(99))}, "297 settings.*256"),
-    ],
-)
-def test_a_sweep_that_cannot_be_is_explained(changes, words):
-    given = dict(
-        preset="paper", clock="flow_time", tau1="0.95", tau2="0.85, 0.8, 0.7", combine="grid", mllm_strengths="1",
-        vae_strengths="1", controls=False,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=words):
-        NODES["SubjectThresholdSweep"].execute(**given | changes)
-
-
-def test_every_preset_can_be_swept():
-    for name, count in (
-        ("paper", 4),
-        ("semantics_first", 2),
-        ("two_stage", 2),
-        ("mllm_only", 1),
-        ("vae_only", 1),
-        ("both", 1),
-    ):
+    counts = {"paper": 4, "semantics_first": 2, "two_stage": 2, "mllm_only": 1, "vae_only": 1, "both": 1}
+    for name, count in counts.items():
         assert len(threshold_sweep(name, "flow_time", (0.95, 0.9), (0.9, 0.8))) == count
 
 
-# ---- the sheet
+@pytest.mark.parametrize("changes, words", [
+    ({"tau1": "0.95, x"}, "tau1.*'x'"), ({"tau2": "1.5"}, "tau2.*'1.5'.*0 to 1"), ({"tau1": " "}, "tau1 is empty"),
+    ({"vae_strengths": "3"}, "vae_strengths.*'3'.*0 to 2"),
+    ({"tau1": "0.7", "tau2": "0.9"}, "tau2 of 0.9.*below.*Swap"),
+    ({"tau1": "0.7", "tau2": "0.9", "combine": "pairs"}, "out of order"),
+    ({"tau1": "0.7", "tau2": "0.6, 0.5", "combine": "pairs"}, "1 numbers and tau2 2"),
+    ({"tau1": ", ".join(f"0.9{i:02}" for i in range(99))}, "297 settings.*256"),
+])  # fmt: skip
+def test_a_sweep_that_cannot_be_is_explained(changes, words):
+    given = dict(preset="paper", clock="flow_time", tau1="0.95", tau2="0.85, 0.8, 0.7", combine="grid")
+    given |= dict(mllm_strengths="1", vae_strengths="1", controls=False)
+    with pytest.raises(ValueError, match=words):
+        SubjectThresholdSweep.execute(**given | changes)
 
 
 def flat(level, count=1, height=64, width=64):
@@ -297,9 +231,8 @@ def test_lists_and_batches_come_onto_one_sheet_in_order():
     assert places[0][0] < places[2][0] and places[0][1] < places[2][1]
     one = sheet_of_batches(images, list("abcd"), ["1"], references=[flat(200)], title="t", side=64)
     assert int(((one[0] * 255).round() == 200).all(-1).sum()) == 4096
-    assert not torch.equal(
-        one, sheet_of_batches(images, list("abcd"), ["2"], references=[flat(200)], title="t", side=64)
-    )
+    two = sheet_of_batches(images, list("abcd"), ["2"], references=[flat(200)], title="t", side=64)
+    assert not torch.equal(one, two)
     long = labelled_sheet([Image.new("RGB", (64, 64))], ["a label of more than one line\nfigure"], side=64)
     ink, grey = (numpy.argwhere((pixels(long) == shade).all(-1))[:, 0] for shade in ((40, 40, 46), (110, 110, 118)))
     assert ink.max() - ink.min() > 20 and grey.min() > ink.max()  # figures below the whole label
@@ -307,10 +240,6 @@ def test_lists_and_batches_come_onto_one_sheet_in_order():
         sheet_of_batches(images, ["a", "b"])
     with pytest.raises(ValueError, match="3 labels"):
         labelled_sheet([Image.new("RGB", (8, 8))], ["a", "b", "c"])
-
-
-def test_contact_sheet_takes_the_hosts_lists_with_what_is_left_open():
-    node = NODES["SubjectContactSheet"]
-    assert node.GET_SCHEMA().is_input_list
-    (sheet,) = node.execute(images=[flat(10), flat(60)], title=["t"], columns=[1], side=[64]).result
+    assert SubjectContactSheet.GET_SCHEMA().is_input_list
+    (sheet,) = SubjectContactSheet.execute(images=[flat(10), flat(60)], title=["t"], columns=[1], side=[64]).result
     assert sheet.shape[0] == 1 and sheet.shape[1] > 128

@@ -2,9 +2,12 @@
 alone exactly the host's own conditioning."""
 
 import importlib
+import inspect
 import re
+from types import SimpleNamespace
 
 import comfy.sd
+import comfy.sd1_clip
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.omnigen2 as omnigen2
 import comfy.text_encoders.qwen_image as qwen_image
@@ -23,15 +26,6 @@ SMALL = {"num_hidden_layers": 3, "hidden_size": 256, "num_attention_heads": 2, "
          "intermediate_size": 512}  # fmt: skip
 
 
-class Target:
-    """What the host's CLIP asks of a text encoder."""
-
-    params = {}
-
-    def __init__(self, clip, tokenizer):
-        self.clip, self.tokenizer = clip, tokenizer
-
-
 def shrink(monkeypatch):
     """The host's own classes, small: only numbers that its constructors hard-code are changed."""
     for config in (llama.Qwen25_7BVLI_Config, llama.Qwen25_3BConfig):
@@ -48,16 +42,15 @@ def shrink(monkeypatch):
     monkeypatch.setattr(qwen_vl.Qwen2VLVisionTransformer, "__init__", small)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp() / "native-qwen"
-    if not (root / "config.json").exists():
-        build_qwen25vl(root, width=256, layers=3, heads=2, kv_heads=1, dtype=torch.float32)
-    return root
+    root = tmp_path_factory.mktemp("native") / "qwen"
+    return build_qwen25vl(root, width=256, layers=3, heads=2, kv_heads=1, dtype=torch.float32)
 
 
 def build_clip(model, tokenizer, folder=None):
-    clip = comfy.sd.CLIP(Target(model, tokenizer), model_options={"dtype": torch.float32})
+    target = SimpleNamespace(clip=model, tokenizer=tokenizer, params={})  # what the host's CLIP asks of a text encoder
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     inner = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
     if folder is None:
         generator = torch.Generator().manual_seed(0)
@@ -127,8 +120,6 @@ def test_the_last_layer_is_the_stock_conditioning(clip, prompt, count):
 
 def test_the_order_of_image_tokens_is_found_by_trying():
     """The host's code says which it is; it is read here, in the test, to check what the loader finds out by itself."""
-    import inspect
-
     restored = "reverse_indices" in inspect.getsource(qwen_vl.Qwen2VLVisionTransformer.forward)
     assert window_ordered(qwen_vl.Qwen2VLVisionTransformer) is not restored
 
@@ -185,8 +176,7 @@ def test_omnigen2_reads_text_only_and_keeps_its_template(monkeypatch):
 
 
 def test_another_text_encoder_gets_a_clear_error():
-    import comfy.sd1_clip
-
-    clip = comfy.sd.CLIP(Target(comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer))
+    clip_l = {"clip": comfy.sd1_clip.SD1ClipModel, "tokenizer": comfy.sd1_clip.SD1Tokenizer}
+    clip = comfy.sd.CLIP(SimpleNamespace(**clip_l, params={}))
     with pytest.raises(ValueError, match=re.compile("'clip_l'.*qwen25_7b.*Load MLLM", re.DOTALL)):
         mllm_from_clip(clip)

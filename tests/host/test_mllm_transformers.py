@@ -1,6 +1,6 @@
 """MLLMs from Hugging Face folders: features are the library's own hidden states, however weights are stored."""
 
-import json
+import os
 import shutil
 
 import pytest
@@ -93,11 +93,9 @@ def test_layers_above_the_highest_wanted_are_not_run(loaded):
     _, _, mllm = loaded
     images = [picture(100, 60)]
     every = mllm.encode("a fox", images, image_size=56)
-    ran = []
-    hooks = [
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-        for number, layer in enumerate(mllm.backbone.model.language_model.layers)
-    ]
+    ran, hooks = [], []
+    for number, layer in enumerate(mllm.backbone.model.language_model.layers):
+        hooks.append(layer.register_forward_hook(lambda *_, number=number: ran.append(number)))
     try:
         some = mllm.encode("a fox", images, image_size=56, layers=[2, 0])
         assert ran == [0, 1]
@@ -138,11 +136,8 @@ def test_modality_says_what_each_token_is(loaded):
         assert features.grids == ((ImageGrid(4, 4), ImageGrid(7 if family == "qwen2_5_vl" else 6, 2)),)
     # an empty prompt is template from end to end, and its prefix is still known
     empty = mllm.encode("")
-    assert (
-        empty.grids == ((),)
-        and (empty.modality == Modality.TEMPLATE).all()
-        and empty.prefix[0] == empty.modality.shape[1] - tail
-    )
+    assert empty.grids == ((),) and (empty.modality == Modality.TEMPLATE).all()
+    assert empty.prefix[0] == empty.modality.shape[1] - tail
     other = mllm.encode("a fox", system_prompt="Be brief.")
     assert other.prefix[0] < features.prefix[0]
 
@@ -179,12 +174,9 @@ def test_partly_loaded_weights_give_the_same_features(folders, family, monkeypat
 def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
     """What is left to torch.nn would stay behind in low-VRAM mode on older hosts; it must be small."""
     _, _, mllm = loaded
-    plain = [
-        f"{name}.{key}"
-        for name, module in mllm.backbone.named_modules()
-        if not hasattr(module, "comfy_cast_weights")
-        for key, parameter in module.named_parameters(recurse=False)
-    ]
+    modules = mllm.backbone.named_modules()
+    stay = [(name, module) for name, module in modules if not hasattr(module, "comfy_cast_weights")]
+    plain = [f"{name}.{key}" for name, module in stay for key, _ in module.named_parameters(recurse=False)]
     small = ("cls_token", "position_embeddings", "lambda_1", "lambda_2", "pos_embed.weight")
     assert all(name.endswith(small) for name in plain), plain
     assert not any("lm_head" in name for name, _ in mllm.backbone.named_parameters())
@@ -192,11 +184,10 @@ def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
         assert buffer.dtype == torch.float32 and buffer.isfinite().all(), name
 
 
-@pytest.mark.parametrize(
-    "family, weight_dtype",
-    [(family, "fp8_e4m3fn") for family in BUILD]
-    + [("qwen2_5_vl", dtype) for dtype in ("bf16", "fp16", "fp32", "fp8_e5m2")],
-)
+@pytest.mark.parametrize("family, weight_dtype", [
+    *((family, "fp8_e4m3fn") for family in BUILD),
+    *(("qwen2_5_vl", dtype) for dtype in ("bf16", "fp16", "fp32", "fp8_e5m2")),
+])  # fmt: skip
 def test_storage_type(folders, family, weight_dtype):
     """fp8 halves what the linear layers take and changes features little; all types compute in fp32 on a CPU."""
     reference = load_folder(folders[family]).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
@@ -237,62 +228,39 @@ def test_pixels_keep_the_aspect_ratio():
     grid = qwen_grid(57, 110, qwen)
     assert (grid.rows, grid.columns) == (2, 4)
     patches = qwen_pixels(picture(57, 110), grid, qwen)
-    back = rearrange(
-        patches, "(h w mh mw) (c t ph pw) -> t c (h mh ph) (w mw pw)", h=2, w=4, mh=2, mw=2, c=3, t=2, ph=14, pw=14
-    )
+    sizes = dict(h=2, w=4, mh=2, mw=2, c=3, t=2, ph=14, pw=14)
+    back = rearrange(patches, "(h w mh mw) (c t ph pw) -> t c (h mh ph) (w mw pw)", **sizes)
     assert torch.equal(back[0], back[1])
 
 
-def damage_text(path, text):
-    path.write_text(text, encoding="utf-8")
+def removed(pattern):
+    return lambda d: [file.unlink() for file in d.glob(pattern)]
 
 
 def swapped(name, old, new):
-    return lambda d: damage_text(d / name, (d / name).read_text("utf-8").replace(old, new))
+    return lambda d: (d / name).write_text((d / name).read_text("utf-8").replace(old, new), encoding="utf-8")
 
 
+def resized(key, old, new):
+    return swapped("config.json", f'"{key}": {old}', f'"{key}": {new}')
+
+
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 DAMAGES = {
-    "no folder": (lambda d: shutil.rmtree(d), ["is not a folder"]),
-    "no config": (lambda d: (d / "config.json").unlink(), ["no config.json"]),
-    "config not JSON": (lambda d: damage_text(d / "config.json", "{"), ["is not JSON"]),
-    "other model": (
-        lambda d: damage_text(d / "config.json", json.dumps({"model_type": "llama"})),
-        ["'llama'", "internvl, qwen2_5_vl, qwen3_vl"],
-    ),
-    "InternVL without -hf": (
-        lambda d: damage_text(d / "config.json", json.dumps({"model_type": "internvl_chat"})),
-        ["internvl_chat", "-hf"],
-    ),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["no tokenizer"]),
-    "tokenizer of another model": (
-        swapped("tokenizer.json", "<|image_pad|>", "<|picture|>"),
-        ["<|image_pad|>", "151655"],
-    ),
-    "missing shard": (
-        lambda d: (d / "model-00002-of-00002.safetensors").unlink(),
-        ["model-00002-of-00002.safetensors is missing"],
-    ),
-    "truncated shard": (
-        lambda d: (d / "model-00001-of-00002.safetensors").open("r+b").truncate(100_000),
-        ["model-00001-of-00002.safetensors is cut off: 100000 bytes, expected", "Download"],
-    ),
-    "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], ["no *.safetensors"]),
-    "only pickles": (
-        lambda d: ([file.unlink() for file in d.glob("model*")], (d / "pytorch_model.bin").touch()),
-        ["pickles (.bin)"],
-    ),
-    "config of a wider model": (
-        swapped("config.json", '"intermediate_size": 128', '"intermediate_size": 256'),
-        ["model.layers.", "128", "256", ".safetensors"],
-    ),
-    "config of a deeper model": (
-        swapped("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'),
-        ["language_model.layers.3.", "lack"],
-    ),
-    "config of a shallower model": (
-        swapped("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 2'),
-        ["unknown key 'model.layers.2."],
-    ),
+    "no folder": (shutil.rmtree, ["is not a folder"]),
+    "no config": (removed("config.json"), ["no config.json"]),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), ["is not JSON"]),
+    "other model": (resized("model_type", '"qwen2_5_vl"', '"llama"'), ["'llama'", "internvl, qwen2_5_vl, qwen3_vl"]),
+    "InternVL without -hf": (resized("model_type", '"qwen2_5_vl"', '"internvl_chat"'), ["internvl_chat", "-hf"]),
+    "no tokenizer": (removed("tokenizer.json"), ["no tokenizer"]),
+    "other tokenizer": (swapped("tokenizer.json", "<|image_pad|>", "<|picture|>"), ["<|image_pad|>", "151655"]),
+    "missing shard": (removed(SECOND), [f"{SECOND} is missing"]),
+    "cut off": (lambda d: os.truncate(d / FIRST, 10**5), [f"{FIRST} is cut off: 100000 bytes, expected", "Download"]),
+    "no weights": (removed("model*"), ["no *.safetensors"]),
+    "only pickles": (lambda d: (removed("model*")(d), (d / "pytorch_model.bin").touch()), ["pickles (.bin)"]),
+    "wider config": (resized("intermediate_size", 128, 256), ["model.layers.", "128", "256", ".safetensors"]),
+    "deeper config": (resized("num_hidden_layers", 3, 4), ["language_model.layers.3.", "lack"]),
+    "shallower config": (resized("num_hidden_layers", 3, 2), ["unknown key 'model.layers.2."]),
 }
 
 
@@ -309,5 +277,4 @@ def test_a_damaged_folder_says_what_is_wrong(sharded, tmp_path, name):
     damage(folder)
     with pytest.raises(ValueError) as error:
         load_folder(folder)
-    for word in words:
-        assert word in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value

@@ -5,61 +5,27 @@ import inspect
 import json
 from pathlib import Path
 
+import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension
+from subject_dla.training.recipe import template
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0"
 PUBLISHED = json.loads((FIXTURES / "object_info.json").read_text(encoding="utf-8"))
-FROZEN = {  # id: (inputs, output types); new inputs are appended and optional
-    "SubjectLoadMLLM": ("mllm weight_dtype", "MLLM"),
-    "SubjectMLLMFromCLIP": ("clip", "MLLM"),
-    "SubjectLoadDLA": ("dla", "DLA"),
-    "SubjectLoadPipeline": ("diffusion_model vae mllm dla weight_dtype mllm_weight_dtype", "MODEL VAE MLLM DLA"),
-    "SubjectPromptList": ("prompts", "STRING"),
+# id: (inputs, output types), all of 0.1.0's; what comes later is added here, new inputs at the end and optional
+FROZEN = {name: (" ".join(node["inputs"]), " ".join(node["output"])) for name, node in PUBLISHED.items()}
+FROZEN |= {  # in the schema, optional inputs may stand between the others
     "SubjectEncode": (
-        "mllm prompt image_1 image_2 image_3 image_4 image_5 dla image_size tiles system_prompt",
-        "MLLM_FEATURES",
-    ),
+        "mllm prompt image_1 image_2 image_3 image_4 image_5 dla image_size tiles system_prompt", "MLLM_FEATURES"),
     "SubjectAggregateLayers": ("features dla template vit_blend pooled_from", "CONDITIONING"),
     "SubjectAddIdentity": ("conditioning model vae image mask strength size placement", "CONDITIONING"),
-    "SubjectStageSchedule": ("preset clock tau1 tau2", "STAGES"),
-    "SubjectStageKeyframe": ("start mllm_strength vae_strength blend clock previous", "STAGES"),
-    "SubjectStagePreview": ("stages model sigmas latent", "IMAGE STRING"),
-    "SubjectStagedGuider": ("model positive stages cfg negative", "GUIDER"),
     "SubjectStagedSampler": (
-        "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise",
-        "LATENT",
-    ),
-    "SubjectTrainDLA": (
-        "model vae mllm data name stage steps learning_rate resolution batch_size accumulate lora_rank seed dla clip"
-        " start_lora options",
-        "DLA IMAGE STRING",
-    ),
-    "SubjectLoadOrientation": ("orientation save_safetensors", "ORIENTATION_MODEL"),
-    "SubjectOrientation": (
-        "orientation_model image mask min_confidence",
-        "IMAGE STRING FLOAT FLOAT FLOAT FLOAT",
-    ),
-    "SubjectAblateLayers": ("features text text_layers image image_layers", "MLLM_FEATURES"),
-    "SubjectAblationSweep": ("features modalities actions groups", "MLLM_FEATURES STRING"),
-    "SubjectLayerWeights": ("features dla image image_number layer", "IMAGE IMAGE STRING"),
-    "SubjectThresholdSweep": (
-        "preset clock tau1 tau2 combine mllm_strengths vae_strengths controls",
-        "STAGES STRING",
-    ),
-    "SubjectContactSheet": ("images labels figures references title columns side", "IMAGE"),
-    "SubjectCopyPasteReport": (
-        "orientation_model references images min_confidence filename_prefix reference_masks masks",
-        "STRING IMAGE STRING STRING",
-    ),
-    "SubjectIdentityScores": (
-        "images references dino clip_vision clip prompts subjects reference_subjects filename_prefix dino_folder"
-        " clip_folder",
-        "STRING STRING STRING",
-    ),
-}
+        "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),
+    "SubjectOrientation": ("orientation_model image mask min_confidence", "IMAGE STRING FLOAT FLOAT FLOAT FLOAT"),
+}  # fmt: skip
+PAGES = Path(__file__).resolve().parents[2] / "web" / "docs"
 
 
 def test_the_ids_inputs_and_outputs_of_saved_workflows_are_still_there():
@@ -91,7 +57,7 @@ def test_what_0_1_0_published_is_still_accepted(name):
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_the_host_accepts_the_schema_and_can_tell_the_user_what_everything_is(name):
+def test_the_schema_says_what_everything_is_and_execute_takes_it(name):
     node = NODES[name]
     schema = node.GET_SCHEMA()  # validates, on every host
     assert not {i.id for i in schema.inputs} & {o.id for o in schema.outputs}  # an error up to 0.3.75, unseen later
@@ -105,17 +71,19 @@ def test_the_host_accepts_the_schema_and_can_tell_the_user_what_everything_is(na
                 assert options["min"] <= options["default"] <= options["max"], f"{name}.{key}"
             if "default" in options and type_ == "COMBO":
                 assert options["default"] in options["options"], f"{name}.{key}"
+    parameters = inspect.signature(node.execute).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for input_ in node.define_schema().inputs:
+        assert takes_any or input_.id in parameters, f"{name}.execute lacks {input_.id}"
+        if input_.optional and input_.id in parameters:
+            assert parameters[input_.id].default is not inspect.Parameter.empty, f"{name}.{input_.id}"
+    named = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert named <= {i.id for i in node.define_schema().inputs}
 
 
-def test_every_node_has_a_help_page_and_no_page_is_left_over():
-    pages = Path(__file__).parents[2] / "web" / "docs"
-    assert {page.stem for page in pages.glob("*.md")} == set(FROZEN)
-
-
-def test_train_dlas_page_has_every_option_with_its_default():
-    from subject_dla.training.recipe import template
-
-    page = (Path(__file__).parents[2] / "web" / "docs" / "SubjectTrainDLA.md").read_text(encoding="utf-8")
+def test_every_node_has_a_help_page_and_train_dlas_has_every_option_with_its_default():
+    assert {page.stem for page in PAGES.glob("*.md")} == set(FROZEN)
+    page = (PAGES / "SubjectTrainDLA.md").read_text(encoding="utf-8")
     inputs = {"source", "validation_source", "resolution", "rank", "stage", "steps", "batch_size", "accumulate", "seed"}
     inputs |= {"name", "start_dla", "start_lora"}
     wanted, section = [], ""
@@ -129,22 +97,7 @@ def test_train_dlas_page_has_every_option_with_its_default():
     assert shown == wanted
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_execute_takes_every_input_and_an_optional_one_may_stay_open(name):
-    node = NODES[name]
-    parameters = inspect.signature(node.execute).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for input_ in node.define_schema().inputs:
-        assert takes_any or input_.id in parameters, f"{name}.execute lacks {input_.id}"
-        if input_.optional and input_.id in parameters:
-            assert parameters[input_.id].default is not inspect.Parameter.empty, f"{name}.{input_.id}"
-    named = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    assert named <= {i.id for i in node.define_schema().inputs}
-
-
 def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypatch):
-    import folder_paths
-
     (tmp_path / "there.safetensors").write_bytes(b"0")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "dla", ([str(tmp_path)], {".safetensors"}))
     assert NODES["SubjectLoadDLA"].validate_inputs(dla="there.safetensors") is True
@@ -156,8 +109,6 @@ def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypat
 
 
 def test_training_data_are_offered_and_taken_from_the_input_folder_alone(tmp_path, monkeypatch):
-    import folder_paths
-
     root = tmp_path / "input"
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(root))
     for name in ("cats/tom/1.jpg", "cats/tom/1.txt", "uno/list.json", "uno/images/a.jpg", ".hidden/b.json", "c.jsonl"):
@@ -187,10 +138,8 @@ def test_keyframes_chain_and_a_mixed_clock_is_refused():
     keyframe = NODES["SubjectStageKeyframe"].execute
     (first,) = keyframe(1.0, 1.0, 0.0, "hold", "flow_time").result
     (both,) = keyframe(0.9, 1.0, 0.5, "linear", "flow_time", first).result
-    assert [(k.start, k.reference) for k in both.keyframes] == [
-        (1.0, 0.0),
-        (0.9, 0.5),
-    ] and both.clock.name == "flow_time"
+    assert [(k.start, k.reference) for k in both.keyframes] == [(1.0, 0.0), (0.9, 0.5)]
+    assert both.clock.name == "flow_time"
     with pytest.raises(ValueError, match="steps.*flow_time"):
         keyframe(0.5, 1.0, 1.0, "hold", "steps", first)
 

@@ -4,6 +4,7 @@ import math
 import pickle
 from collections import OrderedDict
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import folder_paths
 import numpy
@@ -22,73 +23,50 @@ from subject_dla.loaders.orient_anything.network import SIZES, Angles, decode
 from subject_dla.loaders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocess_subject
 from subject_dla.nodes.orientation import SubjectLoadOrientation, SubjectOrientation
 from subject_dla.tests.small.measure import published_state
+from torch import nn
+from torch.nn.functional import interpolate
 from transformers import Dinov2Config, Dinov2Model
 
 LAYOUTS = {"small": (384, 12, 180), "base": (768, 3, 180), "large": (1024, 2, 180), "ronormsigma1": (1024, 2, 360)}
-RENAMED = {  # by transformers 5
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
+RENAMED = {f"attention.attention.{name}": f"attention.{name[0]}_proj" for name in ("query", "key", "value")}
+RENAMED |= {"attention.output.dense": "attention.o_proj"}  # by transformers 5
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty models/orientation."""
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folder_paths.folder_names_and_paths.pop("orientation", None)
-    (tmp_path / "models" / "orientation").mkdir(parents=True)
-    folders.register()
-    return tmp_path / "models" / "orientation"
+def root(models):
+    return models / "models" / "orientation"
 
 
 @torch.no_grad()
 def published_logits(state: dict[str, torch.Tensor], layers: int, pixels: torch.Tensor) -> torch.Tensor:
     """Transformers' DINOv2, which interpolates its positions itself, and the head with torch's own BatchNorm1d."""
     out, width = state["down_sampler.net1.0.weight"].shape
-    config = Dinov2Config(
-        hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=layers, image_size=518, patch_size=14
-    )
-    backbone = Dinov2Model(config).eval()
+    sizes = dict(hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=layers)
+    backbone = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14)).eval()
     weights = {key[7:]: value for key, value in state.items() if key.startswith("dinov2.")}
     if any("q_proj" in key for key in backbone.state_dict()):
         for old, new in RENAMED.items():
             weights = {key.replace(old, new): value for key, value in weights.items()}
     backbone.load_state_dict(weights)
-    nn = torch.nn
-    head = nn.Sequential(
-        OrderedDict(
-            net1=nn.Sequential(nn.Linear(width, out), nn.BatchNorm1d(out), nn.ReLU()),
-            net2=nn.Sequential(nn.Linear(out, out), nn.BatchNorm1d(out)),
-        )
-    ).eval()
+    net1 = nn.Sequential(nn.Linear(width, out), nn.BatchNorm1d(out), nn.ReLU())
+    net2 = nn.Sequential(nn.Linear(out, out), nn.BatchNorm1d(out))
+    head = nn.Sequential(OrderedDict(net1=net1, net2=net2)).eval()
     head.load_state_dict({key[13:]: value for key, value in state.items() if key.startswith("down_sampler.")})
     return head(backbone(pixels).last_hidden_state[:, 0])
-
-
-def shorten(monkeypatch, width: int, layers: int) -> str:
-    name = SIZES[width][0]
-    monkeypatch.setitem(SIZES, width, (name, layers))
-    return name
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """A published state of one layer, and the loader made to expect that."""
-    shorten(monkeypatch, 384, 1)
+    monkeypatch.setitem(SIZES, 384, ("small", 1))
     return published_state(384, 1, 180)
-
-
-# --- the network ---
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_network_is_the_published_one(root, monkeypatch, layout):
     width, layers, bins = LAYOUTS[layout]
-    name = shorten(monkeypatch, width, layers)
+    name = SIZES[width][0]
+    monkeypatch.setitem(SIZES, width, (name, layers))
     state = published_state(width, layers, bins)
     (root / layout).mkdir()
     torch.save(state, root / layout / "dino_weight.pt")
@@ -137,9 +115,6 @@ def test_pictures_whose_subject_was_not_found_get_confidence_0_and_the_others_ke
         model.estimate([])
 
 
-# --- the picture ---
-
-
 def blob(height: int, width: int) -> torch.Tensor:
     mask = torch.zeros(height, width)
     mask[height // 5 : height // 2, width // 3 : width - 5] = 1
@@ -172,11 +147,8 @@ def prepared_by_pillow(image: torch.Tensor, mask: torch.Tensor | None) -> numpy.
 @pytest.mark.parametrize("size", [(300, 500), (97, 64), (224, 224), (512, 511)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_picture_is_prepared_as_published(size, masked):
-    generator = torch.Generator().manual_seed(4)
-    image = torch.nn.functional.interpolate(
-        torch.rand(1, 3, 24, 24, generator=generator), size=size, mode="bicubic"
-    ).clamp(0, 1)[0]
-    image = image.permute(1, 2, 0).contiguous()
+    coarse = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(4))
+    image = interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)[0].permute(1, 2, 0).contiguous()
     mask = blob(*size) if masked else None
     found = preprocess_subject(image, mask).numpy()
     assert found.shape == (3, 224, 224)
@@ -200,7 +172,7 @@ def test_the_cut_out_subject_is_on_black_in_the_middle_at_its_size():
     other = image.clone()
     other[mask == 0] = torch.rand(int((mask == 0).sum()), 3)
     assert torch.equal(preprocess_subject(other, mask), preprocess_subject(image, mask))
-    half = torch.nn.functional.interpolate(mask[None, None], scale_factor=2, mode="nearest")[0, 0]
+    half = interpolate(mask[None, None], scale_factor=2, mode="nearest")[0, 0]
     assert subject_box(torch.zeros(8, 8).index_fill_(0, torch.tensor(3), 1)) == (3, 4, 0, 8)
     off = torch.tensor(subject_box(fit_mask(half, image))) - torch.tensor(subject_box(mask))
     assert off.abs().max() <= 1
@@ -226,9 +198,6 @@ def test_batches_with_one_mask_with_several_and_with_alpha():
         split_batch(images)
 
 
-# --- the angles ---
-
-
 @pytest.mark.parametrize("bins", [180, 360])
 def test_angles_are_the_highest_bins(bins):
     wanted = [(0, -90, -bins // 2), (359, 89, bins // 2 - 1), (123, 7, -4)]
@@ -239,9 +208,6 @@ def test_angles_are_the_highest_bins(bins):
     found = decode(logits)
     assert list(zip(found.azimuth.tolist(), found.polar.tolist(), found.rotation.tolist())) == wanted
     assert torch.allclose(found.confidence, torch.tensor([0.5, 1 / (1 + math.exp(-2)), 0.0]), atol=1e-6)
-
-
-def test_other_numbers_of_logits_are_refused():
     with pytest.raises(ValueError, match="900 logits found, expected 722 or 902"):
         decode(torch.zeros(1, 900))
 
@@ -283,9 +249,6 @@ def test_overlays_of_a_batch_have_one_size_and_the_table_a_line_each():
     lines = table(angles, notes={1: "seen"}).splitlines()
     assert len(lines) == 3 and lines[1].split() == "1 5 -4 0 0.250 no clear front".split()
     assert lines[2].split() == "2 300 20 -9 0.950 seen".split()
-
-
-# --- files ---
 
 
 class Runs:
@@ -396,11 +359,7 @@ def test_a_copy_is_not_written_over_another_file_and_a_full_disk_costs_nothing(r
     (root / "a.safetensors").unlink()
     load_orientation("a.pt")
     assert not (root / "a.safetensors").exists()  # not asked for
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(orientation, "save_tensors", full)
+    monkeypatch.setattr(orientation, "save_tensors", Mock(side_effect=OSError("No space left on device")))
     assert load_orientation("a.pt", save_copy=True).size == "small"
 
 
@@ -416,9 +375,6 @@ def test_files_are_listed_and_names_stay_inside(root):
         load_orientation("c.ckpt")
     with pytest.raises(ValueError, match="has no 'd.pt'; it holds b.safetensors, croplargeEX2/dino_weight.pt"):
         load_orientation("d.pt")
-
-
-# --- the nodes ---
 
 
 def test_the_nodes_give_overlay_table_and_lists(root, tiny, tmp_path, monkeypatch):

@@ -3,11 +3,13 @@ tiny models of the host's own classes, and once on a layer of full width through
 
 import gc
 
+import comfy.sample
 import pytest
 import torch
 from subject_dla.loaders.backbones import BACKBONES, backbone_of, backbone_of_keys
 from subject_dla.loaders.dit import context_width
 from subject_dla.loaders.reference_latents import reference_method
+from subject_dla.sampling.sample import staged_sample
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.small.dit import FAMILIES, build, load, on_this_host, tiny
 
@@ -48,20 +50,15 @@ class Subject:
         return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), values]]
 
     def host(self, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
-        import comfy.sample
-
         image = torch.zeros_like(self.latent(self.side, self.side, batch))
         noise = comfy.sample.prepare_noise(image, 7)
         settings = (steps, cfg, sampler, "simple", positive, negative, image)
         return comfy.sample.sample(self.model, noise, *settings, disable_pbar=True, seed=7)
 
     def staged(self, stages, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
-        from subject_dla.sampling.sample import staged_sample
-
         image = {"samples": torch.zeros_like(self.latent(self.side, self.side, batch))}
-        return staged_sample(self.model, 7, steps, cfg, sampler, "simple", positive, negative, image, 1.0, stages)[
-            "samples"
-        ]
+        out = staged_sample(self.model, 7, steps, cfg, sampler, "simple", positive, negative, image, 1.0, stages)
+        return out["samples"]
 
 
 def skip_what_the_host_lacks(family):
@@ -91,18 +88,12 @@ def test_strength_1_and_strength_0_references_equal_the_host(subject, sampler, b
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_0_context_leaves_nothing_of_it(subject, sampler, batch):
-    one = subject.staged(preset("vae_only"), subject.condition(9, 2), subject.condition(9, 3, False), sampler, batch)
-    other = subject.staged(
-        preset("vae_only"), subject.condition(30, 44), subject.condition(5, 77, False), sampler, batch
-    )
+def test_strength_0_context_leaves_nothing_of_it_and_equals_the_host_without_its_keys(subject, sampler, batch):
+    conditions = [(subject.condition(9, 2), subject.condition(9, 3, False))]
+    conditions += [(subject.condition(30, 44), subject.condition(5, 77, False))]
+    one, other = (subject.staged(preset("vae_only"), *pair, sampler, batch) for pair in conditions)
     assert one.isfinite().all() and torch.equal(one, other)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_0_context_equals_the_host_without_its_keys(subject, sampler, batch):
-    """The host's own run on one context token (it takes no empty context) whose keys and values are left out."""
+    # equal to the host's own run on one context token (it takes no empty context) without its keys and values
     subject_model, removed = subject.model, []
     context = 512 if subject.backbone.name == "flux2" else 1  # the host fills it up
 
@@ -119,10 +110,8 @@ def test_strength_0_context_equals_the_host_without_its_keys(subject, sampler, b
         theirs = subject.host(subject.condition(1, 2), subject.condition(1, 3), sampler, batch, cfg=1.0)
     finally:
         subject.model = subject_model
-    assert removed
-    assert torch.equal(
-        subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0), theirs
-    )
+    ours = subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0)
+    assert removed and torch.equal(ours, theirs)
 
 
 def test_strengths_near_1_come_near_the_host(subject):

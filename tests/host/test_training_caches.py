@@ -51,13 +51,9 @@ def build_vae(kind, seed=0):
         if kind == "flux":
             shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
         else:
-            shapes, real = (
-                host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | SMALL),
-                comfy.ldm.wan.vae.WanVAE,
-            )
-            patch.setattr(
-                comfy.ldm.wan.vae, "WanVAE", lambda **sizes: real(**(sizes | SMALL))
-            )  # older hosts: 96 always
+            shapes = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | SMALL)
+            real = comfy.ldm.wan.vae.WanVAE  # older hosts: 96 wide always
+            patch.setattr(comfy.ldm.wan.vae, "WanVAE", lambda **sizes: real(**(sizes | SMALL)))
         weights = random_like(shapes, torch.float32)
         return comfy.sd.VAE(sd={key: value * (1 + seed / 10) for key, value in weights.items()})
 
@@ -83,7 +79,6 @@ def clip():
 
 
 def calls(patch, owner, name):
-    """Counts calls of a method."""
     seen, real = [], getattr(owner, name)
 
     def counted(*args, **kwargs):
@@ -114,9 +109,6 @@ def same(first, second):
 
 def files(folder):
     return sorted(folder.glob("*.safetensors"))
-
-
-# latents ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -196,9 +188,6 @@ def test_size_of_latents_is_estimated_from_one_encoding(vae, pictures, tmp_path,
     assert cache.size([]) == 0
 
 
-# features -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_features_are_the_mllms_and_hit_equals_miss(mllm, clip, pictures, tmp_path, monkeypatch, on_disk):
     folder, references = tmp_path / "features" if on_disk else None, tuple(pictures[:2])
@@ -246,10 +235,8 @@ def test_features_that_0_1_0_wrote_are_read(mllm, pictures, tmp_path, monkeypatc
     first = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[1],)).features
     (file,) = files(tmp_path)
     with safe_open(file, "pt") as opened:
-        tensors, facts = (
-            {key: opened.get_tensor(key) for key in opened.keys()},
-            json.loads(opened.metadata()["features"]),
-        )
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        facts = json.loads(opened.metadata()["features"])
     assert facts.pop("grids") == [asdict(first.grids[0][0])]
     save_file(tensors, file, {"features": json.dumps(facts)})
     encodings = calls(monkeypatch, mllm, "encode")
@@ -300,17 +287,14 @@ def test_memory_keeps_the_last_used_and_whatever_is_encoded_ahead(mllm, pictures
     assert len(encodings) == 9
 
 
-def test_references_can_be_kept_from_the_mllm(mllm, pictures):
+def test_references_can_be_kept_from_the_mllm_and_a_text_only_one_gets_none(mllm, pictures, monkeypatch):
     blind = FeatureSource(mllm, layers=(3,), images=False).get(PROMPTS[0], tuple(pictures))
     assert same(blind, FeatureSource(mllm, layers=(3,)).get(PROMPTS[0], ()))
-
-
-def test_a_text_only_mllm_gets_the_prompt_alone(mllm, pictures, monkeypatch):
     monkeypatch.setattr(mllm, "reads_images", False, raising=False)
     source = FeatureSource(mllm, layers=(3,))
-    seeing = source.get(PROMPTS[0], tuple(pictures))
-    assert not (seeing.features.modality == Modality.IMAGE).any()
-    assert same(seeing, source.get(PROMPTS[0], ()))
+    prompt_alone = source.get(PROMPTS[0], tuple(pictures))
+    assert not (prompt_alone.features.modality == Modality.IMAGE).any()
+    assert same(prompt_alone, source.get(PROMPTS[0], ()))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
@@ -357,19 +341,16 @@ def test_files_are_written_whole_or_not_at_all(mllm, pictures, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("subject_dla.common.files.save_file", interrupted)
-    for get in (
-        lambda: LatentCache(build_vae("flux"), tmp_path / "latents").get(pictures[0], 64, 64),
-        lambda: FeatureSource(mllm, folder=tmp_path / "features").get("a", ()),
-    ):
-        with pytest.raises(KeyboardInterrupt):
-            get()
+    with pytest.raises(KeyboardInterrupt):
+        LatentCache(build_vae("flux"), tmp_path / "latents").get(pictures[0], 64, 64)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureSource(mllm, folder=tmp_path / "features").get("a", ())
     assert not list((tmp_path / "latents").iterdir()) and not list((tmp_path / "features").iterdir())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"}],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"template": "keep", "refiner_blocks": 2}, {"pooling": "linear", "heads": 2}, {"modalities": "last"},
+])  # fmt: skip
 def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
     draw = torch.Generator().manual_seed(0)
     info = MLLMInfo("small", "qwen2_5_vl", 3, 32)

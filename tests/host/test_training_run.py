@@ -6,7 +6,9 @@ import logging
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sd
@@ -23,6 +25,7 @@ from subject_dla.loaders.mllm import load_mllm
 from subject_dla.tests.small.dit import tiny_flux
 from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
+from subject_dla.training.build import make_optimizer
 from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_state
 from subject_dla.training.data.batches import EMPTY
 from subject_dla.training.dit.frozen import FrozenDiT
@@ -31,14 +34,13 @@ from subject_dla.training.models import TrainingModels, load_models, start_files
 from subject_dla.training.paths import RunPaths
 from subject_dla.training.recipe import Recipe, RecipeError
 from subject_dla.training.reporting.losses import read_table
-from subject_dla.training.run import train
+from subject_dla.training.run import evaluate, train
 
 STEPS = 6
 STAGE_2 = {
     "training": {"stage": 2, "steps": STEPS, "accumulate": 2, "mllm_only": 0.3, "vae_only": 0.3, "drop_prompt": 0.3},
-    "lora": {"rank": 2, "learning_rate": 1e-3},
-    "data": {"encode_ahead": 4},
-}
+    "lora": {"rank": 2, "learning_rate": 1e-3}, "data": {"encode_ahead": 4},
+}  # fmt: skip
 
 
 class Stop(Exception):
@@ -65,10 +67,9 @@ class Workspace:
     def train(self, name, callback=lambda _: None, cache="cache", **changes):
         recipe = self.recipe(name, **changes)
         self.loaded.start_dla, self.loaded.start_lora = start_files(recipe)
+        paths = RunPaths(self.folder / name, self.folder / cache, *self.files(name))
         with torch.inference_mode():  # as nodes run
-            return train(
-                recipe, self.loaded, RunPaths(self.folder / name, self.folder / cache, *self.files(name)), callback
-            )
+            return train(recipe, self.loaded, paths, callback)
 
     def newest(self, name):
         return checkpoints(self.folder / name)[-1]
@@ -90,7 +91,6 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(workspace):
-    """A run that nothing stopped."""
     with passes() as seen:
         result = workspace.train("whole")
     assert len(seen) == STEPS * 2 and set(seen) == {"mllm", "vae", "both"}
@@ -124,15 +124,17 @@ def assert_equal(found, expected):
         assert not different, (name, different[:5])
 
 
+def everything(*folders):
+    paths = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in paths}
+
+
 def stop_at(*steps):
     def callback(progress):
         if progress.seconds is not None and progress.step in steps:
             raise Stop
 
     return callback
-
-
-# resuming -----------------------------------------------------------------------------------------------------------
 
 
 def test_stopped_after_every_step_it_is_the_whole_run(workspace, whole):
@@ -168,7 +170,6 @@ def test_stopped_in_the_middle_of_every_step_it_is_the_whole_run(workspace, whol
 
 
 def test_validation_and_samples_do_not_change_a_run(workspace, whole):
-    """Validation, samples and checkpoints at every step."""
     pictures = []
     watch = {"validate_every": 1, "sample_every": 1, "save_every": 1, "keep": 1}
     watch |= {"validation_examples": 2, "samples": 1, "sample_steps": 1}
@@ -176,9 +177,8 @@ def test_validation_and_samples_do_not_change_a_run(workspace, whole):
     result = workspace.train("watched", lambda progress: pictures.append(progress.picture), run=watch)
     assert_equal(workspace.end("watched"), whole)
     assert sorted(result.history.validation) == sorted(result.history.held_out) == list(range(STEPS + 1))
-    assert all(
-        {row.condition for row in rows} == {"mllm", "vae", "both"} for rows in result.history.validation.values()
-    )
+    for rows in result.history.validation.values():
+        assert {row.condition for row in rows} == {"mllm", "vae", "both"}
     assert sum(picture is not None for picture in pictures) >= 3 * STEPS
     assert len(list((workspace.folder / "watched" / "samples").iterdir())) == STEPS + 1
     assert len(checkpoints(workspace.folder / "watched")) == 1
@@ -188,27 +188,21 @@ def test_validation_and_samples_do_not_change_a_run(workspace, whole):
 
 def test_stopped_in_validation_and_samples_it_is_the_whole_run(workspace, whole, monkeypatch):
     """Both come again; what was validated before is not validated twice."""
-    from subject_dla.training import run as loop
+    calls, mark = [], workspace.folder / "validated" / "stopped"
 
-    calls = []
-
-    def evaluate(module, batches, count, real=loop.evaluate):
-        rows = real(module, batches, count)
+    def counted(module, batches, count):
+        rows = evaluate(module, batches, count)
         calls.append(0)
         if len(calls) in (2, 5):
             raise Stop
         return rows
 
     def callback(progress):
-        if (
-            progress.picture is not None
-            and progress.step == 3
-            and not (workspace.folder / "validated" / "stopped").exists()
-        ):
-            (workspace.folder / "validated" / "stopped").touch()
+        if progress.picture is not None and progress.step == 3 and not mark.exists():
+            mark.touch()
             raise Stop
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr("subject_dla.training.run.evaluate", counted)
     watch = {"validate_every": 1, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}
     for _ in range(3):
         with pytest.raises(Stop):
@@ -239,20 +233,14 @@ def rounding() -> str:
     return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {digest}"
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0" / "run"
 
 
-def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, monkeypatch, one_thread):
+def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, monkeypatch, request):
     """The fixture is that run with these models, stopped after 3 of 5 steps: checkpoint, tables, finished files; and
     `expected.safetensors`, the weights after step 5."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     shutil.copytree(FIXTURE, tmp_path / "run")
     models = small_family(tmp_path / "models")
     build_qwen25vl(tmp_path / "models/mllm/tiny", width=16, layers=2, heads=2, kv_heads=1, dtype=torch.float32)
@@ -307,27 +295,19 @@ def test_more_steps_go_on_from_a_finished_run(workspace, whole):
     assert_equal(workspace.end("longer"), whole)
 
 
-CHANGES = {
-    "training.seed": {"training": {"seed": 1}},
-    "training.stage": {"training": {"stage": 1}},
-    "training.optimizer": {"training": {"optimizer": "adamw8bit"}},
-    "lora.rank": {"lora": {"rank": 3}},
-    "lora.alpha": {"lora": {"alpha": 1.0}},
-    "dla": {"dla": {"pooling": "linear"}},
-}
-
-
-@pytest.mark.parametrize("setting", CHANGES)
-def test_another_run_under_the_same_name_is_refused_by_setting(workspace, whole, monkeypatch, setting):
-    from subject_dla.training import build
-
+@pytest.mark.parametrize("setting, section, change", [
+    ("training.seed", "training", {"seed": 1}), ("training.stage", "training", {"stage": 1}),
+    ("training.optimizer", "training", {"optimizer": "adamw8bit"}),
+    ("lora.rank", "lora", {"rank": 3}), ("lora.alpha", "lora", {"alpha": 1.0}), ("dla", "dla", {"pooling": "linear"}),
+])  # fmt: skip
+def test_another_run_under_the_same_name_is_refused_by_setting(workspace, whole, monkeypatch, setting, section, change):
     if setting == "training.optimizer":  # whether its package is there or not
-        real = build.make_optimizer
-        monkeypatch.setattr(build, "make_optimizer", lambda recipe, *rest: real(workspace.recipe("any"), *rest))
-    before = everything(workspace.folder / "whole"), everything(workspace.folder / "models")
+        make = partial(make_optimizer, workspace.recipe("any"))
+        monkeypatch.setattr("subject_dla.training.build.make_optimizer", lambda _, *rest: make(*rest))
+    before = everything(workspace.folder / "whole", workspace.folder / "models")
     with passes() as seen, pytest.raises(RecipeError, match=rf"'whole' was begun with {setting} = .* choose another"):
-        workspace.train("whole", **CHANGES[setting])
-    assert not seen and before == (everything(workspace.folder / "whole"), everything(workspace.folder / "models"))
+        workspace.train("whole", **{section: change})
+    assert not seen and before == everything(workspace.folder / "whole", workspace.folder / "models")
 
 
 def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(workspace, whole):
@@ -346,17 +326,10 @@ def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(workspace
         workspace.train("damaged", stop_at(2), run={"save_every": 1})
     path = workspace.newest("damaged") / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    before = everything(workspace.folder / "damaged"), [file.read_bytes() for file in workspace.files("damaged")]
+    before = everything(workspace.folder / "damaged", *workspace.targets)
     with passes() as seen, pytest.raises(ValueError, match=r"damaged/checkpoint-00000002: .* Move this folder away"):
         workspace.train("damaged")
-    assert not seen
-    assert before == (
-        everything(workspace.folder / "damaged"),
-        [file.read_bytes() for file in workspace.files("damaged")],
-    )
-
-
-# ends ---------------------------------------------------------------------------------------------------------------
+    assert not seen and before == everything(workspace.folder / "damaged", *workspace.targets)
 
 
 def test_an_interrupt_saves_and_is_the_hosts(workspace, whole):
@@ -371,22 +344,15 @@ def test_an_interrupt_saves_and_is_the_hosts(workspace, whole):
     assert_equal(workspace.end("interrupted"), whole)
 
 
-def break_loss(velocity):
-    return velocity * float("nan")
-
-
-def break_gradient(velocity):
-    velocity.register_hook(lambda gradient: gradient * float("inf"))
-    return velocity
-
-
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-@pytest.mark.parametrize("broken", [break_loss, break_gradient])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(workspace, whole, broken, clip_norm):
-    name, options = f"{broken.__name__}-{clip_norm:g}", {"training": {"clip_norm": clip_norm}}
+    name, options = f"broken-{broken}-{clip_norm:g}", {"training": {"clip_norm": clip_norm}}
 
     def act(number, velocity):
-        return broken(velocity) if number == 5 else velocity  # in step 3
+        if number == 5 and broken == "gradient":  # in step 3
+            velocity.register_hook(lambda gradient: gradient * float("inf"))
+        return velocity * float("nan") if number == 5 and broken == "loss" else velocity
 
     with passes(act), pytest.raises(RuntimeError, match="(loss|norm) is (nan|inf) at step 3"):
         workspace.train(name, **options)
@@ -407,16 +373,10 @@ def test_lora_leaves_the_model_as_it_was(workspace, whole):
     assert not any(path.exists() for path in workspace.files("hooks"))  # nothing was learnt
 
 
-# conditions ---------------------------------------------------------------------------------------------------------
-
-
-def test_stage_1_never_shows_the_dit_a_reference(workspace):
+def test_stage_1_has_no_reference_and_without_a_lora_no_pass_has_vae_tokens_alone(workspace):
     with passes() as seen:
         workspace.train("stage-1", training={"stage": 1, "mllm_only": 0.0, "vae_only": 1.0}, lora={"rank": 0})
     assert seen == ["mllm"] * 2 * STEPS
-
-
-def test_without_a_lora_no_pass_has_vae_tokens_alone(workspace):
     with passes() as seen:
         workspace.train("no-lora", training={"mllm_only": 0.4, "vae_only": 0.6}, lora={"rank": 0})
     assert set(seen) == {"mllm", "both"} and seen.count("both") > STEPS
@@ -425,51 +385,32 @@ def test_without_a_lora_no_pass_has_vae_tokens_alone(workspace):
     assert seen == ["vae"] * 4
 
 
-class Pooled:
-    """A CLIP whose pooled vector depends on the prompt."""
-
-    def tokenize(self, prompt):
-        return prompt
-
-    def encode_from_tokens(self, prompt, return_pooled):
-        return torch.zeros(1, 1, 4), self.of(prompt)
-
-    def of(self, prompt):
-        return torch.randn(1, 768, generator=torch.Generator().manual_seed(len(prompt)))
-
-
 def test_the_pooled_vector_stays_where_mllm_tokens_are_left_out(workspace, monkeypatch):
     """As in sampling, where a stage without MLLM tokens keeps it."""
     given, real = [], FrozenDiT.velocity
+
+    def pooled_of(prompt, return_pooled=True):
+        return None, torch.randn(1, 768, generator=torch.Generator().manual_seed(len(prompt)))
 
     def velocity(self, noisy, t, context, references=(), **values):
         given.append((context is None, values["pooled"]))
         return real(self, noisy, t, context, references, **values)
 
     monkeypatch.setattr(FrozenDiT, "velocity", velocity)
-    monkeypatch.setattr(workspace.loaded, "clip", Pooled())
+    clip = SimpleNamespace(tokenize=str, encode_from_tokens=pooled_of)
+    monkeypatch.setattr(workspace.loaded, "clip", clip)
     workspace.train("pooled", training={"steps": 3})
     prompts = {EMPTY[0], *(path.read_text() for path in workspace.data.glob("*/*.txt"))}
-    known = [Pooled().of(prompt)[0] for prompt in prompts]
+    known = [pooled_of(prompt)[1][0] for prompt in prompts]
     assert {off for off, _ in given} == {True, False}
     for _, pooled in given:
         assert all(any(torch.equal(row, vector) for vector in known) for row in pooled)
 
 
-# finished files -----------------------------------------------------------------------------------------------------
-
-
-def foreign_dla(path):
-    save_dla(path, DualLayerAggregator(DLAConfig(MLLMInfo("x", "internvl", 2, 8), 8, provenance={"run": "another's"})))
-
-
-def foreign_lora(path):
-    save_file({"diffusion_model.x.lora_A.weight": torch.ones(1, 2)}, path)
-
-
+ANOTHERS = DLAConfig(MLLMInfo("x", "internvl", 2, 8), 8, provenance={"run": "another's"})
 FOREIGN = {
-    "a DLA": (0, foreign_dla),
-    "a LoRA": (1, foreign_lora),
+    "a DLA": (0, lambda path: save_dla(path, DualLayerAggregator(ANOTHERS))),
+    "a LoRA": (1, lambda path: save_file({"diffusion_model.x.lora_A.weight": torch.ones(1, 2)}, path)),
     "a LoRA of another run": (1, lambda path: save_file({"x": torch.ones(1)}, path, {RUN_KEY: '{"run": "another"}'})),
     "odd metadata": (1, lambda path: save_file({"x": torch.ones(1)}, path, {RUN_KEY: "[]"})),
     "garbage": (0, lambda path: path.write_bytes(b"\xff" * 99)),
@@ -492,15 +433,15 @@ def test_a_file_that_is_somebody_elses_is_left_alone(workspace, what):
 
 
 def test_the_finished_dla_says_how_it_was_made_and_nothing_of_the_machine(workspace, whole):
-    workspace.train("exported", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
+    settings = {"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1}
+    workspace.train("exported", run=settings)
     dla = load_node_dla("exported.safetensors")
     trained = load_dla(workspace.newest("exported") / "dla.safetensors")
     made = dla.config.provenance
     assert made["stage"] == 2 and made["steps"] == STEPS and made["dit"] == "flux" and made["held_out_loss"]
     recipe = Recipe.from_dict(made["recipe"])
-    expected = workspace.recipe("exported", run={"dtype": "bf16", "validate_every": STEPS, "validation_examples": 1})
     assert recipe.data.source == "my subjects"
-    assert {**asdict(recipe), "data": None} == {**asdict(expected), "data": None}
+    assert {**asdict(recipe), "data": None} == {**asdict(workspace.recipe("exported", run=settings)), "data": None}
     for path in workspace.files("exported"):
         with open(path, "rb") as file:
             head = file.read(int.from_bytes(file.read(8), "little")).decode()
@@ -527,11 +468,6 @@ def test_stage_2_begins_from_stage_1s_dla_and_lora(workspace):
     first, second = workspace.end("first")[0], workspace.end("second")[0]
     for name in ("dla.safetensors", "lora.safetensors"):
         assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
-    with pytest.raises(ValueError, match="alpha"):
-        workspace.train("third", lora={"alpha": 9.0}, run=start)
-    with pytest.raises(ValueError, match="rank 3"):
-        workspace.train("third", lora={"rank": 3}, run=start)
-
-
-def everything(folder):
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for changed, words in (({"alpha": 9.0}, "alpha"), ({"rank": 3}, "rank 3")):
+        with pytest.raises(ValueError, match=words):
+            workspace.train("third", lora=changed, run=start)

@@ -9,38 +9,22 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from subject_dla.demo.family.layout import MODELS
+from subject_dla.demo.family.layout import MODELS, ROOT
 from subject_dla.tests.small.training import paint_subjects, small_family
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
-[models]
-diffusion_model = "{diffusion_model}"
-vae = "{vae}"
-mllm = "{mllm}"
-[dla]
-heads = 4
-[lora]
-rank = 4
-[data]
-source = "subjects"
-resolution = 64
-reference_size = 64
-validation = 0.2
-pairs_per_target = 1
-[training]
-stage = 2
-steps = 4
-batch_size = 2
-warmup = 0
-learning_rate = 1e-3
+models = {{diffusion_model = "{diffusion_model}", vae = "{vae}", mllm = "{mllm}"}}
+dla = {{heads = 4}}
+lora = {{rank = 4}}
+data = {{source = "subjects", resolution = 64, reference_size = 64, validation = 0.2, pairs_per_target = 1}}
+training = {{stage = 2, steps = 4, batch_size = 2, warmup = 0, learning_rate = 1e-3}}
 [run]
 name = "one"
+dtype = "fp32"
 save_every = 2
 validate_every = 4
 validation_examples = 2
 sample_every = 0
-dtype = "fp32"
 """
 
 
@@ -102,10 +86,8 @@ def test_processes_are_accumulated_passes_and_a_kill_is_resumed(workspace):
 
 
 def test_bad_recipes_are_named(workspace):
-    for change, name in (
-        ("training.steps='many'", "training.steps"),
-        ("models.vae='none.safetensors'", "none.safetensors"),
-    ):
+    changes = {"training.steps='many'": "training.steps", "models.vae='none.safetensors'": "none.safetensors"}
+    for change, name in changes.items():
         _, err = finish(start(workspace, "--set", change), 1)
         assert name in err and "Traceback" not in err
     out, _ = finish(start(workspace, "--template"))

@@ -14,16 +14,8 @@ from subject_dla.tools.comfy_client.server import Server
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     folder = Path(os.environ.get("COMFYUI_PATH", ""))
-    assert (folder / "main.py").is_file(), (
-        f"COMFYUI_PATH is {str(folder)!r}, expected a ComfyUI checkout; `nox -s tests` sets it"
-    )
+    assert (folder / "main.py").is_file(), f"COMFYUI_PATH is {str(folder)!r}, expected a checkout; nox sets it"
     return folder
-
-
-@pytest.fixture(scope="session")
-def family() -> Path:
-    """The demo's models."""
-    return MODELS
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +31,8 @@ def new_dlas(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui, family, new_dlas, tmp_path_factory):
-    models = [family, new_dlas]
+def server(comfyui, new_dlas, tmp_path_factory):
+    models = [MODELS, new_dlas]
     with Server(comfyui, tmp_path_factory.mktemp("host"), models=models, arguments=demo.device()) as running:
         for image in demo.IMAGES.glob("*.*g"):
             running.client.upload(image)

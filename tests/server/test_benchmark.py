@@ -15,9 +15,10 @@ import torch
 import transformers
 from PIL import Image
 from subject_dla.common.list_files import Example
+from subject_dla.demo.family.layout import MODELS
 from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 from subject_dla.tests.small.measure import build_measures
-from subject_dla.tests.small.prompts import of_type, two_references
+from subject_dla.tests.small.prompts import make_node, of_type, two_references
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools.benchmark.sets import Case
 from subject_dla.tools.benchmark.template import Template
@@ -26,15 +27,7 @@ from subject_dla.tools.comfy_client.server import PACK, ROOT, Server, end_group
 
 BENCHMARK = ROOT / "tools" / "benchmark"
 PROMPTS = 18
-OURS = [
-    "flux_uno_staged",
-    "omnigen2_staged",
-    "qwen_image_edit_staged",
-    "several_subjects",
-    "paper",
-    "mllm_only",
-    "demo",
-]
+OURS = "flux_uno_staged omnigen2_staged qwen_image_edit_staged several_subjects paper mllm_only demo".split()
 BAD = 8  # this one is only a comment to Prompt List, which refuses it
 
 
@@ -44,11 +37,9 @@ def measures(comfyui, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_server(comfyui, family, new_dlas, measures, tmp_path):
-    packs = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}
-    with Server(
-        comfyui, tmp_path / "host", packs=packs, models=[family, new_dlas, measures], arguments=["--cpu"]
-    ) as running:
+def own_server(comfyui, new_dlas, measures, tmp_path):
+    packs, models = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}, [MODELS, new_dlas, measures]
+    with Server(comfyui, tmp_path / "host", packs=packs, models=models, arguments=["--cpu"]) as running:
         yield running
 
 
@@ -62,7 +53,7 @@ def small_workflow(own_server, tmp_path) -> Path:
         if node["class_type"] == "SubjectAddIdentity":
             node["inputs"]["size"] = 64
     of_type(prompt, "SubjectEncode").update(prompt=["50", 0], image_size=56)
-    prompt["50"] = {"class_type": "SubjectPromptList", "inputs": {"prompts": "a cup"}}
+    prompt["50"] = make_node("SubjectPromptList", prompts="a cup")
     path = tmp_path / "small.json"
     path.write_text(json.dumps(prompt))
     return path
@@ -102,9 +93,8 @@ def test_every_picture_once_whatever_is_killed(own_server, small_workflow, quest
     command += ["--server", own_server.address, "--out", out, "--patience", "300"]
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, **pipes)
 
     first = start()
     try:
@@ -179,23 +169,17 @@ def add_scores(prompt: dict) -> None:
     Every pair counts: a random network is sure of no front."""
     picture = of_type(prompt, "SaveImage")["images"]
     reference = [min((key for key, node in prompt.items() if node["class_type"] == "LoadImage"), key=int), 0]
-    nodes = {
-        "60": ("SubjectLoadOrientation", {"orientation": "small.safetensors", "save_safetensors": False}),
-        "61": ("SubjectOrientation", {"orientation_model": ["60", 0], "image": picture, "min_confidence": 0.5}),
-        "62": (
-            "SubjectCopyPasteReport",
-            {"orientation_model": ["60", 0], "references": reference, "images": picture, "min_confidence": 0.0}
-            | {"filename_prefix": "copy_paste/report"},
-        ),
-        "63": ("PreviewAny", {"source": ["62", 2]}),
-        "64": (
-            "SubjectIdentityScores",
-            {"images": picture, "references": reference, "prompts": ["50", 0], "filename_prefix": "identity/scores"}
-            | {"dino_folder": "dino-vits16", "clip_folder": "clip"},
-        ),
-        "65": ("PreviewAny", {"source": ["64", 1]}),
+    shown, model = {"images": picture, "references": reference}, {"orientation_model": ["60", 0]}
+    turned = model | {"min_confidence": 0.0, "filename_prefix": "copy_paste/report"}
+    alike = {"dino_folder": "dino-vits16", "clip_folder": "clip", "filename_prefix": "identity/scores"}
+    prompt |= {
+        "60": make_node("SubjectLoadOrientation", orientation="small.safetensors", save_safetensors=False),
+        "61": make_node("SubjectOrientation", **model, image=picture, min_confidence=0.5),
+        "62": make_node("SubjectCopyPasteReport", **shown, **turned),
+        "63": make_node("PreviewAny", source=["62", 2]),
+        "64": make_node("SubjectIdentityScores", **shown, **alike, prompts=["50", 0]),
+        "65": make_node("PreviewAny", source=["64", 1]),
     }
-    prompt |= {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
 
 
 def pixels(path: Path) -> torch.Tensor:
@@ -206,7 +190,6 @@ def pixels(path: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def cosines(out: Path, references: Path, models: Path) -> dict[str, list[float]]:
-    """The identity figures of a run's pictures, by the library's own models."""
     dino = transformers.ViTModel.from_pretrained(models / "dino-vits16", add_pooling_layer=False)
     clip = transformers.CLIPModel.from_pretrained(models / "clip")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(models / "clip")
@@ -228,13 +211,10 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
     """The score nodes measure as the run goes, each showing its JSON in a Preview as Text. The table is theirs, and
     what the library's own models say of the saved pictures. Then: another workflow is refused in the same folder."""
     out, pictures = tmp_path / "out", 4
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True}
 
     def go(*command) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, BENCHMARK, *map(str, command)], cwd=ROOT, env=environment, text=True,
-            capture_output=True,
-        )  # fmt: skip
+        return subprocess.run([sys.executable, BENCHMARK, *map(str, command)], **options)
 
     def draw(path: Path) -> subprocess.CompletedProcess:
         run = ["run", questions, "--server", own_server.address, "--out", out, "--limit", pictures]
@@ -254,9 +234,8 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
         assert max(values) - min(values) > 2e-3, (name, "the models see no difference")
     reports = [json.loads(path.read_text()) for path in (out / "scores").glob("*.json")]
     assert len(reports) == 2 * pictures
-    turned = [
-        pair["azimuth_difference"] for report in reports for pair in report.get("pairs", ()) if pair["set"] != "floor"
-    ]
+    pairs = [pair for report in reports for pair in report.get("pairs", ()) if pair["set"] != "floor"]
+    turned = [pair["azimuth_difference"] for pair in pairs]
     assert len(turned) == pictures and scores["azimuth"]["mean"] == pytest.approx(sum(turned) / pictures)
     assert f"{pictures} of {pictures} pairs count" in done.stderr and "dino-vits16 (folder)" in done.stderr
 

@@ -1,7 +1,5 @@
 """Every shared workflow, in the host's real front end in Chromium, and through the queue to a picture or a trained DLA,
-on small models. Nodes are the real ones, DreamO's excepted: its pack is not installed, and stand-ins with its published
-sockets and widgets take its place, which show that its workflow is wired right, and nothing about DreamO.
-"""
+on small models; of DreamO's nodes there are stand-ins, which show that its workflow is wired right, and no more."""
 
 import io
 import json
@@ -15,9 +13,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from safetensors import safe_open
 from subject_dla.demo import run as demo
+from subject_dla.demo.family.layout import MODELS
 from subject_dla.dla import load_dla
 from subject_dla.tests.small.measure import build_measures
-from subject_dla.tests.small.prompts import of_type, run, shrink
+from subject_dla.tests.small.prompts import key_of, make_node, of_type, run, shrink
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools import environment
 from subject_dla.tools.comfy_client import workflow
@@ -27,7 +26,6 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SAVED_BY_0_1_0 = sorted((ROOT / "tests" / "fixtures" / "0.1.0" / "workflows").glob("*.json"))
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
 DREAMO_LORAS = ["flux-turbo", "dreamo_comfyui", "dreamo_cfg_distill_comfyui", "dreamo_sft_lora", "dreamo_dpo_lora"]
-EXAMPLE = "example.png"  # the picture that every ComfyUI has in its input folder
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -55,7 +53,7 @@ LOAD = """async (workflow) => {
 
 
 @pytest.fixture(scope="module")
-def small_server(comfyui, family, tmp_path_factory):
+def small_server(comfyui, tmp_path_factory):
     models = tmp_path_factory.mktemp("small-models")
     subprocess.run([sys.executable, ROOT / "common/bootstrap.py", "tests.small.models", comfyui, models], check=True)
     build_measures(models, comfyui)
@@ -65,17 +63,12 @@ def small_server(comfyui, family, tmp_path_factory):
     base = tmp_path_factory.mktemp("small-host")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text(
-        json.dumps({"Comfy.TutorialCompleted": True})
-    )  # else a dialog of templates, which takes its time
-    with Server(comfyui, base, packs=packs, models=[models, family], arguments=["--cpu"]) as server:
+    settings.write_text('{"Comfy.TutorialCompleted": true}')  # else a dialog of templates, which takes its time
+    with Server(comfyui, base, packs=packs, models=[models, MODELS], arguments=["--cpu"]) as server:
         for image in demo.IMAGES.glob("*.*g"):
             server.client.upload(image)
         paint_subjects(server.base / "input" / "my-subjects", subjects=3)
-        example = tmp_path_factory.mktemp("example") / EXAMPLE
-        with Image.open(demo.IMAGES / "chelsea.jpg") as picture:
-            picture.save(example)
-        server.client.upload(example)
+        server.client.upload(demo.IMAGES / "chelsea.jpg", "example.png")  # every ComfyUI has one of that name
         yield server
 
 
@@ -110,9 +103,8 @@ def test_workflow(small_server, page, path):
     for node in theirs.values():  # the editor's own widgets, such as the text on Preview Any, are no inputs
         known = {name for group in info[node["class_type"]]["input"].values() for name in group}
         node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known}
-    assert {key: (node["class_type"], node["inputs"]) for key, node in ours.items()} == {
-        key: (node["class_type"], node["inputs"]) for key, node in theirs.items()
-    }
+    ours, shown = ({k: (n["class_type"], n["inputs"]) for k, n in prompt.items()} for prompt in (ours, theirs))
+    assert ours == shown
 
     shrink(theirs)
     outputs = run(small_server, theirs)
@@ -156,28 +148,21 @@ def test_workflows_of_0_1_0_are_still_valid(small_server, path):
 def test_threshold_sweep_with_its_figures(small_server, page):
     """The two nodes that are muted until the orientation model's file is there."""
     saved = workflow.read(ROOT / "workflows" / "threshold_sweep.json")
-    assert [node["type"] for node in saved["nodes"] if node["mode"] == workflow.MUTED] == [
-        "SubjectLoadOrientation",
-        "SubjectCopyPasteReport",
-    ]
+    muted = [node["type"] for node in saved["nodes"] if node["mode"] == workflow.MUTED]
+    assert muted == ["SubjectLoadOrientation", "SubjectCopyPasteReport"]
     for node in saved["nodes"]:
         node["mode"] = workflow.ALWAYS
     prompt = page.evaluate(LOAD, saved)["output"]
     shrink(prompt)
     of_type(prompt, "SubjectLoadOrientation")["orientation"] = "small.safetensors"
     of_type(prompt, "SubjectCopyPasteReport")["min_confidence"] = 0.0
-    key = {node["class_type"]: key for key, node in prompt.items()}
-    prompt["100"] = {
-        "class_type": "PreviewAny",
-        "inputs": {"source": prompt[key["SubjectContactSheet"]]["inputs"]["figures"]},
-    }
+    prompt["100"] = make_node("PreviewAny", source=of_type(prompt, "SubjectContactSheet")["figures"])
     outputs = run(small_server, prompt)
     shown = outputs["100"]["text"]
-    assert len(shown) == 6 and all(text.startswith("azimuth ") for text in shown), (
-        shown
-    )  # two controls, four thresholds
-    assert "azimuth" in outputs[key["SubjectCopyPasteReport"]]["text"][0]
-    assert outputs[key["SaveImage"]]["images"]
+    assert len(shown) == 6, shown  # two controls, four thresholds
+    assert all(text.startswith("azimuth ") for text in shown), shown
+    assert "azimuth" in outputs[key_of(prompt, "SubjectCopyPasteReport")]["text"][0]
+    assert outputs[key_of(prompt, "SaveImage")]["images"]
 
 
 def test_stand_ins_are_as_published(small_server):
@@ -187,11 +172,6 @@ def test_stand_ins_are_as_published(small_server):
     assert "ComfyUI-DreamO" in published["source"]
     for name, expected in published["nodes"].items():
         assert {key: info[name][key] for key in expected} == expected
-    users = {
-        path.stem for path in WORKFLOWS for node in workflow.read(path)["nodes"] if node["type"] in published["nodes"]
-    }
-    assert users == {"system_dreamo"}
-
-
-def test_there_are_workflows():
+    kinds = {path.stem: {node["type"] for node in workflow.read(path)["nodes"]} for path in WORKFLOWS}
+    assert [name for name, used in kinds.items() if used & set(published["nodes"])] == ["system_dreamo"]
     assert {"demo"} <= {path.stem for path in WORKFLOWS}

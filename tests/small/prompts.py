@@ -30,11 +30,20 @@ def shrink(prompt: dict) -> None:
             inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}
 
 
+def make_node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def key_of(prompt: dict, kind: str) -> str:
+    """Of the first node of a class type."""
+    return next(key for key, node in prompt.items() if node["class_type"] == kind)
+
+
 def of_type(prompt: dict, kind: str) -> dict:
     """Inputs of the first node of a class type."""
-    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+    return prompt[key_of(prompt, kind)]["inputs"]
 
 
-def run(server, prompt: dict) -> dict:
+def run(server, prompt: dict, progress=None) -> dict:
     client = server.client
-    return client.wait(client.queue(prompt), prompt)
+    return client.wait(client.queue(prompt), prompt, progress=progress)

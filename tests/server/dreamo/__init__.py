@@ -20,12 +20,9 @@ def hand_on(outputs: list[str], given: dict) -> tuple:
 
 def stand_in(name: str, published: dict) -> type:
     content = {
-        "INPUT_TYPES": classmethod(lambda cls: published["input"]),
-        "RETURN_TYPES": tuple(published["output"]),
-        "FUNCTION": "run",
-        "CATEGORY": "dreamo",
-        "run": lambda self, **given: hand_on(published["output"], given),
-    }
+        "INPUT_TYPES": classmethod(lambda cls: published["input"]), "RETURN_TYPES": tuple(published["output"]),
+        "FUNCTION": "run", "run": lambda self, **given: hand_on(published["output"], given), "CATEGORY": "dreamo",
+    }  # fmt: skip
     return type(name, (), content)
 
 

@@ -15,13 +15,8 @@ import comfy.sd1_clip
 from comfy.text_encoders import llama, qwen_vl
 
 WIDTH = 512  # of the text encoders, and so of every DiT's context
-QWEN = {
-    "vocab_size": 152064,
-    "hidden_size": WIDTH,
-    "intermediate_size": 2 * WIDTH,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
+QWEN = {"vocab_size": 152064, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+QWEN |= {"num_hidden_layers": 3, "num_attention_heads": 4}
 # The host tells the 7B and the 3B model apart by the width of their keys.
 QWEN_7B, QWEN_3B = QWEN | {"num_key_value_heads": 4}, QWEN | {"num_key_value_heads": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
@@ -45,10 +40,8 @@ def sizes(state_dict: dict, prefix: str, config: dict) -> dict:
         context, width = shape("txt_in.weight")[1], shape("img_in.weight")[0]
         return {"hidden_size": width, "num_heads": width // 128, "context_in_dim": context}
     if config.get("image_model") == "qwen_image":
-        return {
-            "num_attention_heads": shape("img_in.weight")[0] // 128,
-            "joint_attention_dim": shape("txt_in.weight")[1],
-        }
+        context, width = shape("txt_in.weight")[1], shape("img_in.weight")[0]
+        return {"num_attention_heads": width // 128, "joint_attention_dim": context}
     if config.get("image_model") == "omnigen2":
         query, key = (shape(f"layers.0.attn.to_{name}.weight") for name in "qk")
         return {

@@ -11,12 +11,9 @@ from subject_dla.tests.small.features import random_features
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=16)
 
 
-def make_features(layers=tuple(range(6)), image=True):
-    modality = [[2, 0, 1, 1, 0, 2, 2], [2, 1, 0, 0, 2, 0, 2]]
-    if not image:
-        modality = [[0 if kind == 1 else kind for kind in row] for row in modality]
-    grids = ((ImageGrid(1, 2),), (ImageGrid(1, 1),)) if image else ((), ())
-    mask = [[1] * 7, [1] * 5 + [0] * 2]
+def make_features(layers=tuple(range(6))):
+    modality, mask = [[2, 0, 1, 1, 0, 2, 2], [2, 1, 0, 0, 2, 0, 2]], [[1] * 7, [1] * 5 + [0] * 2]
+    grids = ((ImageGrid(1, 2),), (ImageGrid(1, 1),))
     return random_features(modality, INFO, layers, mask, torch.bfloat16, prefix=(1, 1), grids=grids)
 
 
@@ -75,7 +72,7 @@ def test_what_cannot_be_ablated_is_refused():
     with pytest.raises(ValueError, match="Layer 6.*0 to 5"):
         ablate(make_features(), text=(5, 6))
     with pytest.raises(ValueError, match="no image token.*Connect"):
-        ablate(make_features(image=False), image=(1,))
+        ablate(random_features([[2, 0, 0]], INFO), image=(1,))
 
 
 def test_keep_and_zero_are_each_others_rest():

@@ -27,10 +27,6 @@ WITHOUT_HOST = ("common/", "dla/", "evaluation/", "sampling/", "tools/")
 WITH_HOST = ("common/bootstrap.py", "sampling/patch.py", "sampling/guider.py", "sampling/sample.py", "tools/perf/")
 
 
-def folder_of(name: str) -> str:
-    return "tools/perf" if name.startswith("tools/perf/") else name.split("/")[0]
-
-
 def module_file(root: Path, module: Path | str) -> Path | None:
     """The file of a module given as a path below the root, None where there is none."""
     return next((file for file in (root / f"{module}.py", root / module / "__init__.py") if file.is_file()), None)
@@ -63,10 +59,12 @@ def wrong_imports(root: Path) -> list[str]:
     wrong = []
     for file in sources(root):
         name = file.relative_to(root).as_posix()
+        own = name.split("/")[0]
+        below = BELOW["tools/perf" if name.startswith("tools/perf/") else own]
         for line, target in imports(root, file):
             top = target.lstrip("/").split("/")[0].split(".")[0]
             if not target.startswith("/"):
-                if top != name.split("/")[0] and top not in BELOW[folder_of(name)]:
+                if top not in (own, *below):
                     wrong.append(f"{name}:{line} imports {target}")
             elif top == "nodes" and name != "loaders/host.py":
                 wrong.append(f"{name}:{line} imports the host's nodes.py, which is for loaders/host.py alone")

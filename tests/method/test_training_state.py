@@ -1,6 +1,5 @@
 """Checkpoints of a run: whole or not there, whatever happens; damaged ones are named."""
 
-import json
 import os
 import subprocess
 import sys
@@ -69,13 +68,10 @@ def test_a_checkpoint_of_another_dla_or_lora_is_refused_by_name(tmp_path):
 def test_what_others_left_behind_is_no_checkpoint_and_in_nobodys_way(tmp_path):
     trained = Trained(1.0)
     trained.save(tmp_path, 1)
-    half = tmp_path / "checkpoint-00000002"  # a file was taken out
-    half.mkdir()
-    (half / "state.json").write_text(json.dumps({"step": 2}))
-    part = tmp_path / ".checkpoint-00000002.part"
-    part.mkdir()
-    (part / "dla.safetensors").write_bytes(b"half")
-    (tmp_path / ".checkpoint-00000001.old").mkdir()
+    for name in ("checkpoint-00000002", ".checkpoint-00000002.part", ".checkpoint-00000001.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-00000002" / "state.json").write_text('{"step": 2}')  # the other files were taken out
+    (tmp_path / ".checkpoint-00000002.part" / "dla.safetensors").write_bytes(b"half")
     (tmp_path / "checkpoint-notes.txt").write_text("mine")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000001"]
     trained.fill(2.0)

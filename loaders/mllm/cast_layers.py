@@ -48,10 +48,8 @@ def swap_layers(module: nn.Module) -> None:
             new = ops.Linear(child.in_features, child.out_features, bias=child.bias is not None, **where)
         elif type(child) in (nn.Conv2d, nn.Conv3d):
             conv = ops.Conv2d if type(child) is nn.Conv2d else ops.Conv3d
-            new = conv(
-                child.in_channels, child.out_channels, child.kernel_size, stride=child.stride, padding=child.padding,
-                bias=child.bias is not None, **where,
-            )  # fmt: skip
+            where |= dict(stride=child.stride, padding=child.padding, bias=child.bias is not None)
+            new = conv(child.in_channels, child.out_channels, child.kernel_size, **where)
         elif type(child) is nn.LayerNorm:
             new = ops.LayerNorm(child.normalized_shape, eps=child.eps, bias=child.bias is not None, **where)
         elif type(child).__name__.endswith("RMSNorm"):

@@ -76,9 +76,8 @@ class MLLMBackbone(nn.Module):
         if top > 0:
             try:
                 for number in range(1, min(top, count - 1) + 1):
-                    hooks.append(
-                        decoder.layers[number].register_forward_pre_hook(partial(read, number), with_kwargs=True)
-                    )
+                    layer = decoder.layers[number]
+                    hooks.append(layer.register_forward_pre_hook(partial(read, number), with_kwargs=True))
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
                 out = decoder(
                     inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False, **extra
@@ -134,10 +133,8 @@ class TransformersMLLM(MLLM):
         if encoded:
             embeds[image_mask] = torch.cat([seen for seen, _, _ in encoded]).to(embeds.dtype)
             if encoded[0][2]:
-                extra["visual_pos_masks"] = image_mask
-                extra["deepstack_visual_embeds"] = [
-                    torch.cat(level) for level in zip(*(deepstack for _, _, deepstack in encoded), strict=True)
-                ]
+                levels = zip(*(deepstack for _, _, deepstack in encoded), strict=True)
+                extra |= {"visual_pos_masks": image_mask, "deepstack_visual_embeds": [torch.cat(x) for x in levels]}
         if self.family.mrope:
             positions = mrope_positions(tokens, grids).to(device)
         states = self.backbone.states(embeds, positions, wanted, lambda x: x.to(out_device, copy=True), **extra)

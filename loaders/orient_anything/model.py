@@ -36,9 +36,8 @@ class OrientationModel:
         self.rotation_bins = rotation_bins(out)
         self.load_device = comfy.model_management.get_torch_device()
         offload_device = comfy.model_management.unet_offload_device()
-        network = OrientationNetwork(
-            width, layers, out, device=offload_device, dtype=torch.float32, operations=comfy.ops.manual_cast
-        )
+        settings = dict(device=offload_device, dtype=torch.float32, operations=comfy.ops.manual_cast)
+        network = OrientationNetwork(width, layers, out, **settings)
         self.patcher = make_patcher(network, self.load_device, offload_device, inference_state(state))
 
     def logits(self, pixels: Tensor) -> Tensor:

@@ -90,9 +90,8 @@ def gradient_error(family: str) -> float:
         return (sides[0] - sides[1]) / (2 * size)
 
     for pooling in ("softmax", "linear"):
-        dla = DualLayerAggregator(
-            DLAConfig(info, backbone.context_width, pooling=pooling, heads=2, refiner_blocks=int(pooling == "linear"))
-        )
+        sizes = dict(pooling=pooling, heads=2, refiner_blocks=int(pooling == "linear"))
+        dla = DualLayerAggregator(DLAConfig(info, backbone.context_width, **sizes))
         parameters = list(dla.parameters())
         for parameter in parameters:  # a new DLA has gradients of zero: its branches start at zero
             parameter.data = random(*parameter.shape) * parameter.shape[-1] ** -0.5

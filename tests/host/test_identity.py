@@ -1,9 +1,10 @@
-"""Reference latents: size, crop, placement and what travels beside them, against the host's own encoding."""
+"""Reference images, and their latents: size, crop, placement, what travels beside them, against the host's encoding."""
 
 import comfy.sd
 import pytest
 import torch
 from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.loaders.images import collect_images
 from subject_dla.loaders.reference_latents import add_identity, reference_size, resize
 from subject_dla.tests.small.dit import tiny_flux
 from subject_dla.tests.small.models import host_shapes, random_like
@@ -93,3 +94,29 @@ def test_omnigen2_takes_five(model, vae, monkeypatch):
         add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
     with pytest.raises(ValueError, match="OmniGen2 places references itself"):
         add_identity(condition(), model, vae, picture(64, 64), size=64, placement="uxo")
+
+
+def test_a_batch_is_several_references_and_order_is_kept():
+    first, second = picture(40, 60, 2), picture(80, 30)
+    images = collect_images(first, None, second)
+    assert [tuple(image.shape) for image in images] == [(40, 60, 3), (40, 60, 3), (80, 30, 3)]
+    assert torch.equal(images[1], first[1]) and torch.equal(images[2], second[0])
+    assert collect_images(None, required=False) == []
+    assert len(collect_images(picture(28, 28, 10))) == 10
+    assert collect_images(picture(30, 30).half())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("sockets, words", [
+    ((None, None), ["No reference image", "image_1"]), ((None, picture(1, 1)), ["image_2", "1 x 1 px", "28"]),
+    ((picture(30, 30, 8), picture(30, 30, 3)), ["11 reference images", "10"]),
+    ((torch.rand(1, 30, 30, 4),), ["image_1", "4 channels", "SplitImageWithAlpha"]),
+    ((torch.rand(1, 30, 30, 1),), ["image_1", "greyscale"]), ((torch.rand(1, 30, 30, 2),), ["image_1", "2 channels"]),
+    ((torch.full((1, 30, 30, 3), torch.nan),), ["image_1", "2700 values", "NaN"]),
+    ((torch.cat((picture(30, 30), picture(30, 30) / 0)),), ["image_1", "number 2", "infinite"]),
+    ((picture(30, 30) * 255,), ["image_1", "255", "0 to 1"]), ((picture(28, 6000),), ["image_1", "6000 x 28", "Crop"]),
+    ((torch.rand(1, 30, 30),), ["image_1", "(1, 30, 30)", "MaskToImage"]),
+])  # fmt: skip
+def test_each_bad_image_has_its_own_error(sockets, words):
+    with pytest.raises(ValueError) as error:
+        collect_images(*sockets)
+    assert all(word in str(error.value) for word in words), error.value

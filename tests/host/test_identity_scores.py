@@ -1,7 +1,6 @@
 """Identity Scores on the host's own loaders, against transformers' own models on the same random weights.
 
-The files have the published key layouts and layer counts, by which the host knows them; widths are small, so the host
-is handed a configuration of that width in place of its own.
+The files have the published key layouts and layer counts, by which the host knows them; it is handed their small width.
 """
 
 import json

@@ -18,13 +18,7 @@ dla = {{heads = 4}}
 lora = {{rank = 4}}
 data = {{source = "subjects", resolution = 64, reference_size = 64, validation = 0.2, pairs_per_target = 1}}
 training = {{stage = 2, steps = 4, batch_size = 2, warmup = 0, learning_rate = 1e-3}}
-[run]
-name = "one"
-dtype = "fp32"
-save_every = 2
-validate_every = 4
-validation_examples = 2
-sample_every = 0
+run = {{name = "one", dtype = "fp32", save_every = 2, validate_every = 4, validation_examples = 2, sample_every = 0}}
 """
 
 

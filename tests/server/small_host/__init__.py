@@ -1,8 +1,6 @@
 """A custom node pack for tests only: the host's models at sizes that a processor runs in seconds.
 
-The host knows the sizes of published models by heart and reads only some of them from the file. Here it reads them all
-from the file, or takes the small ones below. Nothing but numbers is changed: classes, key names, detection and loaders
-are the host's.
+Sizes that the host takes for granted are read from the file here, or are the small ones below; nothing else changes.
 """
 
 import functools

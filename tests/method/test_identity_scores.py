@@ -6,14 +6,8 @@ from statistics import stdev
 
 import pytest
 import torch
-from subject_dla.evaluation.identity import (
-    IdentityError,
-    image_metric,
-    json_report,
-    reference_metric,
-    text_metric,
-    text_report,
-)
+from subject_dla.evaluation import identity
+from subject_dla.evaluation.identity import IdentityError, image_metric, reference_metric, text_metric
 from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 
 
@@ -95,13 +89,13 @@ def test_the_report_names_the_backbone_beside_every_metric_and_warns_of_copying(
         image_metric("DINO-I", at(0, 10), at(0, 20), ["cat", "dog"], ["cat", "dog"], **about),
         image_metric("CLIP-I", at(0), at(60), backbone={"name": "CLIP ViT-B/32", "file": None}),
     ]
-    text = text_report(metrics, ["a note."])
+    text = identity.text_report(metrics, ["a note."])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert ["DINO-I", "0.9924", "0.8959 to 1.0000", "2", "2", "DINO ViT-S/16, dino.safetensors"] in rows
     assert ["CLIP-I", "0.5000", "unknown (one picture)", "1", "1", "CLIP ViT-B/32, file not known"] in rows
     assert ["cat", "1.0000"] in rows and ["dog", "0.9848"] in rows
     assert "copying" in text and "copy-paste" in text and "256 px" in text and "a note." in text
-    read = json.loads(json_report(metrics, ["a note."], prompts=["é"]))
+    read = json.loads(identity.json_report(metrics, ["a note."], prompts=["é"]))
     assert read["figures"][0]["pairs"][0] == [0, 0, pytest.approx(1)] and read["prompts"] == ["é"]
     assert read["figures"][1]["low"] is None and read["figures"][1]["backbone"]["name"] == "CLIP ViT-B/32"
     assert any("copying" in note for note in read["notes"]) and "a note." in read["notes"]

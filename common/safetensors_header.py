@@ -41,7 +41,7 @@ class SafetensorsHeader:
 
 
 def read_header(path: str | os.PathLike) -> SafetensorsHeader:
-    """Keys with dtypes and shapes, and the metadata; the file is as long as its header says.
+    """Keys with dtypes and shapes, and the metadata, of a file that is as long as its header says.
 
     Raises:
         SafetensorsError: No such file, another kind of file, a damaged one, or one that is cut off.

@@ -32,7 +32,7 @@ class DLACheckpointError(ValueError):
 
 
 def save_dla(path: str | os.PathLike, dla: DualLayerAggregator) -> None:
-    """Write a DLA as .safetensors, weights in their own dtype; the file at `path` is the old one or the new one.
+    """Write a DLA as .safetensors, weights in their own dtype; at `path` there is always a whole file, old or new.
 
     Raises DLACheckpointError for weights that are not finite, OSError if writing fails.
     """

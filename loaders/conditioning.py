@@ -38,7 +38,7 @@ def aggregate_conditioning(
             " one (FLUX.1: CLIP-L, e.g. from DualCLIPLoader with type flux), or leave pooled_from open."
         )
     reader = BACKBONES.get(dla.config.dit) if dla is not None else None
-    # of an unknown reader: OmniGen2's own encoder, which keeps the template, is for OmniGen2, which counts
+    # DiT not known: only OmniGen2's text encoder keeps its template, and OmniGen2 counts its context by the mask
     counts = reader.counts_context if reader else not features.info.drop_leading_template
     return [[context.tokens, values_of(context.attention_mask, counts, pooled=pooled)]]
 

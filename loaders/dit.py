@@ -54,7 +54,7 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     """MODEL of a file under `models/diffusion_models`; names and dtypes are those of the host's Load Diffusion Model.
 
     A safetensors file whose metadata has `unet_config` (JSON) overrides sizes that the host's detection takes for
-    granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for a file or a dtype that is none.
+    granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for another kind of file or dtype.
     """
     import comfy.sd
     import comfy.utils

@@ -45,7 +45,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "A pair counts where the orientation model is this sure, in both pictures, that the subject has"
-                        " a front. Figures of all pairs are given beside. Orient Anything's own limit is 0.5."
+                        " a front. Metrics of all pairs are given too. Orient Anything's own limit is 0.5."
                     ),
                 ),
                 io.String.Input(

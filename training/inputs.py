@@ -20,7 +20,7 @@ def list_sources() -> list[str]:
 
 
 def find_source(data: str | None) -> Path:
-    """Returns the path of a listed source. Raises ValueError where it is none, or has nothing to train on."""
+    """Returns the path of a listed source. Raises ValueError where it is not listed, or has nothing to train on."""
     if data not in (found := list_sources()):
         there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
         raise ValueError(

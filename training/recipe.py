@@ -1,7 +1,7 @@
 """A training run's settings: sections of plain values, from TOML or from the node, each checked when it is read.
 
-What the paper leaves open is an option here; its help says where the default comes from ([T]: the paper's tables as a
-third party transcribed them; else our choice, see docs/training.md).
+What the paper leaves open is an option here; its help says where the default is the paper's, by its tables as
+a third party transcribed them; else it is our choice, see docs/training.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("none", "bf16")
-STEPS = {1: 25_000, 2: 10_000}  # the paper's [T]
+STEPS = {1: 25_000, 2: 10_000}  # the paper's
 
 
 class RecipeError(ValueError):
@@ -53,7 +53,7 @@ class Models:
 class Aggregator:
     """A new DLA. Ignored where training starts from one (run.start_dla)."""
 
-    pooling: str = option("softmax", "softmax = the paper's reading [T], linear = UniFusion's", among=POOLINGS)
+    pooling: str = option("softmax", "softmax = the paper's, linear = UniFusion's", among=POOLINGS)
     modalities: str = option("dual", "dual = the paper's, shared = one pooling, last = none", among=MODALITIES)
     heads: int = option(0, "attention heads over layers; 0 = one for every 128 channels", low=0, high=4096)
     blocks: int = option(0, "attention blocks over layers; 0 = 1 for softmax, 2 for linear", low=0, high=64)
@@ -67,7 +67,7 @@ class Aggregator:
 class Adapter:
     """A LoRA on the DiT."""
 
-    rank: int = option(0, "LoRA on the DiT's attention; 0 = none. The paper has 512 [T]", low=0, high=4096)
+    rank: int = option(0, "LoRA on the DiT's attention; 0 = none. The paper has 512", low=0, high=4096)
     alpha: float = option(0.0, "its scale is alpha / rank; 0 = rank", low=0, high=65536)
     learning_rate: float = option(1e-4, "the LoRA's own", low=0, high=1)
 
@@ -94,7 +94,7 @@ class Training:
     """Training stage, optimizer and loss."""
 
     stage: int = option(1, "1 = MLLM tokens alone; 2 = MLLM and VAE tokens", low=1, high=2)
-    steps: int = option(0, "optimiser steps; 0 = the paper's 25,000 and 10,000 [T]", low=0, high=10_000_000)
+    steps: int = option(0, "optimiser steps; 0 = the paper's 25,000 and 10,000", low=0, high=10_000_000)
     batch_size: int = option(1, "examples in one pass through the DiT", low=1, high=4096)
     accumulate: int = option(1, "passes whose gradients make one step", low=1, high=4096)
     learning_rate: float = option(1e-4, "the DLA's", low=0, high=1)
@@ -136,7 +136,7 @@ class Run:
     sample_every: int = option(500, "steps between sample pictures; 0 = never", low=0)
     samples: int = option(2, "how many examples", low=1, high=16)
     sample_steps: int = option(20, "sampler steps of one", low=1, high=1000)
-    sample_cfg: float = option(2.5, "CFG of one; the paper's [T]", low=0, high=100)
+    sample_cfg: float = option(2.5, "CFG of one; the paper's", low=0, high=100)
     dtype: str = option("bf16", "of the weights in the finished files; checkpoints are fp32", among=DTYPES)
 
 

@@ -8,7 +8,7 @@ from .palette import FAINT, GREY, GRID, PAPER, Colour
 
 
 class Axes:
-    """Axes in a box (left, top, right, bottom in px) of a canvas, that hold `xs` and `ys`; others are at the edge.
+    """Axes in a box (left, top, right, bottom in px) of a canvas, over `xs` and `ys`; values beyond are at its edge.
 
     The y axis is logarithmic where its values span more than a factor of ten.
     """

@@ -109,7 +109,8 @@ def _pooling(page: Page) -> None:
 ## 2. Last layer, one pooling, two poolings
 
 Each pair trained in the same two training stages. All three start as the last layer, which the DiT was trained with,
-and 1,200 steps change little of that. Half of the cases for the two others.""")
+and 1,200 steps change little of that. *Single LAP* has one layerwise attention pooling for text and image tokens. Half
+of the cases for the two others.""")
     arms = {"last layer": ("pooling", "demo-last"), "single LAP": ("pooling", "demo-lap"), "DLA": ("headline", "demo")}
     table = page.table("connection", {
         f"{name}, {how}": page.scores(part, how, arm) for name, (part, arm) in arms.items() for how in (MLLM, HEADLINE)

@@ -98,9 +98,9 @@ def _table(canvas: Canvas, top: float, outputs: Pairs, floor: Pairs) -> None:
     columns = (24, 190, 370, 550, 760)
     for left, title in zip(columns, ("", "azimuth difference", "polar difference", "average recall", "pairs")):
         canvas.text(left, top, title, GREY, 13)
-    for number, (name, figures) in enumerate(rows(outputs, floor), 1):
-        cells = [cell(figures, key) for key in ("azimuth", "polar", "average_recall")]
-        for left, text in zip(columns, (name, *cells, str(figures.count))):
+    for number, (name, metrics) in enumerate(rows(outputs, floor), 1):
+        cells = [cell(metrics, key) for key in ("azimuth", "polar", "average_recall")]
+        for left, text in zip(columns, (name, *cells, str(metrics.count))):
             canvas.text(left, top + number * LINE, text, GREY if "ungated" in name else INK, 13)
         canvas.line([(24, top + (number - 0.5) * LINE), (WIDTH - 24, top + (number - 0.5) * LINE)], GRID)
 

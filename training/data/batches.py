@@ -23,7 +23,7 @@ from .latent_cache import LatentCache
 
 CONDITION, NOISE, TIME, PROMPT, HELD_OUT = range(5)  # streams of random numbers, see flow.generator
 EMPTY = (" ", ())  # prompt and references on CFG's negative side; in the graph, too, an empty prompt is a space
-BINS = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds [T]
+BINS = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,7 +58,7 @@ class Block:
         return self.before * (self.tokens if rank else self.reached) + self.after * self.tokens + lora
 
     def weights(self) -> int:
-        """Numbers in the linear maps that gradients go through."""
+        """Number of weights in the linear maps that gradients go through."""
         return self.streams * sum(i * o for i, o in self.attention + self.mlp)
 
     def lora(self, rank: int) -> int:

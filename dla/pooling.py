@@ -79,7 +79,7 @@ class LayerwiseAttentionPooling(nn.Module):
     pooling = "linear": two pre-norm transformer blocks over the layers, then a linear map over the layers, whose
         weights are the same for every token and may be negative.
 
-    Source: the paper allows both readings; the second is UniFusion's (arXiv 2510.12789).
+    Source: two readings of the paper: softmax as it was transcribed, linear as UniFusion's (arXiv 2510.12789).
     """
 
     def __init__(

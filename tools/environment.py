@@ -1,6 +1,6 @@
 """Prepares what the demo and the tests run on: a ComfyUI checkout and a Python environment for it.
 
-Standard library only: it runs in whatever Python has nox, before anything is installed. Everything is made once, in
+Only what comes with nox: it runs before anything is installed. Everything is made once, in
 `.cache/` or the folder in SUBJECT_DLA_CACHE, and found again; deleting the folder starts afresh.
 """
 
@@ -17,6 +17,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock  # comes with nox, as virtualenv does
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ((3, 10), (3, 13))
@@ -55,8 +57,10 @@ def prepare(transformers: str = "") -> Environment:
         raise SetupError(
             f"Python {sys.version.split()[0]} runs nox here, expected 3.10 to 3.13: install nox with one of these."
         )
-    comfyui = _obtain_host()
-    return Environment(comfyui, _build_environment(comfyui, transformers or os.environ.get("TRANSFORMERS", "")))
+    _cache_folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(_cache_folder() / "lock"):  # two sessions may start at once
+        comfyui = _obtain_host()
+        return Environment(comfyui, _build_environment(comfyui, transformers or os.environ.get("TRANSFORMERS", "")))
 
 
 def _obtain_host() -> Path:

@@ -25,7 +25,11 @@ from ..common import bootstrap
 
 def _arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The script's options, and the host's."""
-    parser = argparse.ArgumentParser(prog="python training", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python training",
+        description=__doc__.split("\n")[0],
+        epilog="Anything after -- goes to ComfyUI (-- --lowvram).",
+    )
     add, folder, many = parser.add_argument, {"type": Path, "metavar": "FOLDER"}, {"action": "append", "default": []}
     add("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="the settings; see --template")
     add("--template", action="store_true", help="print a recipe with every setting, and end")

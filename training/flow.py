@@ -1,7 +1,7 @@
 """Flow matching: which flow times are trained on, the noisy latent, and the loss.
 
 Flow time t is 1 for noise and 0 for the image, as the host's sigma: x_t = (1 - t) x_0 + t noise, and the DiT predicts
-the velocity noise - x_0. The paper says no more than that its loss is this one's mean square [inferred].
+the velocity noise - x_0. Source: our choice; the loss of the paper is not known to us.
 """
 
 from dataclasses import dataclass

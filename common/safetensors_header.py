@@ -60,7 +60,7 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         if not (start[8:9] == b"{" and length <= LONGEST):
             if kind := signature(start):
                 raise SafetensorsError(path, f"is {kind}, expected a .safetensors file. Download or save it again.")
-            raise SafetensorsError(path, f"is not a .safetensors file: it begins with {start[:8]!r}.")
+            raise SafetensorsError(path, f"is not a .safetensors file: it begins with {start[:8]!r}. Replace it.")
         if 8 + length > size:
             raise SafetensorsError(
                 path, f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again."
@@ -69,10 +69,10 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__", None) or {}
-        tensors = {key: TensorHeader(str(entry["dtype"]), tuple(entry["shape"])) for key, entry in entries.items()}
+        metadata = dict(entries.pop("__metadata__", None) or {})
+        tensors = {key: TensorHeader(str(one["dtype"]), tuple(map(int, one["shape"]))) for key, one in entries.items()}
         expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise SafetensorsError(path, f"has a damaged .safetensors header ({error}). Download it again.") from None
     if size != expected:
         cut = "is cut off" if size < expected else "has bytes too many at its end"

@@ -45,7 +45,7 @@ def _file_header(path: str) -> SafetensorsHeader:
     try:
         return safetensors_header.read_header(path)
     except SafetensorsError as error:
-        raise ValueError(f"{path}: expected a safetensors file, but it {error.problem}") from error
+        raise ValueError(f"{path}: it {error.problem}") from error
     except OSError as error:
         raise ValueError(f"{path}: its header cannot be read ({error}). Fetch the file again.") from error
 

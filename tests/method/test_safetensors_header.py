@@ -33,6 +33,8 @@ def test_header_and_dtypes_are_the_librarys(tmp_path, metadata):
     (b"\x89PNG\r\n\x1a\n", "is not a .safetensors file: it begins with b'.*PNG"),
     (struct.pack("<Q", 90) + b'{"a": ', "is cut off inside its header: 14 bytes, at least 98 expected"),
     (struct.pack("<Q", 12) + b'{"a": [1,2]}', "has a damaged .safetensors header"),
+    (struct.pack("<Q", 10**5) + b'{"a":'.ljust(10**5, b"["), "has a damaged .safetensors header"),
+    (struct.pack("<Q", 21) + b'{"__metadata__": "x"}', "has a damaged .safetensors header"),
     (struct.pack("<Q", 54) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
      "is cut off: 62 bytes, expected 66"),
 ])  # fmt: skip

@@ -159,7 +159,7 @@ class DataReader:
         found = self._sizes[path]
         if not isinstance(found, str):
             return found
-        self.problem(source, found if os.path.exists(path) else f"{found}{self.hint}")
+        self.problem(source, found if os.path.exists(path) else f"{found} (in {path.parent}){self.hint}")
         return None
 
 

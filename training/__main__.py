@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-if not __package__:  # started by its path, as `python training`
+if "." not in (__package__ or ""):  # started as `python training` or `python -m training`
     import runpy
 
     runpy.run_path(str(Path(__file__).parents[1] / "common" / "bootstrap.py"))["run"]("training")

@@ -1,6 +1,8 @@
 """Settings of a run, its flow times and random numbers."""
 
 import math
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -134,3 +136,10 @@ def test_noise_and_loss_agree_with_the_velocity():
     t = torch.tensor([0.25, 0.5, 1.0])
     assert torch.equal(weight(t, "none"), torch.ones(3)) and weight(t, "sigma_sqrt").tolist() == [16, 4, 1]
     torch.testing.assert_close(weight(t, "cosmap"), torch.tensor([3.2, 4.0, 2.0]) / math.pi)
+
+
+@pytest.mark.parametrize("start", [["training"], ["-m", "training"]], ids=["path", "module"])
+def test_the_script_starts_by_its_path_and_as_a_module(start):
+    command, root = [sys.executable, *start, "--template"], Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout == template(), done.stderr

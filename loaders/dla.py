@@ -71,15 +71,18 @@ def read_config(name: str) -> DLAConfig:
     return checkpoint.read_config(folders.find("dla", name))
 
 
-def check_dit(config: DLAConfig, name: str, width: int | None, dit: str = "") -> None:
+def check_dit(
+    config: DLAConfig, name: str, width: int | None, dit: str = "", model: str = "the diffusion model"
+) -> None:
     """Raises ValueError unless a DiT can read the tokens of the DLA in the file `name`.
 
     width: of the context that the DiT reads, in channels; dit: its family. None and "" = not known, which passes.
+    model: what the text calls the DiT.
     """
     wanted = config.dit or f"any DiT with a context of {config.context_width}"
     if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
         raise ValueError(
-            f"DLA {name!r} makes tokens {config.context_width} wide for {wanted}; the diffusion model is "
+            f"DLA {name!r} makes tokens {config.context_width} wide for {wanted}; {model} is "
             f"{dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load {wanted}, or a DLA "
             "trained for this one."
         )

@@ -51,4 +51,4 @@ def check_headers(diffusion_model: str, mllm: str, dla: str | None) -> None:
         config.check_mllm(info)
     except ValueError as error:
         raise ValueError(f"DLA {dla!r} and MLLM {mllm!r} do not belong together: {error}") from None
-    check_dit(config, dla, dit.context_width, dit.backbone.name if dit.backbone else "")
+    check_dit(config, dla, dit.context_width, dit.backbone.name if dit.backbone else "", repr(diffusion_model))

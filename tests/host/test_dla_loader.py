@@ -141,3 +141,5 @@ def test_another_dit_is_refused(models):
     for width, dit in ((3584, "qwen_image"), (64, "flux"), (48, "flux2"), (64, "")):
         with pytest.raises(ValueError, match=refused):
             check_dit(config, "b.safetensors", width, dit)
+    with pytest.raises(ValueError, match="'b.safetensors'.*; 'klein.safetensors' is flux2"):
+        check_dit(config, "b.safetensors", 48, "flux2", "'klein.safetensors'")

@@ -59,11 +59,12 @@ class DataReader:
     def subjects(self, root: Path, names: Iterable[str] | None = None) -> Iterator[tuple[Path, dict[Path, Size]]]:
         """Each subject's folder in `root` with its readable pictures, of the subjects of these names (None: of all).
 
-        Pictures right in `root` are one subject, the first.
+        Pictures right in `root` are one subject, the first. A folder that cannot be read is a problem and left out.
         """
         if names is None:
-            names = ["", *sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")]
-        found = {root / name: files for name in names if (files := self._pictures(root / name)) or name}
+            names = ["", *(path.name for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != ".")]
+        listed = ((name, self._pictures(root / name)) for name in names)
+        found = {root / name: files for name, files in listed if files or (name and files is not None)}
         self._decode(path for pictures in found.values() for path in pictures)
         for folder, pictures in found.items():
             name = folder.name or folder.resolve().name
@@ -142,13 +143,12 @@ class DataReader:
             raise DataError(f"{name!r:.60} leads out of {root}, expected a picture inside it{self.hint}")
         return root / found.relative_to(base) if found and (absolute or ".." in plain.parts) else path
 
-    def _pictures(self, folder: Path) -> list[Path]:
+    def _pictures(self, folder: Path) -> list[Path] | None:
         try:
             files = (path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.name[0] != ".")
             return sorted(path for path in files if path.is_file())
         except OSError as error:
-            self.problem(folder.name, f"cannot be read ({error.strerror}), expected a folder of pictures")
-            return []
+            return self.problem(folder.name, f"cannot be read ({error.strerror}), expected a folder of pictures")
 
     def _decode(self, paths: Iterable[Path]) -> None:
         new = [path for path in dict.fromkeys(paths) if path not in self._sizes]

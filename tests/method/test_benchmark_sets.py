@@ -63,7 +63,7 @@ def test_dreambench(tmp_path):
 def test_damaged_dreambench(tmp_path):
     root = dreambench(tmp_path, objects=[*OBJECTS, "'no class in here'", "not quoted"])
     home, text = root / "dataset", (root / "dataset" / "prompts_and_classes.txt")
-    lines = text.read_text().replace("can,can", "can,can\nnonsense\n../up,cat").replace("\n", "\r\n")
+    lines = text.read_text().replace("can,can", "can,can\nnonsense\n../up,cat\ngone,vase").replace("\n", "\r\n")
     text.write_bytes(lines.encode("utf-8-sig"))
     (home / "can" / "00.jpg").write_bytes((home / "can" / "00.jpg").read_bytes()[:200])
     (home / "stranger").mkdir()
@@ -71,6 +71,7 @@ def test_damaged_dreambench(tmp_path):
         path.unlink()
     found = read_set(root)
     assert {item.subject for item in found.items} == {"can", "wolf_plushie"}
+    assert len([problem for problem in found.problems if "gone" in problem]) == 1  # once, not also as empty
     assert found.items[0].references[0].name == "01.jpg", "the broken picture was taken"
     assert len(prompts_of(found, "can")) == 3
     for words in (

@@ -36,20 +36,20 @@ RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # stand
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """A subject and a prompt in, pictures of that subject out, on a real ComfyUI server."""
-    place = prepare(session)
-    session.run(str(place.python), BOOTSTRAP, "demo.run", "--comfyui", str(place.comfyui), *session.posargs, **RUN)
+    found = prepare(session)
+    session.run(str(found.python), BOOTSTRAP, "demo.run", "--comfyui", str(found.comfyui), *session.posargs, **RUN)
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Every test: the method, the pack inside the host, and a real server with a real browser."""
-    place = prepare(session)
-    environment.obtain_browser(place.python)
-    environ = {**os.environ, "COMFYUI_PATH": str(place.comfyui)}
+    found = prepare(session)
+    environment.obtain_browser(found.python)
+    environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     arguments = session.posargs
     if not arguments:  # all: two processes of a thread each, a file's tests in one of them, which has its fixtures once
         arguments, environ["OMP_NUM_THREADS"] = ["--numprocesses=2", "--dist=loadfile", str(ROOT / "tests")], "1"
-    session.run(str(place.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
+    session.run(str(found.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
 
 
 @nox.session(venv_backend="none")
@@ -71,13 +71,13 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """One benchmark: `nox -s bench -- strength`; its last line is one JSON object of ratios."""
-    place = prepare(session)
+    found = prepare(session)
     session.run(
-        str(place.python),
+        str(found.python),
         BOOTSTRAP,
         "tools.perf",
         *session.posargs,
-        env={**os.environ, "COMFYUI_PATH": str(place.comfyui)},
+        env={**os.environ, "COMFYUI_PATH": str(found.comfyui)},
         **RUN,
     )
 
@@ -85,9 +85,9 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def evidence(session: nox.Session) -> None:
     """The paper's claims checked on the demo's family: docs/evidence.md; the last line is one JSON object."""
-    place = prepare(session)
+    found = prepare(session)
     session.run(
-        str(place.python), BOOTSTRAP, "demo.evidence.run", "--comfyui", str(place.comfyui), *session.posargs, **RUN
+        str(found.python), BOOTSTRAP, "demo.evidence.run", "--comfyui", str(found.comfyui), *session.posargs, **RUN
     )
 
 

@@ -97,8 +97,8 @@ class SubjectStagedSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How much of the latent is made anew. 1: all of it. Less: img2img; stages that lie before its"
-                        " beginning are skipped."
+                        "How much of the latent is made anew. 1: all of it. Less: img2img; stages that end before it"
+                        " begins are skipped."
                     ),
                 ),
             ],

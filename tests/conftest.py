@@ -10,7 +10,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
 # `python -m pytest` puts the working directory there, where the folder `nodes` covers the host's `nodes.py`
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 runpy.run_path(str(ROOT / "common" / "bootstrap.py"))["import_pack"]()
 
 

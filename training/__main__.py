@@ -23,7 +23,7 @@ if "." not in (__package__ or ""):  # started as `python training` or `python -m
 from ..common import bootstrap
 
 
-def _arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The script's options, and the host's."""
     parser = argparse.ArgumentParser(
         prog="python training",
@@ -37,14 +37,14 @@ def _arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--models", **folder, **many, help="a models folder laid out like ComfyUI's")
     add("--output", **folder, help="in place of ComfyUI's output folder")
     add("--set", **many, metavar="SECTION.NAME=VALUE", help="overrides a setting, as TOML")
-    cut = given.index("--") if "--" in given else len(given)
-    options = parser.parse_args(given[:cut])
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = parser.parse_args(argv[:cut])
     if not options.template:
         if options.recipe is None or not options.recipe.is_file():
             parser.error(f"{options.recipe}: there is no such recipe; --template prints one")
         if options.comfyui is None or not (options.comfyui / "comfy").is_dir():
             parser.error(f"--comfyui is {options.comfyui}, expected a ComfyUI folder (main.py, comfy/)")
-    return options, given[cut + 1 :]
+    return options, argv[cut + 1 :]
 
 
 def main() -> int:
@@ -121,8 +121,8 @@ def _start_host(options: argparse.Namespace, host_options: list[str]) -> None:
     from utils.extra_config import load_extra_path_config
 
     own = options.comfyui / "extra_model_paths.yaml"
-    given = [path for paths in args.extra_model_paths_config or [] for path in paths]
-    for path in [*([str(own)] if own.is_file() else []), *given]:
+    more = [path for paths in args.extra_model_paths_config or [] for path in paths]
+    for path in [*([str(own)] if own.is_file() else []), *more]:
         load_extra_path_config(path)
     from ..loaders import folders
 

@@ -156,10 +156,10 @@ class _TrainableMLLM(nn.Module):
         longest = max(len(ids) for ids, _, _ in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         labels, positions = torch.full_like(ids, IGNORED), torch.zeros(3, *ids.shape, dtype=torch.long)
-        for row, (tokens, places, start) in enumerate(rows):
+        for row, (tokens, coordinates, start) in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])  # at the token before
-            positions[:, row, : len(tokens)] = places
+            positions[:, row, : len(tokens)] = coordinates
         return ids, positions, labels
 
     def logits(self, ids: Tensor, positions: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

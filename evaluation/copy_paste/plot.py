@@ -82,8 +82,8 @@ def _turned(canvas: Canvas, x: float, y: float, outputs: Pairs, floor: Pairs) ->
     if max(shares["floor"]):
         canvas.line([*outline, outline[0]], FLOOR, 1.5)
     for part in (0.25, 0.5, 1.0) if most else ():
-        place = _direction(x, y, RADIUS * sqrt(part), 157)
-        canvas.text(*place, f"{100 * part * most:.3g} %", GREY, 11, "mm", paper=True)
+        position = _direction(x, y, RADIUS * sqrt(part), 157)
+        canvas.text(*position, f"{100 * part * most:.3g} %", GREY, 11, "mm", paper=True)
     if not outputs.report.count:
         canvas.text(x, y, "no pair counts", INK, 13, "mm", paper=True)
     canvas.text(x, y - RADIUS - 14, "0° as in the reference", GREY, anchor="mm")

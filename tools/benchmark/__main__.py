@@ -24,7 +24,7 @@ if not __package__:  # started by its path, as `python tools/benchmark`
 from ...common.console import say  # noqa: E402
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(
         prog="python tools/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,7 +47,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     score = commands.add_parser("score", help="the paper's table with 95 %% intervals")
     score.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="score files and folders of runs")
     score.add_argument("--paper", action="store_true", help="adds the rows of the paper's table")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:
@@ -57,9 +57,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = arguments(given)
+    options = arguments(argv)
     from ..comfy_client.client import HostError, WorkflowError
 
     for number in (signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])):

@@ -82,12 +82,12 @@ def _seed_inputs(prompt: dict) -> list[tuple[str, str]]:
     found = []
     for key, node in prompt.items():
         for name in ("seed", "noise_seed"):
-            place, value = (key, name), node["inputs"].get(name)
+            target, value = (key, name), node["inputs"].get(name)
             if isinstance(value, list) and value[0] in prompt:
-                place = (value[0], "value")
+                target = (value[0], "value")
                 value = prompt[value[0]]["inputs"].get("value")
             if isinstance(value, int) and not isinstance(value, bool):
-                found.append(place)
+                found.append(target)
     return list(dict.fromkeys(found))
 
 

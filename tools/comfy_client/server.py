@@ -136,14 +136,14 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _link(folder: Path, place: Path) -> None:
+def _link(folder: Path, link: Path) -> None:
     """A symbolic link to a folder, or a copy where the system allows none."""
-    if place.is_symlink() or place.exists():
+    if link.is_symlink() or link.exists():
         return
     try:
-        place.symlink_to(folder, target_is_directory=True)
+        link.symlink_to(folder, target_is_directory=True)
     except OSError:
-        shutil.copytree(folder, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "output"))
+        shutil.copytree(folder, link, ignore=shutil.ignore_patterns(".*", "__pycache__", "output"))
 
 
 def _model_paths(folders: Iterable[Path]) -> list[str]:

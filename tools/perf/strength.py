@@ -14,14 +14,14 @@ import time
 from ...common.bootstrap import start_host
 
 
-def main(given: list[str]) -> None:
-    """Measures the three forms and prints one JSON object. `given`: the command line without the benchmark's name."""
+def main(argv: list[str]) -> None:
+    """Measures the three forms and prints one JSON object. `argv`: the command line without the benchmark's name."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- strength", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--tokens", type=int, default=2304, help="keys and queries (4608 = 1024 px with 512 context tokens)"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
 
     import torch
 

@@ -23,11 +23,11 @@ from ...common.bootstrap import start_host
 from ...common.console import say
 
 
-def main(given: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- training", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="of the short run")
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
 
     start_host(os.environ["COMFYUI_PATH"])  # on the CPU: gradients are compared in fp32
     errors = {}

@@ -60,7 +60,7 @@ class LoRA(nn.Module):
         return add
 
     def inside(self, block: nn.Module) -> list[nn.Parameter]:
-        """The parameters whose linear maps lie in `block`."""
+        """The parameters of the linear maps in `block`."""
         parts = set(block.modules())
         keys = [key for key, (part,) in self.parts.items() if part in parts]
         return [tensor for key in keys for tensor in (self.A[key], self.B[key])]

@@ -85,7 +85,7 @@ def blocks(dit: DiTSizes, context: int, image: int, reference: int, lora: bool) 
         kind |= dict(before=d + 2 * d, attention=((d, d),) * 4)
     # in the first block, image tokens meet the context only in attention
     out = [Block(1, tokens, context, **kind), Block(dit.blocks - 1, tokens, tokens, **kind)]
-    if dit.single:  # norm, then one map makes q, k, v and the MLP's; values are used where they lie
+    if dit.single:  # norm, then one map makes q, k, v and the MLP's; values are not copied
         wide = dict(before=d + 3 * d + m, after=3 * d, gradients=3 * m + 4 * d, streams=1, lora_inputs=2 * d + m)
         out.append(Block(dit.single, tokens, tokens, attention=((d, 3 * d + m), (d + m, d)), mlp=(), **wide))
     return out

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from ..common import safetensors_header
 from ..common.dtypes import FILE_DTYPES
@@ -119,9 +120,15 @@ def check_keys(model, state_dict: dict, path: str) -> None:
         )
 
 
+def dit_of(model: Any) -> Any:
+    """The DiT's module of the host's model (MODEL's `.model`), without the wrapper of torch.compile."""
+    module = getattr(model, "diffusion_model", None)
+    return getattr(module, "_orig_mod", module)
+
+
 def context_width(model: Model) -> int | None:
     """Width of the context tokens that a MODEL reads, in channels; None where it cannot be known."""
-    layer, backbone = getattr(model.model, "diffusion_model", None), backbone_of(model)
+    layer, backbone = dit_of(model.model), backbone_of(model)
     for name in backbone.context_layer.split(".") if backbone else ():
         layer = getattr(layer, name, None)  # nn.Sequential, too, has its parts under "0", "1", …
     width = getattr(layer, "in_features", None)

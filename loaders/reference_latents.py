@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backbones import backbone_of
 from .conditioning import add_references, reference_latents
+from .dit import dit_of
 from .host import mentions
 from .images import collect_images
 from .protocols import VAE, Model
@@ -70,7 +71,7 @@ def reference_method(model: Model, placement: str) -> str | None:
         method = backbone.default_placement if backbone else None
     if method is None:
         return None
-    diffusion_model = model.model.diffusion_model
+    diffusion_model = dit_of(model.model)
     known = backbone is None or method in backbone.placements
     if not known or not mentions(diffusion_model, method):
         remedy = "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."

@@ -27,6 +27,67 @@ def _number(name: str, default: float, tooltip: str, most: float = 1.0):
     return io.Float.Input(name, default=default, min=0.0, max=most, step=0.01, tooltip=tooltip)
 
 
+def schedule_inputs() -> list:
+    """Inputs of a ready-made schedule."""
+    return [
+        preset_input(),
+        clock_input(),
+        _number(
+            "tau1",
+            0.95,
+            "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
+            " Read by paper, semantics_first and two_stage.",
+        ),
+        _number(
+            "tau2",
+            0.85,
+            "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
+            " Read by paper alone; below tau1 on the flow-time clocks, above it on steps.",
+        ),
+    ]
+
+
+class SubjectApplyStages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectApplyStages",
+            display_name="Apply Stages",
+            description=(
+                "Staged denoising in your own workflow: put this node between the model and any sampler or guider."
+                " The picture begins from the prompt and the MLLM's tokens; the VAE's tokens of the references come in"
+                " where the stage says."
+            ),
+            search_aliases=["staged denoising", "multi-stage denoising", "reference schedule", "model patch", "stages"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The DiT, with LoRAs and patches of your choice. It is not changed itself."
+                ),
+                *schedule_inputs(),
+                StagesType.Input(
+                    "stages",
+                    optional=True,
+                    tooltip="A schedule from Stage Schedule or Stage Keyframe; it takes the place of the four widgets.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip=(
+                        "For the clock steps in a run that is split (KSampler Advanced, SplitSigmas): the whole"
+                        " schedule of sigmas, as of Basic Scheduler. Else leave it open."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output("staged_model", display_name="model", tooltip="To any sampler or guider.")],
+        )
+
+    @classmethod
+    def execute(cls, model, preset, clock, tau1, tau2, stages=None, sigmas=None) -> io.NodeOutput:
+        from ..sampling.patch import apply_stages
+
+        return io.NodeOutput(apply_stages(model, stages or preset_stages(preset, clock, tau1, tau2), sigmas))
+
+
 class SubjectStageSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -39,25 +100,12 @@ class SubjectStageSchedule(io.ComfyNode):
                 " Stage Preview."
             ),
             search_aliases=["multi-stage denoising", "stages", "condition schedule", "timestep schedule"],
-            inputs=[
-                preset_input(),
-                clock_input(),
-                _number(
-                    "tau1",
-                    0.95,
-                    "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
-                    " Read by paper, semantics_first and two_stage.",
-                ),
-                _number(
-                    "tau2",
-                    0.85,
-                    "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
-                    " Read by paper alone; below tau1 on the flow-time clocks, above it on steps.",
-                ),
-            ],
+            inputs=schedule_inputs(),
             outputs=[
                 StagesType.Output(
-                    "stages", display_name="stages", tooltip="To Staged Sampler, Staged Guider or Stage Preview."
+                    "stages",
+                    display_name="stages",
+                    tooltip="To Apply Stages, Staged Sampler, Staged Guider or Stage Preview.",
                 )
             ],
         )
@@ -165,4 +213,4 @@ class SubjectStagePreview(io.ComfyNode):
         return io.NodeOutput(plot, text, ui=ui.PreviewImage(plot, cls=cls))
 
 
-NODES = [SubjectStageSchedule, SubjectStageKeyframe, SubjectStagePreview]
+NODES = [SubjectApplyStages, SubjectStageSchedule, SubjectStageKeyframe, SubjectStagePreview]

@@ -12,8 +12,6 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .tokens import KeyStrengths
-
 EXTRA_CHANNELS = 8  # fast kernels want head widths in multiples of 8; two carry the bias
 REMOVED = -1e4  # exp underflows to exactly 0 in every dtype; only for keys that some rows of a batch keep
 
@@ -59,21 +57,38 @@ def attention_with_key_bias(
 
 
 class KeyStrengthAttention:
-    """An `optimized_attention_override` that applies the key strengths of the conditions in the batch.
+    """An `optimized_attention_override` that applies the key strengths of one model call.
 
     Args:
-        strengths: Key strengths by the host's condition uuid; other conditions stay untouched.
-        previous: Another override that the model has already; it runs around ours.
+        log_strength: (conditions, keys) float32, ln of the strength of each key for each condition of the call; -inf
+            removes the key. Attention calls with another number of keys (refiners of one group) stay untouched.
+        repeats: Pictures per condition in the call's batch, which is ordered "(condition picture)".
+        device: Of the call.
+        previous: Another override that the model has already; it runs around the host's kernel.
 
     Attributes:
-        applied: Number of joint attention calls so far.
+        applied: Number of joint attention calls so far; a compiled model is not counted.
+        reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
 
-    def __init__(self, strengths: dict[Any, KeyStrengths], previous: Callable | None = None):
-        self.strengths = strengths
+    def __init__(self, log_strength: Tensor, repeats: int, device: torch.device, previous: Callable | None = None):
+        self.keys = log_strength.shape[1]
         self.previous = previous
-        self.applied = 0
-        self._plans: dict[tuple, tuple[Tensor | slice | None, Tensor | None]] = {}
+        self.applied, self.reached = 0, False
+        removed = log_strength.isneginf().all(0)
+        self._keep: Tensor | slice | None = None
+        if removed.any():
+            first = int(removed.sum())
+            if removed[:first].all():  # the context alone: a view instead of a copy
+                self._keep = slice(first, None)
+                log_strength = log_strength[:, self._keep]
+            else:
+                self._keep = (~removed).nonzero().flatten().to(device)
+                log_strength = log_strength[:, ~removed]
+        self._bias: Tensor | None = None
+        if log_strength.any():
+            bias = repeat(log_strength.clamp(min=REMOVED), "c n -> (c b) n", b=repeats)
+            self._bias = bias.to(device)
 
     def __call__(
         self,
@@ -88,45 +103,22 @@ class KeyStrengthAttention:
         """The host's attention with the strengths, as `optimized_attention_override` is called."""
         if self.previous is not None:
             attention = _through(self.previous, attention)
-        uuids = kwargs["transformer_options"]["uuids"]
-        joint = {self.strengths[u].log_strength.shape[0] if u in self.strengths else None for u in uuids}
         keys = k.shape[2] if kwargs.get("skip_reshape") else k.shape[1]
-        if joint != {keys}:
+        if keys != self.keys:
             return attention(q, k, v, heads, mask=mask, **kwargs)
 
-        self.applied += 1
+        self.reached = True
+        if not torch.compiler.is_compiling():
+            self.applied += 1
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
-        keep, bias = self._keys_and_bias(tuple(uuids), k)
-        if keep is not None:
-            k, v = k[:, :, keep], v[:, :, keep]
-            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., keep]
-        if bias is None:
+        if self._keep is not None:
+            k, v = k[:, :, self._keep], v[:, :, self._keep]
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., self._keep]
+        if self._bias is None:
             return attention(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
-        return attention_with_key_bias(attention, q, k, v, heads, bias, mask=mask, **kwargs)
-
-    def _keys_and_bias(self, uuids: tuple, k: Tensor) -> tuple[Tensor | slice | None, Tensor | None]:
-        """(keys to keep or None for all, bias (b, kept keys) or None), worked out once per batch layout and device."""
-        layout = (uuids, k.device, k.shape[0])
-        if layout not in self._plans:
-            logs = torch.stack([self.strengths[u].log_strength for u in uuids])  # (conditions, keys)
-            removed = logs.isneginf().all(0)
-            keep: Tensor | slice | None = None
-            if removed.any():
-                first = int(removed.sum())
-                if removed[:first].all():  # the context alone: a view instead of a copy
-                    keep = slice(first, None)
-                    logs = logs[:, keep]
-                else:
-                    logs = logs[:, ~removed]
-                    keep = (~removed).nonzero().flatten().to(k.device)
-            bias = None
-            if logs.any():
-                logs = repeat(logs.clamp(min=REMOVED), "c n -> (c b) n", b=k.shape[0] // len(uuids))
-                bias = logs.to(k.device)
-            self._plans[layout] = keep, bias
-        return self._plans[layout]
+        return attention_with_key_bias(attention, q, k, v, heads, self._bias, mask=mask, **kwargs)
 
 
 def _through(override: Callable, attention: Callable) -> Callable:

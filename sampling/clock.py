@@ -6,6 +6,7 @@ from math import sqrt
 
 REFERENCE_TOKENS = 4096  # 1024 x 1024 px, 8x VAE, 2x2 patches: the size that the paper's thresholds belong to
 TOLERANCE = 1e-5  # sigmas are float32 and some samplers rebuild them through exp(log(sigma))
+WHOLE = 0.02  # a run whose first sigma is this near to the model's highest begins at pure noise; schedulers differ
 OWN_STEPS = ("dpm_adaptive", "dpm_fast")  # samplers that choose their own steps, whatever the sigmas say
 
 
@@ -63,6 +64,19 @@ class Clock:
                 " Use the clock steps."
             )
 
+    def describe_part(self, sigmas: Sequence[float], whole: Sequence[float] | None, sigma_max: float) -> str:
+        """What positions count in a run over `sigmas` that is a part of a schedule; "" where nothing needs to be said.
+
+        Args:
+            sigmas: The run's.
+            whole: The schedule that it is a part of, as far as the user gave it.
+            sigma_max: The model's noise level of pure noise.
+
+        Raises:
+            ValueError: Where the run is no part of `whole`.
+        """
+        return ""
+
 
 class ResolutionFlowTime(Clock):
     """Flow time with thresholds that were chosen at 4096 image tokens and are moved to the size of the run."""
@@ -96,6 +110,25 @@ class StepShare(Clock):
                 f"The stage schedule counts steps, but the sampler {sampler} chooses its own."
                 " Use the clock flow_time, or another sampler."
             )
+
+    def describe_part(self, sigmas: Sequence[float], whole: Sequence[float] | None, sigma_max: float) -> str:
+        """See `Clock.describe_part`; steps are the only clock that depends on where the run begins and ends."""
+        if not sigmas:
+            return ""
+        run = f"{len(sigmas) - 1} steps of this run, from sigma {sigmas[0]:.4g} to {sigmas[-1]:.4g}"
+        if whole is not None:
+            if sigmas[0] > whole[0] * (1 + WHOLE) or sigmas[-1] < whole[-1] * (1 - WHOLE):
+                raise ValueError(
+                    f"Apply Stages: its sigmas run from {whole[0]:.4g} to {whole[-1]:.4g}, but the sampler runs "
+                    f"{run}. Connect the whole schedule that the run is a part of, or nothing."
+                )
+            return f"The clock steps counts the {len(whole) - 1} steps of the sigmas given; here are the {run}."
+        if sigmas[-1] > 0 or sigmas[0] < sigma_max * (1 - WHOLE):
+            return (
+                f"The clock steps counts the {run}, as the whole. If it is a part of a longer schedule (KSampler "
+                "Advanced, SplitSigmas), connect that schedule to the input sigmas of Apply Stages."
+            )
+        return ""
 
 
 FLOW_TIME = Clock(

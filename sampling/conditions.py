@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..loaders.backbones import backbone_of, titles
 from ..loaders.conditioning import Condition, reference_latents, strengths_and_masks
-from ..loaders.dit import context_width
+from ..loaders.dit import context_width, dit_of
 from ..loaders.protocols import Model
 from .stages import Stages
 
@@ -47,5 +47,5 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
 def _only_on_and_off(model: Model, what: str) -> str:
     return (
         f"{what} need a model whose token layout this pack knows ({titles()} as ComfyUI runs them)"
-        f"; this one is {type(model.model.diffusion_model).__name__}. Use 0 or 1."
+        f"; this one is {type(dit_of(model.model)).__name__}. Use 0 or 1."
     )

@@ -14,25 +14,42 @@ from uuid import uuid4
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
+import torch
 from torch import Tensor
 
 from ..loaders.backbones import Backbone, backbone_of
 from ..loaders.conditioning import Condition, stage_variant, strengths_and_masks
+from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention
 from .conditions import check_conditions
+from .other_patches import KEY, check_applied, check_caches, restart_cache
 from .stages import Stages
-from .tokens import KeyStrengths, grid, key_strengths, patch_size, reference_log_strength
+from .tokens import grid, key_strengths, patch_size, reference_log_strength
 
-KEY = "subject_stages"  # of the wrappers
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 
 log = logging.getLogger(__name__)
 
 
-def add_stages(model_options: dict, stages: Stages) -> None:
+def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> Any:
+    """A clone of a MODEL whose token groups follow a schedule, in every sampler and guider.
+
+    Args:
+        model: The host's MODEL; it is not changed.
+        stages: The schedule, in the place of one that the model has.
+        sigmas: (steps + 1,) the whole schedule of noise levels, for the clock that counts steps in a run that is a part
+            of it; None = the run is the whole.
+    """
+    clone = model.clone()
+    add_stages(clone.model_options, stages, None if sigmas is None else [float(s) for s in sigmas])
+    return clone
+
+
+def add_stages(model_options: dict, stages: Stages, sigmas: list[float] | None = None) -> None:
     """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one."""
-    _wrappers(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages)]
+    _wrappers(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas)]
 
 
 def is_staged(model_options: dict) -> bool:
@@ -46,7 +63,7 @@ def _wrappers(model_options: dict, kind: str) -> dict[str, list]:
     return wrappers.setdefault(kind, {})
 
 
-def _outer_sample(stages: Stages, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
     guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
     for name, conditions in guider.conds.items():
@@ -55,11 +72,22 @@ def _outer_sample(stages: Stages, executor: Any, *args: Any, **kwargs: Any) -> T
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
     stages.clock.check_run(function, type(model_sampling).__name__, is_flow)
-    run = StagedRun(stages, backbone_of(guider.model_patcher), [float(s) for s in sigmas])
+    check_caches(guider.model_options, stages)
+    sigmas = [float(s) for s in sigmas]
+    message = stages.clock.describe_part(sigmas, whole, float(model_sampling.sigma_max))
+    if message:
+        log.info(message)
+    run = StagedRun(stages, backbone_of(guider.model_patcher), whole or sigmas)
     run.add_variants(guider.conds)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    _wrappers(guider.model_options, PREDICT_NOISE)[KEY] = [run.predict_noise]
+    # outside LazyCache, which may leave out what is inside it
+    predict_noise = _wrappers(guider.model_options, PREDICT_NOISE)
+    others = dict(predict_noise)
+    predict_noise.clear()
+    predict_noise |= {KEY: [run.predict_noise]} | others
+    # inside all others, so that shapes and options are those that the model gets
+    _wrappers(guider.model_options, APPLY_MODEL)[KEY] = [run.apply_model]
     try:
         return executor(*args, **kwargs)
     finally:
@@ -72,15 +100,19 @@ class StagedRun:
     Args:
         stages: The schedule.
         backbone: The record of the DiT's family; None where its token layout is not known.
-        sigmas: The run's, n + 1 falling values for n steps.
+        sigmas: n + 1 falling values for n steps, of the run or of the whole schedule that it is a part of.
     """
 
     def __init__(self, stages: Stages, backbone: Backbone | None, sigmas: list[float]):
         self.stages, self.backbone, self.sigmas = stages, backbone, sigmas
         self.variants = stages.variants()
         self.names: list[str] = []
-        self._current: int | None = None
-        self._overrides: dict[tuple, KeyStrengthAttention] = {}
+        self._batch = 1  # pictures
+        self._stage: tuple[int, int] | None = None  # variant and keyframe of the last call
+        self._strengths = (1.0, 1.0)  # context, reference
+        self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
+        self._overrides: dict[tuple, KeyStrengthAttention | None] = {}
+        self._warned: set[str] = set()
         if backbone is None and any(not context for context, _ in self.variants):
             log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
 
@@ -105,82 +137,94 @@ class StagedRun:
     def predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
     ) -> Tensor:
-        """Wrapper of the guider's `predict_noise`: with the conditions of the stage, and its attention override."""
+        """Wrapper of the guider's `predict_noise`: with the conditions of the stage."""
         guider = executor.class_obj
-        diffusion_model = guider.inner_model.diffusion_model
-        patch = patch_size(diffusion_model)
-        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch))
-        context, reference = self.stages.at_sigma(sigma, self.sigmas, tokens)
-        index = self.variants.index((context > 0, reference > 0))
-        cache = model_options.get("transformer_options", {}).get("easycache")  # EasyCache's or LazyCache's
-        if index != self._current:
-            self._current = index
-            if hasattr(cache, "reset"):  # it compares with the condition that it saw first; a new stage has another
-                cache.reset()
+        if not self._conditions:
+            self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
+        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
+        self._batch = len(x)
+        position = self.stages.clock.position(sigma, self.sigmas)
+        self._strengths = self.stages.strengths(position, tokens)
+        index = self.variants.index((self._strengths[0] > 0, self._strengths[1] > 0))
+        stage = index, self.stages.keyframe_at(position, tokens)
+        if self._stage not in (None, stage):
+            restart_cache(model_options)
+        self._stage = stage
         all_conds = guider.conds
-        chosen = {name: all_conds[_name(name, index)] for name in self.names}
-        override = self._override(chosen, context, reference, x, patch, model_options)
-        if override is not None:
-            options = {**model_options.get("transformer_options", {}), "optimized_attention_override": override}
-            model_options = {**model_options, "transformer_options": options}
-        guider.conds = chosen
+        guider.conds = {name: all_conds[_name(name, index)] for name in self.names}
         try:
-            out = executor(x, timestep, model_options, seed)
+            return executor(x, timestep, model_options, seed)
         finally:
             guider.conds = all_conds
-        if override is not None and not override.applied and cache is None:
-            raise RuntimeError(
-                "Token strengths were asked for, but the model's attention never passed through ComfyUI's "
-                f"optimized_attention_override ({type(diffusion_model).__name__}). Another extension replaces the "
-                "attention; remove it, or use strengths that leave both groups at 1."
-            )
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Wrapper of the host model's `apply_model`: with the attention override that this call needs."""
+        options, backbone = dict(transformer_options or {}), self.backbone
+        override = None
+        if backbone is not None:
+            override = self._override(backbone, x, c_crossattn, inputs.get("ref_latents") or [], options)
+        if backbone is None or override is None:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
+        override.applied, override.reached = 0, False
+        options["optimized_attention_override"] = override
+        out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        check_applied(override, backbone, executor.class_obj, options, self._warn)
         return out
 
     def _override(
-        self, conds: dict, context: float, reference: float, x: Tensor, patch: int, model_options: dict
+        self, backbone: Backbone, x: Tensor, context: Tensor | None, latents: list[Tensor], options: dict
     ) -> KeyStrengthAttention | None:
         """The attention override of a call, or None where every key keeps its weight (the host's untouched path)."""
-        if self.backbone is None:
+        uuids = tuple(options.get("uuids", ()))
+        if not all(uuid in self._conditions for uuid in uuids):
+            self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
             return None
-        key = (context, reference, x.shape)
+        tokens, previous = 0 if context is None else context.shape[1], options.get("optimized_attention_override")
+        shapes = tuple(latent.shape[1:] for latent in latents)
+        key = (self._strengths, uuids, x.shape, tokens, shapes, x.device, previous)
         if key not in self._overrides:
-            strengths = {
-                condition["uuid"]: _key_strengths(condition, self.backbone, context, reference, x.shape, patch)
-                for conditions in conds.values()
-                for condition in conditions
-            }
-            if all(s.changes_nothing for s in strengths.values()):
-                strengths = {}
-            previous = model_options.get("transformer_options", {}).get("optimized_attention_override")
-            self._overrides[key] = KeyStrengthAttention(strengths, previous)
-        override = self._overrides[key]
-        return override if override.strengths else None
+            rows = [self._log_strengths(backbone, self._conditions[u], tokens, x.shape, shapes) for u in uuids]
+            logs = torch.stack(rows)
+            if len(x) != len(uuids) * self._batch and not (logs == logs[0]).all():
+                raise ValueError(
+                    f"Apply Stages: the model is called with {len(x)} pictures for {len(uuids)} conditions of "
+                    f"{self._batch}, so another extension computes the picture in tiles and puts several into one "
+                    "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
+                    "tile batch size to 1, or remove it."
+                )
+            unchanged = not logs.any()
+            repeats = len(x) // len(uuids)
+            self._overrides[key] = None if unchanged else KeyStrengthAttention(logs, repeats, x.device, previous)
+        return self._overrides[key]
 
+    def _log_strengths(
+        self, backbone: Backbone, condition: Condition, tokens: int, shape: tuple, latents: tuple
+    ) -> Tensor:
+        """(keys,) of one condition in a call over a picture of `shape` and reference latents of these shapes."""
+        context, reference = self._strengths
+        strengths, masks = strengths_and_masks(condition, len(latents))
+        references = [
+            reference_log_strength((1, *latent), backbone.patch_size, reference * strength, mask)
+            for latent, strength, mask in zip(latents, strengths, masks)
+        ]
+        return key_strengths(backbone.token_order, tokens, context, shape, backbone.patch_size, references)
 
-def _key_strengths(
-    condition: Condition, backbone: Backbone, context: float, reference: float, shape: tuple[int, ...], patch: int
-) -> KeyStrengths:
-    """From a condition as the host prepared it, so that padding and cropping are already in."""
-    inputs = condition["model_conds"]
-    tokens = inputs["c_crossattn"].cond.shape[1] if "c_crossattn" in inputs else 0
-    latents = inputs["ref_latents"].cond if "ref_latents" in inputs else []
-    strengths, masks = strengths_and_masks(condition, len(latents))
-    references = [
-        reference_log_strength(latent.shape, patch, reference * strength, mask)
-        for latent, strength, mask in zip(latents, strengths, masks)
-    ]
-    return key_strengths(backbone.token_order, tokens, context, _covered(condition, shape), patch, references)
+    def _warn(self, text: str) -> None:
+        """Into the log, once in a run."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning(text)
 
 
 def _name(name: str, variant: int) -> str:
     return name if variant == 0 else f"{name} stage {variant}"
-
-
-def _covered(condition: Condition, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The part of the noisy latent that the condition covers (its `area`: sizes, then offsets, in latent elements)."""
-    if "area" not in condition:
-        return tuple(shape)
-    area = list(condition["area"])
-    dims = len(area) // 2
-    sizes = [min(area[i], shape[i - dims] - area[dims + i]) for i in range(dims)]
-    return (*shape[: len(shape) - 2], *sizes[-2:])

@@ -4,7 +4,7 @@ The groups are `context` (the MLLM's or text encoder's tokens, called MLLM token
 reference latents' tokens, called VAE tokens there).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -67,24 +67,23 @@ class Stages:
         """The keyframes' starts in a run over `tokens` noisy image tokens."""
         return [self.clock.adjust(key.start, tokens) for key in self.keyframes]
 
+    def keyframe_at(self, position: float, tokens: int = REFERENCE_TOKENS) -> int:
+        """Index of the keyframe that holds at `position` on the schedule's clock."""
+        return max(sum(self.clock.reached(position, start) for start in self.starts(tokens)) - 1, 0)
+
     def strengths(self, position: float, tokens: int = REFERENCE_TOKENS) -> tuple[float, float]:
         """(context, reference) at `position` on the schedule's clock, in a run over `tokens` noisy image tokens."""
-        starts = self.starts(tokens)
-        index = max(sum(self.clock.reached(position, start) for start in starts) - 1, 0)
+        index = self.keyframe_at(position, tokens)
         key = self.keyframes[index]
         if key.blend == "hold" or index + 1 == len(self.keyframes):
             return key.context, key.reference
-        after = self.keyframes[index + 1]
+        starts, after = self.starts(tokens), self.keyframes[index + 1]
         share = (position - starts[index]) / (starts[index + 1] - starts[index])
         share = min(max(share, 0.0), 1.0)
         return (
             key.context + share * (after.context - key.context),
             key.reference + share * (after.reference - key.reference),
         )
-
-    def at_sigma(self, sigma: float, sigmas: Sequence[float], tokens: int = REFERENCE_TOKENS) -> tuple[float, float]:
-        """(context, reference) for a model call: a function of sigma alone, so that every sampler switches alike."""
-        return self.strengths(self.clock.position(sigma, sigmas), tokens)
 
     def variants(self) -> list[tuple[bool, bool]]:
         """Every (context tokens present, reference tokens present) that the schedule needs, in order, once each."""

@@ -4,7 +4,6 @@ Groups: the context (MLLM or text tokens), the noisy image, and every reference 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil, inf, log, prod
 from typing import Any
 
@@ -39,26 +38,10 @@ def reference_log_strength(shape: tuple[int, ...], patch: int, strength: float, 
     return (weight.clamp(0, 1) * strength).log().repeat(frames)  # log(0) = -inf: the token is removed
 
 
-@dataclass(frozen=True)
-class KeyStrengths:
-    """What to add to the attention logits of each key of one condition.
-
-    log_strength (keys,) float32 in the family's order; -inf removes the key, 0 leaves it. Attention calls with another
-    number of keys (refiners over one group) are not joint and stay untouched.
-    """
-
-    log_strength: Tensor
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether every key keeps its weight."""
-        return not self.log_strength.any()
-
-
 def key_strengths(
     order: Sequence[str], context: int, mllm: float, image_shape: tuple[int, ...], patch: int, references: list[Tensor]
-) -> KeyStrengths:
-    """Log strengths of all keys of a joint attention call.
+) -> Tensor:
+    """(keys,) float32: what to add to the logits of each key of a joint attention call; -inf removes it.
 
     Args:
         order: The family's order of the groups, see `Backbone.token_order`.
@@ -73,4 +56,4 @@ def key_strengths(
         "image": [torch.zeros(prod(grid(image_shape, patch)))],
         "reference": references,
     }
-    return KeyStrengths(torch.cat([part for name in order for part in groups[name]]))
+    return torch.cat([part for name in order for part in groups[name]])

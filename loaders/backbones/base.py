@@ -41,7 +41,7 @@ class Training:
     sizes: DiTSizes
     measure: Callable[[Any], DiTSizes]  # the sizes of a loaded model, from the host's module
     mllm: MLLMSizes  # what the family is trained with
-    blocks: tuple[str, ...]  # module lists that hold the transformer blocks
+    blocks: tuple[str, ...]  # module lists that hold the transformer blocks, those without joint attention too
     lora_targets: str  # regular expression of the names of attention's linear maps
 
 
@@ -61,6 +61,7 @@ class Backbone:
     context_layer: str = "txt_in"  # path of the linear map that reads the context tokens
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
+    joint_blocks: tuple[str, ...] = ("double_blocks", "single_blocks")  # module lists; a block has one joint attention
     latent_channels: int = 16
     latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side

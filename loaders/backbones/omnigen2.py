@@ -27,6 +27,7 @@ BACKBONE = Backbone(
     context_layer="time_caption_embed.caption_embedder.1",
     context_width=2048,
     token_order=("context", "reference", "image"),
+    joint_blocks=("layers",),
     most_references=5,
     counts_context=True,
     training=Training(

@@ -23,6 +23,7 @@ BACKBONE = Backbone(
     host_class="QwenImage",
     keys=("txt_in.weight", "txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     context_width=3584,
+    joint_blocks=("transformer_blocks",),
     latent_dimensions=3,
     placements=("index", "negative_index", "index_timestep_zero"),
     training=Training(

@@ -177,13 +177,6 @@ def test_another_override_on_the_model_still_runs(model):
     assert torch.equal(ours, theirs) and calls
 
 
-def test_easycache_is_reset_where_the_stage_changes(model):
-    clone = model.clone()
-    clone.model_options["transformer_options"]["easycache"] = holder = Mock()
-    run(clone, preset("paper", tau1=0.7, tau2=0.4), condition())
-    assert holder.reset.call_count == 3
-
-
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc"])
 def test_a_patched_model_in_the_hosts_sampler_equals_the_staged_sampler(model, sampler):
     stages, conditions = preset("paper", tau1=0.8, tau2=0.5), (condition(), condition(5, 9))

@@ -191,7 +191,7 @@ def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
     assert stages[2] == preset("two_stage", tau1=0.85)  # no time between the two
     stages, labels = run("paper", "flow_time", "0, 0.95", "0, 0.85", "pairs", "1", "1", True).result
     assert labels == ["both throughout", "MLLM only", "paper, tau1 0, tau2 0", "paper, tau1 0.95, tau2 0.85"]
-    assert all(stages[2].at_sigma(t, []) == (1, 0) for t in (1.0, 0.5, 0.0))  # the paper's (0, 0)
+    assert all(stages[2].strengths(t) == (1, 0) for t in (1.0, 0.5, 0.0))  # the paper's (0, 0)
     stages, labels = run("semantics_first", "flow_time", "0.9", "0.8, 0.7", "grid", "1", "0.5, 1", False).result
     assert labels == ["semantics first, tau1 0.9, VAE 0.5", "semantics first, tau1 0.9, VAE 1"]
     strengths = [[(key.context, key.reference) for key in entry.keyframes] for entry in stages]

@@ -11,9 +11,9 @@ from ...dla.context import Context
 from ...loaders import host
 from ...loaders.backbones import BACKBONES, backbone_of, titles
 from ...loaders.conditioning import values_of
-from ...loaders.dit import context_width
+from ...loaders.dit import context_width, dit_of
 from ...sampling.attention import KeyStrengthAttention
-from ...sampling.tokens import KeyStrengths, key_strengths, reference_log_strength
+from ...sampling.tokens import key_strengths, reference_log_strength
 from .checkpointing import in_place, recomputed
 from .lora import LoRA
 
@@ -35,13 +35,13 @@ class FrozenDiT:
             known = titles(backbone for backbone in BACKBONES.values() if backbone.training)
             raise ValueError(
                 f"Training needs {known} as ComfyUI runs them; this model is "
-                f"{type(model.model.diffusion_model).__name__}. Load one of these with Load Diffusion Model."
+                f"{type(dit_of(model.model)).__name__}. Load one of these with Load Diffusion Model."
             )
         self.family = backbone
         if host.is_dynamic(model):
             model = model.clone(disable_dynamic=True)  # weights that come and go have no place in a backward pass
         self.patcher, self.base = model, model.model
-        self.dit: nn.Module = model.model.diffusion_model
+        self.dit: nn.Module = dit_of(model.model)
         self.checkpointing = checkpointing
         self.lora: LoRA | None = None
         self.context_width = context_width(model)
@@ -117,10 +117,10 @@ class FrozenDiT:
         conds = {key: c.process_cond(batch_size=batch, device=self.device, area=None).cond for key, c in conds.items()}
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0], "uuids": list(range(batch)), "sigmas": t}
-        strengths = self._strengths(conds, noisy, mask)
-        if strengths:
+        strengths = self._log_strengths(conds, noisy, mask)
+        if strengths is not None:
             previous = options.get("optimized_attention_override")
-            options["optimized_attention_override"] = KeyStrengthAttention(strengths, previous)
+            options["optimized_attention_override"] = KeyStrengthAttention(strengths, 1, self.device, previous)
         denoised = self.base.apply_model(noisy, t.to(noisy), transformer_options=options, **conds)
         if torch.is_grad_enabled() and tokens.requires_grad and not denoised.requires_grad:
             raise GradientError(
@@ -131,21 +131,18 @@ class FrozenDiT:
         t = t.reshape(-1, *[1] * (noisy.ndim - 1))
         return (noisy - denoised) / t
 
-    def _strengths(self, conds: dict, noisy: Tensor, mask: Tensor | None) -> dict[int, KeyStrengths]:
-        """By row: keys taken out of attention, for a context that is off or padding; {} where nothing is."""
+    def _log_strengths(self, conds: dict, noisy: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(b, keys): keys taken out of attention, for a context that is off or padding; None where nothing is."""
         if mask is not None and bool(mask.all()):
-            return {}
+            return None
         patch = self.family.patch_size
         references = [reference_log_strength(latent.shape, patch, 1.0, None) for latent in conds.get("ref_latents", [])]
-        count = conds["c_crossattn"].shape[1]
-        out = {}
-        for row in range(noisy.shape[0]):
-            on = float(mask is not None)
-            logs = key_strengths(self.family.token_order, count, on, noisy.shape, patch, references).log_strength
-            if mask is not None:
-                logs[:count].masked_fill_(~mask[row].cpu(), -torch.inf)
-            out[row] = KeyStrengths(logs)
-        return out
+        count, on = conds["c_crossattn"].shape[1], float(mask is not None)
+        logs = key_strengths(self.family.token_order, count, on, noisy.shape, patch, references)
+        logs = logs.repeat(noisy.shape[0], 1)
+        if mask is not None:
+            logs[:, :count].masked_fill_(~mask.cpu(), -torch.inf)
+        return logs
 
 
 def make_trainable_through(module: nn.Module) -> None:

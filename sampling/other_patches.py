@@ -1,0 +1,112 @@
+"""What other patches on the model mean for stages: step caches begin anew, and attention that bypasses is refused."""
+
+import sys
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+from ..loaders.backbones import Backbone
+from ..loaders.dit import dit_of
+from .attention import KeyStrengthAttention
+from .stages import Stages
+
+KEY = "subject_stages"  # of this pack's wrappers
+HOST_CACHES = ("easycache", "lazycache")  # keys of the host's step caches, which `restart_cache` knows
+COUNTS = ("total_steps_skipped", "output_change_rates", "approx_output_change_rates")  # of theirs, logged at the end
+
+
+def restart_cache(model_options: dict) -> None:
+    """Lets the host's EasyCache or LazyCache begin anew: it compares with the conditions of the stage before.
+
+    Their own `reset` is meant for the end of a run: it leaves a rate of 0 instead of none, by which the cache would
+    leave out nearly every later step (EasyCache) or divide nothing by it (LazyCache), and forgets what it counts.
+    """
+    cache = model_options.get("transformer_options", {}).get("easycache")
+    if cache is None:
+        return
+    kept = {name: getattr(cache, name) for name in COUNTS if hasattr(cache, name)}
+    cache.reset()
+    cache.relative_transformation_rate = None
+    for name, value in kept.items():
+        setattr(cache, name, value)
+
+
+def check_caches(model_options: dict, stages: Stages) -> None:
+    """Raises ValueError for a step cache of another pack, unless the schedule has one stage."""
+    if len(stages.keyframes) == 1 and stages.keyframes[0].blend == "hold":
+        return
+    names = _wrapper_names(model_options.get("transformer_options", {}))
+    if "model_function_wrapper" in model_options:
+        names.append(_name(model_options["model_function_wrapper"]))
+    found = [name for name in names if "cache" in name.lower() and not name.startswith(HOST_CACHES)]
+    if found:
+        raise ValueError(
+            f"Apply Stages: the model has a step cache of another extension ({', '.join(found)}), which would answer "
+            "calls of one stage with results of the stage before. Remove it, or use ComfyUI's own EasyCache or "
+            "LazyCache, which begin anew with each stage."
+        )
+
+
+def check_applied(
+    override: KeyStrengthAttention, backbone: Backbone, model: Any, options: dict, warn: Callable[[str], None]
+) -> None:
+    """Raises RuntimeError where joint attention of a model call did not pass through `override`.
+
+    Args:
+        override: The call's, whose `applied` counts.
+        backbone: The record of the DiT's family.
+        model: The host's model that was called.
+        options: The call's `transformer_options`.
+        warn: Takes the text about blocks that another extension replaced, which may be meant.
+    """
+    blocks = sum(len(getattr(dit_of(model), name, ())) for name in backbone.joint_blocks)
+    applied = override.applied
+    if applied == blocks or (override.reached and not applied):  # compiled
+        return
+    if getattr(options.get("easycache"), "skip_current_step", False) and not applied:
+        return
+    replaced = options.get("patches_replace", {}).get("dit", {})
+    if applied and blocks - len(replaced) <= applied < blocks:
+        names = ", ".join(sorted({_name(function) for function in replaced.values()}))
+        warn(
+            f"Apply Stages: in {blocks - applied} of {blocks} blocks of the model, which another extension replaces "
+            f"({names}), attention does not follow the stages. Skipped blocks have none; else remove the extension."
+        )
+        return
+    calls = f"{applied} of {blocks}" if applied else "none"
+    found = [*dict.fromkeys(_suspects(override, backbone, model, options))]
+    raise RuntimeError(
+        f"Apply Stages: token strengths were asked for, but {calls} of the attention calls of {backbone.title} "
+        f"({type(dit_of(model)).__name__}) passed through ComfyUI's optimized_attention_override as this patch set it. "
+        + (f"On this model: {', '.join(found)}. " if found else "")
+        + "Remove the extension that replaces the attention or computes the picture in parts, or use a schedule of "
+        "strengths 0 and 1 on a model without it."
+    )
+
+
+def _suspects(override: KeyStrengthAttention, backbone: Backbone, model: Any, options: dict) -> Iterable[str]:
+    """Names of what may have replaced the attention, most likely first."""
+    current = options.get("optimized_attention_override")
+    if current is not override:
+        yield f"attention override {_name(current)}"
+    yield from (f"block replacement {_name(f)}" for f in options.get("patches_replace", {}).get("dit", {}).values())
+    for part in (block for name in backbone.joint_blocks for block in getattr(dit_of(model), name, ())):
+        if "forward" in vars(part):
+            yield f"block function {_name(part.forward)}"
+        source = sys.modules[type(part).__module__]
+        for function in (getattr(source, name, None) for name in ("attention", "optimized_attention")):
+            if function is not None and not _name(function).startswith("comfy."):
+                yield f"attention function {_name(function)}"
+    yield from (f"wrapper {name}" for name in _wrapper_names(options) if not name.startswith(HOST_CACHES))
+
+
+def _wrapper_names(options: dict) -> list[str]:
+    """Names of the wrappers in `transformer_options` that are not this pack's."""
+    by_key = chain.from_iterable(kind.items() for kind in options.get("wrappers", {}).values())
+    return [f"{key} ({_name(found[0])})" for key, found in by_key if found and key != KEY]
+
+
+def _name(function: Any) -> str:
+    """Where a function or a callable object comes from."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

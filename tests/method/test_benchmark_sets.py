@@ -261,6 +261,14 @@ def test_a_picture_that_a_reference_has_no_part_in_is_refused():
         template.fill(CASE, ["a.png"], "out")
 
 
+def test_a_bypassed_node_hands_each_output_the_input_of_its_position():
+    both = graph(_8={"positive": ["7", 0], "negative": ["7", 1]})
+    both["7"] = {"class_type": "Both", "inputs": {"positive": ["5", 0], "negative": ["6", 0], "image": ["3", 0]}}
+    control = kind([CONDITION, CONDITION], positive=CONDITION, negative=CONDITION, image="IMAGE")
+    one = Template(both, INFO | {"Both": control}).fill(CASE, ["a.png"], "out")
+    assert "7" not in one and one["8"]["inputs"]["positive"] == ["5", 0] and one["8"]["inputs"]["negative"] == ["6", 0]
+
+
 def test_places_that_are_linked_or_missing():
     linked = graph(_8={"seed": ["10", 0]}, _5={"text": ["11", 0]})
     linked["10"] = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..comfy_client import workflow
 from ..comfy_client.client import title
+from ..comfy_client.editor_graph import bypass_input, sockets
 from ..comfy_client.workflow import WorkflowFileError
 from .sets import Case
 
@@ -104,23 +105,24 @@ def _upstream(prompt: dict) -> set[str]:
 
 
 def _bypass(prompt: dict, key: str, object_info: dict) -> None:
-    """Removes a node as the editor's bypass does, an input of the same type in its output's stead; dependents too."""
+    """Removes a node as the editor's bypass does, one of its linked inputs in an output's stead; dependents too."""
     node = prompt.pop(key)
     info = object_info[node["class_type"]]
-    types = {
-        name: spec[0] for group in info["input"].values() if isinstance(group, dict) for name, spec in group.items()
-    }
-    links = [(types.get(name), value) for name, value in node["inputs"].items() if isinstance(value, list)]
+    inputs = sockets(info, node["inputs"])
+    links = [node["inputs"].get(socket.name) for socket in inputs]
+    linked = [isinstance(link, list) and link[0] in prompt for link in links]
     for other in list(prompt):
         for name, value in list(prompt.get(other, {"inputs": {}})["inputs"].items()):
             if not isinstance(value, list) or value[0] != key:
                 continue
-            kind = info["output"][value[1]]
-            through = next((link for type_, link in links if type_ == kind and link[0] in prompt), None)
-            if through:
-                prompt[other]["inputs"][name] = through
+            reader = object_info[prompt[other]["class_type"]]
+            kind = next((s.type for s in sockets(reader, [name]) if s.name == name), "*")
+            types = [socket.type if usable else None for socket, usable in zip(inputs, linked)]
+            index = bypass_input(types, info["output"][value[1]], value[1], kind)
+            if index is not None and linked[index]:
+                prompt[other]["inputs"][name] = links[index]
                 continue
             del prompt[other]["inputs"][name]
-            if name in object_info[prompt[other]["class_type"]]["input"].get("required", {}):
+            if name in reader["input"].get("required", {}):
                 _bypass(prompt, other, object_info)
                 break

@@ -1,19 +1,12 @@
 """Workflow files: from the editor's format to the queue's (API), with one's own pictures and prompt."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
-NOTES = ("Note", "MarkdownNote")
+from .editor_graph import WorkflowFileError, graph_to_prompt
+
 POSITIVE = ("positive", "cond1", "conditioning")  # samplers', DualCFGGuider's, BasicGuider's name for the condition
 TEXTS = ("prompt", "text", "clip_l", "t5xxl")  # what encoders call their text
-
-
-class WorkflowFileError(ValueError):
-    """A workflow file that cannot be used here; the text says why and what to do."""
 
 
 def read(path: Path) -> dict:
@@ -37,9 +30,7 @@ def titles(prompt: dict) -> dict[str, str]:
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The queue's format (id -> class_type, inputs) of a workflow in either format.
 
-    Muted nodes are left out, bypassed ones pass their input on, reroutes vanish. The server's object_info says which
-    inputs are widgets, and the order in which their values are saved. Raises WorkflowFileError for subgraphs, nodes
-    that the server lacks, and widgets without a value.
+    Raises WorkflowFileError as `graph_to_prompt` does, and for another file.
     """
     if "nodes" not in workflow and all(isinstance(n, dict) and "class_type" in n for n in workflow.values()):
         return workflow  # in API format already
@@ -47,80 +38,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         raise WorkflowFileError(
             "Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format."
         )
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: link for link in workflow["links"]}  # id -> [id, from node, from slot, to node, to slot, type]
-    unknown = sorted({node["type"] for node in nodes.values()} - {*object_info, *NOTES, "Reroute"})
-    if unknown:
-        raise WorkflowFileError(
-            f"The server has no node {', '.join(unknown)}. (Subgraphs: unpack them in the editor first.)"
-        )
-
-    def source(link: int | None) -> list | None:
-        """[node id, slot] that a link comes from, through reroutes and bypassed nodes."""
-        if link is None or link not in links:
-            return None
-        _, origin, slot, _, _, kind = links[link]
-        node = nodes[origin]
-        if node["type"] == "Reroute":
-            return source(node["inputs"][0].get("link"))
-        if node.get("mode", ALWAYS) == MUTED:
-            return None
-        if node.get("mode", ALWAYS) == BYPASSED:
-            kind = node["outputs"][slot]["type"]
-            return next(
-                (source(i["link"]) for i in node.get("inputs", []) if i["type"] == kind and i.get("link") is not None),
-                None,
-            )
-        return [str(origin), slot]
-
-    prompt = {}
-    for node in nodes.values():
-        if node["type"] in (*NOTES, "Reroute") or node.get("mode", ALWAYS) in (MUTED, BYPASSED):
-            continue
-        inputs = _widget_values(node, object_info[node["type"]])
-        for socket in node.get("inputs", []):
-            found = source(socket.get("link"))
-            if found:
-                inputs[socket["name"]] = found
-        name = node.get("title") or object_info[node["type"]].get("display_name") or node["type"]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": name}}
-    return prompt
-
-
-def _widget_values(node: dict, info: dict) -> dict:
-    """Values of a node's widgets by name; saved is a list in the schema's order, with the editor's own in between."""
-    saved = node.get("widgets_values") or []
-    if isinstance(saved, dict):
-        return dict(saved)
-    values, position = {}, 0
-    for name, kind, options in _widgets(info):
-        if position >= len(saved):
-            if "default" not in options:
-                raise WorkflowFileError(
-                    f"Node {node['id']} ({node['type']}) has no value for {name!r}: "
-                    "open it in the editor and save again."
-                )
-            values[name] = options["default"]
-            continue
-        values[name] = saved[position]
-        position += 1
-        seed = kind == "INT" and (options.get("control_after_generate") or name in ("seed", "noise_seed"))
-        if seed and position < len(saved) and saved[position] in AFTER_GENERATE:
-            position += 1
-        if options.get("image_upload"):
-            position += 1  # the upload button
-    return values
-
-
-def _widgets(info: dict) -> Iterator[tuple[str, str, dict]]:
-    """(name, kind, options) of the inputs that are widgets, in order."""
-    for group in ("required", "optional"):
-        given = info["input"].get(group, {})
-        for name in info.get("input_order", {}).get(group, given):
-            kind, options = given[name][0], given[name][1] if len(given[name]) > 1 else {}
-            kind = "COMBO" if isinstance(kind, list) else kind
-            if kind in WIDGETS and not options.get("forceInput"):
-                yield name, kind, options
+    return graph_to_prompt(workflow, object_info)
 
 
 def put_in(prompt: dict, images: list[str] | None = None, text: str | None = None) -> dict:

@@ -148,7 +148,8 @@ class DataReader:
             files = (path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.name[0] != ".")
             return sorted(path for path in files if path.is_file())
         except OSError as error:
-            return self.problem(folder.name, f"cannot be read ({error.strerror}), expected a folder of pictures")
+            self.problem(folder.name, f"cannot be read ({error.strerror}), expected a folder of pictures")
+            return None
 
     def _decode(self, paths: Iterable[Path]) -> None:
         new = [path for path in dict.fromkeys(paths) if path not in self._sizes]

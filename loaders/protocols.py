@@ -21,12 +21,6 @@ class Model(Protocol):
     def get_model_object(self, name: str) -> Any:
         """An attribute of the host's model by its dotted name, patches included."""
 
-    def model_dtype(self) -> torch.dtype:
-        """The dtype in which the weights are stored."""
-
-    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
-        """Adds a wrapper around one of the host's calls (`WrappersMP`)."""
-
 
 class VAE(Protocol):
     """A VAE socket."""
@@ -39,9 +33,6 @@ class VAE(Protocol):
     def decode(self, samples_in: Tensor) -> Tensor:
         """Latents to (B, H, W, 3) in 0..1."""
 
-    def spacial_compression_encode(self) -> int:
-        """Pixels for each latent position along a side; the spelling is the host's."""
-
 
 class CLIP(Protocol):
     """A CLIP socket: a text encoder with its tokenizer."""
@@ -52,9 +43,6 @@ class CLIP(Protocol):
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Tokens with weights for each tokenizer."""
-
-    def encode_from_tokens_scheduled(self, tokens: dict[str, Any]) -> list[list]:
-        """A CONDITIONING."""
 
     def load_model(self) -> Any:
         """Loads the weights onto the device; returns the patcher."""

@@ -122,8 +122,8 @@ class TransformersMLLM(MLLM):
         grids = [grid for _, grid, _ in encoded]
         ids = torch.tensor([[self._image_token if token is None else token for token in tokens]], device=device)
         repeats = torch.ones(len(tokens), dtype=torch.long)
-        positions = [position for position, token in enumerate(tokens) if token is None]
-        repeats[positions] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
+        placeholders = [position for position, token in enumerate(tokens) if token is None]
+        repeats[placeholders] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
         ids = ids.repeat_interleave(repeats.to(device), dim=1)
         image_mask = torch.tensor([token is None for token in tokens]).repeat_interleave(repeats)[None].to(device)
 

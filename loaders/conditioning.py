@@ -34,7 +34,7 @@ def aggregate_conditioning(
     pooled = pooled_from[0][1].get(POOLED) if pooled_from else None
     if pooled_from and pooled is None:
         raise ValueError(
-            "Aggregate Layers: the conditioning at pooled_from has no pooled vector. Connect a text encoder that makes"
+            "The conditioning at pooled_from has no pooled vector. Connect a text encoder that makes"
             " one (FLUX.1: CLIP-L, e.g. from DualCLIPLoader with type flux), or leave pooled_from open."
         )
     reader = BACKBONES.get(dla.config.dit) if dla is not None else None

@@ -43,8 +43,7 @@ def add_identity(
     count = max((len(reference_latents(values)) for _, values in conditioning), default=0) + len(images)
     if backbone and backbone.most_references is not None and count > backbone.most_references:
         raise ValueError(
-            f"Add Identity: {backbone.title} takes at most {backbone.most_references} references, this makes {count}. "
-            "Leave some out."
+            f"{backbone.title} takes at most {backbone.most_references} references, this makes {count}. Leave some out."
         )
     masks = _masks(mask, len(images))
     latents, kept_masks = [], []
@@ -56,7 +55,7 @@ def add_identity(
             picture_mask = resize(picture_mask[None], width, height)[0].clamp(0, 1)
             if not picture_mask.any():
                 raise ValueError(
-                    "Add Identity: the mask is black everywhere, which removes the whole reference. White is "
+                    "The mask is black everywhere, which removes the whole reference. White is "
                     "what to use: invert the mask, or set strength 0."
                 )
         kept_masks.append(picture_mask)
@@ -78,7 +77,7 @@ def reference_method(model: Model, placement: str) -> str | None:
         if backbone and not backbone.placements:
             remedy = f"Choose auto: {backbone.title} places references itself."
         raise ValueError(
-            f"Add Identity: {type(diffusion_model).__name__} does not know the placement {method!r} here "
+            f"{type(diffusion_model).__name__} does not know the placement {method!r} here "
             f"and would silently place references elsewhere. {remedy}"
         )
     return method
@@ -120,7 +119,5 @@ def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
         return [None] * count
     mask = mask.reshape(-1, *mask.shape[-2:])
     if len(mask) not in (1, count):
-        raise ValueError(
-            f"Add Identity: {len(mask)} masks for {count} images. Give one mask for all, or one for each image."
-        )
+        raise ValueError(f"{len(mask)} masks for {count} images. Give one mask for all, or one for each image.")
     return [mask[i % len(mask)] for i in range(count)]

@@ -3,9 +3,21 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from . import copy_paste, encode, identity, layers, load, orientation, sample, stages, sweep, train
+from . import (
+    copy_paste,
+    encode,
+    identity,
+    layers,
+    load,
+    orientation,
+    sample,
+    stages,
+    subject_conditioning,
+    sweep,
+    train,
+)
 
-TOPICS = (load, encode, stages, sample, train, orientation, copy_paste, identity, layers, sweep)
+TOPICS = (load, encode, subject_conditioning, stages, sample, train, orientation, copy_paste, identity, layers, sweep)
 
 
 class SubjectExtension(ComfyExtension):

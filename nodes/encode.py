@@ -4,11 +4,77 @@ from comfy_api.latest import io
 
 from .schema import DLA, MLLM, Features, advanced, schema
 
-EMPTY_PROMPT = (
-    "Encode Subject: the prompt is empty. Write what the picture shows, e.g. 'the backpack of image 1 on a mossy rock'."
-    " For the empty negative prompt of CFG write a single space."
-)
-SOCKETS = 5  # image inputs of Encode Subject; each may carry a batch
+SOCKETS = 5  # image inputs of a node; each may carry a batch
+
+
+def prompt_input() -> io.String.Input:
+    """The words that an MLLM reads together with the images."""
+    return io.String.Input(
+        "prompt",
+        multiline=True,
+        dynamic_prompts=True,
+        default="",
+        placeholder="what the picture shows, e.g. the backpack of image 1 on a mossy rock",
+        tooltip="What the new picture shows. The MLLM reads it together with the images. May be empty.",
+    )
+
+
+def image_inputs() -> list[io.Image.Input]:
+    """The sockets image_1, image_2 and so on."""
+    return [
+        io.Image.Input(
+            f"image_{index}",
+            optional=True,
+            tooltip=f'"image {index}" in the prompt. A batch is several references; ten in all at most.',
+        )
+        for index in range(1, SOCKETS + 1)
+    ]
+
+
+def in_order(name: str, sockets: dict) -> list:
+    """What the sockets name_1, name_2, … bring, None where nothing is connected: error texts give the number."""
+    return [sockets.get(f"{name}_{number}") for number in range(1, SOCKETS + 1)]
+
+
+def reference_inputs(make) -> list:
+    """How references go in; make(type, id, …) makes each input."""
+    return [
+        make(
+            io.Float.Input,
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip=(
+                "Strength of this reference, multiplied by the schedule's VAE strength. 1: the model's own"
+                " behaviour; 0: the reference is left out; else attention to it is weighted by this factor."
+            ),
+        ),
+        make(
+            io.Int.Input,
+            "size",
+            default=0,
+            min=0,
+            max=4096,
+            step=16,
+            tooltip=(
+                "Longest side of the reference in pixels before encoding; the aspect ratio is kept. 0: the"
+                " family's default (UNO placement 512, else about one megapixel)."
+            ),
+        ),
+        make(
+            io.Combo.Input,
+            "placement",
+            options=["auto", "uxo", "offset", "index", "index_timestep_zero"],
+            default="auto",
+            tooltip=(
+                "Positions of the reference's tokens beside the picture's. auto: the family's own. uxo: the"
+                " diagonal of UNO and USO (FLUX.1 with such a LoRA, and the paper). offset, index: FLUX.1"
+                " Kontext's and Qwen-Image-Edit's. index_timestep_zero: Qwen-Image-Edit 2511."
+            ),
+        ),
+    ]
 
 
 class SubjectPromptList(io.ComfyNode):
@@ -53,14 +119,6 @@ class SubjectPromptList(io.ComfyNode):
 class SubjectEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        images = [
-            io.Image.Input(
-                f"image_{index}",
-                optional=True,
-                tooltip=f'"image {index}" in the prompt. A batch is several references; ten in all at most.',
-            )
-            for index in range(1, SOCKETS + 1)
-        ]
         return schema(
             node_id="SubjectEncode",
             display_name="Encode Subject",
@@ -68,15 +126,8 @@ class SubjectEncode(io.ComfyNode):
             search_aliases=["mllm encode", "text and image encode", "subject reference", "multimodal prompt"],
             inputs=[
                 MLLM.Input("mllm", tooltip="From Load MLLM, MLLM from CLIP or Load Subject Pipeline."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    placeholder="what the picture shows, e.g. the backpack of image 1 on a mossy rock",
-                    tooltip="What the new picture shows. The MLLM reads it together with the images.",
-                ),
-                *images,
+                prompt_input(),
+                *image_inputs(),
                 DLA.Input(
                     "dla",
                     optional=True,
@@ -121,18 +172,11 @@ class SubjectEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt):
-        return EMPTY_PROMPT if prompt == "" else True
-
-    @classmethod
     def execute(cls, mllm, prompt, dla=None, image_size=0, tiles=0, system_prompt="", **images) -> io.NodeOutput:
         from ..loaders.mllm import encode_subject
 
-        if prompt == "":  # a linked one is not known before
-            raise ValueError(EMPTY_PROMPT)
-        sockets = [images.get(f"image_{number}") for number in range(1, SOCKETS + 1)]  # in order, for error texts
         options = {"image_size": image_size, "tiles": tiles, "system_prompt": system_prompt}
-        return io.NodeOutput(encode_subject(mllm, prompt, sockets, dla, **options))
+        return io.NodeOutput(encode_subject(mllm, prompt, in_order("image", images), dla, **options))
 
 
 class SubjectAggregateLayers(io.ComfyNode):
@@ -223,38 +267,7 @@ class SubjectAddIdentity(io.ComfyNode):
                     optional=True,
                     tooltip="White: the part of the reference to use; black parts get no tokens. Is scaled to it.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip=(
-                        "Strength of this reference, multiplied by the schedule's VAE strength. 1: the model's own"
-                        " behaviour; 0: the reference is left out; else attention to it is weighted by this factor."
-                    ),
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=16,
-                    tooltip=(
-                        "Longest side of the reference in pixels before encoding; the aspect ratio is kept. 0: the"
-                        " family's default (UNO placement 512, else about one megapixel)."
-                    ),
-                ),
-                io.Combo.Input(
-                    "placement",
-                    options=["auto", "uxo", "offset", "index", "index_timestep_zero"],
-                    default="auto",
-                    tooltip=(
-                        "Positions of the reference's tokens beside the picture's. auto: the family's own. uxo: the"
-                        " diagonal of UNO and USO (FLUX.1 with such a LoRA, and the paper). offset, index: FLUX.1"
-                        " Kontext's and Qwen-Image-Edit's. index_timestep_zero: Qwen-Image-Edit 2511."
-                    ),
-                ),
+                *reference_inputs(lambda kind, *name, **options: kind(*name, **options)),
             ],
             outputs=[
                 io.Conditioning.Output(

@@ -76,20 +76,21 @@ def picture(height, width, seed=0):
 IMAGES = [picture(300, 500), picture(640, 400, 1)]  # two aspect ratios; neither fits the windows
 
 
+@pytest.mark.parametrize("prompt", ["a red fox,\n\nasleep", "", " "], ids=["words", "empty", "space"])
 @pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
-def test_native_and_transformers_features_agree(clip, folder, images):
+def test_native_and_transformers_features_agree(clip, folder, images, prompt):
     """Every layer, every token, in the same order on every host, with the same account of what each token is."""
     native = mllm_from_clip(clip)
     other = load_folder(folder)
     assert (native.info.layers, native.info.width, native.info.family) == (3, 256, "qwen2_5_vl")
-    first = native.encode("a red fox,\n\nasleep", images, image_size=224)
-    second = other.encode("a red fox,\n\nasleep", images, image_size=224)
+    first = native.encode(prompt, images, image_size=224)
+    second = other.encode(prompt, images, image_size=224)
     assert first.layers == second.layers and first.prefix == second.prefix
     assert first.grids == second.grids and len(first.grids[0]) == len(images)
     assert torch.equal(first.modality, second.modality) and torch.equal(first.image_index, second.image_index)
     assert torch.equal(first.attention_mask, second.attention_mask)
     torch.testing.assert_close(first.hidden_states, second.hidden_states, atol=1e-3, rtol=1e-3)
-    some = native.encode("a red fox,\n\nasleep", images, image_size=224, layers=[3, 1])
+    some = native.encode(prompt, images, image_size=224, layers=[3, 1])
     assert torch.equal(some.hidden_states, first.hidden_states[:, [1, 3]])
 
 
@@ -161,6 +162,29 @@ def test_a_lora_on_the_clip_changes_the_features(clip):
     assert torch.equal(found[:, :2], plain[:, :2]) and not torch.allclose(found[:, 2], plain[:, 2], atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_nodes_take_an_empty_prompt_as_the_host_does(clip, count):
+    """The same template with nothing in it, which is not what a space makes; through the nodes, images included."""
+    sockets = {f"image_{number}": image[None] for number, image in enumerate(IMAGES[:count], 1)}
+    nodes = importlib.import_module("subject_dla.nodes.encode")
+    empty, space = (
+        nodes.SubjectAggregateLayers.execute(
+            nodes.SubjectEncode.execute(mllm_from_clip(clip), text, **sockets).result[0]
+        )
+        for text in ("", " ")
+    )
+    mine, blank = empty.result[0][0][0], space.result[0][0][0]
+    assert mine.shape[1] == blank.shape[1] - 1
+    if count:
+        if window_ordered(type(mllm_from_clip(clip).visual)):  # the host's node leaves image tokens in another order
+            mllm_from_clip(clip).visual.register_forward_hook(to_raster)
+        host = importlib.import_module("comfy_extras.nodes_qwen").TextEncodeQwenImageEditPlus
+        stock = host.execute(clip, "", **{name.replace("_", ""): image for name, image in sockets.items()}).result[0]
+    else:
+        stock = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    assert torch.equal(mine, stock[0][0])
+
+
 def test_omnigen2_reads_text_only_and_keeps_its_template(monkeypatch):
     shrink(monkeypatch)
     clip = build_clip(omnigen2.te(), omnigen2.Omnigen2Tokenizer)
@@ -169,6 +193,8 @@ def test_omnigen2_reads_text_only_and_keeps_its_template(monkeypatch):
     features = mllm.encode("a red fox")
     stock = clip.encode_from_tokens_scheduled(clip.tokenize("a red fox"))[0][0]
     assert torch.equal(features.layer(3), stock)
+    stock = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0]
+    assert torch.equal(mllm.encode("").layer(3), stock)
     words = (features.modality[0] == Modality.TEXT).nonzero().flatten().tolist()
     assert words == list(range(features.prefix[0], features.prefix[0] + 3))
     with pytest.raises(MLLMError, match="reads text only, but 2 image"):

@@ -21,6 +21,10 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
         "mllm prompt image_1 image_2 image_3 image_4 image_5 dla image_size tiles system_prompt", "MLLM_FEATURES"),
     "SubjectAggregateLayers": ("features dla template vit_blend pooled_from", "CONDITIONING"),
     "SubjectAddIdentity": ("conditioning model vae image mask strength size placement", "CONDITIONING"),
+    "SubjectConditioning": (
+        "model vae mllm prompt negative_prompt image_1 image_2 image_3 image_4 image_5 mask_1 mask_2 mask_3 mask_4"
+        " mask_5 dla pooled_from width height batch_size strength size placement encode_negative",
+        "CONDITIONING CONDITIONING LATENT"),
     "SubjectStagedSampler": (
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),
     "SubjectApplyStages": ("model preset clock tau1 tau2 stages sigmas", "MODEL"),  # later than 0.1.0

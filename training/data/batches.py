@@ -22,7 +22,7 @@ from .feature_cache import FeatureSource, Prompt, stack
 from .latent_cache import LatentCache
 
 CONDITION, NOISE, TIME, PROMPT, HELD_OUT = range(5)  # streams of random numbers, see flow.generator
-EMPTY = (" ", ())  # prompt and references on CFG's negative side; in the graph, too, an empty prompt is a space
+EMPTY = (" ", ())  # prompt and references on CFG's negative side: a space, no images
 BINS = ((0.95, 1.0), (0.85, 0.95), (0.0, 0.85))  # flow times between the paper's thresholds
 
 

@@ -33,6 +33,9 @@ class VAE(Protocol):
     def decode(self, samples_in: Tensor) -> Tensor:
         """Latents to (B, H, W, 3) in 0..1."""
 
+    def spacial_compression_encode(self) -> int:
+        """Pixels for each latent position along a side; the spelling is the host's."""
+
 
 class CLIP(Protocol):
     """A CLIP socket: a text encoder with its tokenizer."""

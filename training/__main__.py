@@ -85,9 +85,10 @@ def main() -> int:
 
 def _read(path: Path, changes: list[str]) -> dict:
     """A recipe's sections with the changes of --set; the data's paths are relative to the recipe."""
+    from ..common.list_files import read_text
     from .recipe import read_toml
 
-    values = read_toml(path.read_text(encoding="utf-8"), str(path))
+    values = read_toml(read_text(path), str(path))
     for change in changes:
         for section, entries in read_toml(change, f"--set {change}").items():
             if isinstance(entries, dict):

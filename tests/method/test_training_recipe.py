@@ -143,3 +143,13 @@ def test_the_script_starts_by_its_path_and_as_a_module(start):
     command, root = [sys.executable, *start, "--template"], Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout == template(), done.stderr
+
+
+def test_a_recipe_file_may_be_utf_16_and_another_one_is_named(tmp_path):
+    from subject_dla.training.__main__ import _read
+
+    (tmp_path / "windows.toml").write_text(template(), encoding="utf-16")  # what PowerShell's > writes
+    assert Recipe.from_dict(_read(tmp_path / "windows.toml", ["training.steps = 5"])).training.steps == 5
+    (tmp_path / "broken.toml").write_bytes(b"# \xe9\n")
+    with pytest.raises(ValueError, match="broken.toml: cannot be read .*UTF-8"):
+        _read(tmp_path / "broken.toml", [])

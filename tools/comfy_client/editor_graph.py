@@ -133,20 +133,19 @@ class _Flat:
             node = _Node(f"{host.id}:{saved['id']}" if host else str(saved["id"]), saved, graph, host)
             self.nodes[node.id] = node
             node.inside, info = self.subgraphs.get(node.type), self.info.get(node.type)
-            given = {s["name"]: s for s in reversed(saved.get("inputs") or [])}
+            given = saved.get("inputs") or []
             if node.inside:
                 known = [Socket(s["name"], s["type"]) for s in node.inside.inputs]
                 node.outputs = [s["type"] for s in node.inside.outputs]
             else:
-                known = sockets(info, given) if info else []
-                known += [
-                    Socket(name, _type(s["type"]))
-                    for name, s in given.items()
-                    if not (info and s.get("widget")) and all(name != socket.name for socket in known)
-                ]  # of a node that the server lacks, or put there by another pack's scripts
+                known = sockets(info, [s["name"] for s in given]) if info else []
+                names = {socket.name for socket in known}
+                others = [s for s in given if s["name"] not in names and not (info and s.get("widget"))]
+                known += [Socket(s["name"], _type(s["type"])) for s in others]  # as other packs' scripts add them
                 made = info["output"] if info else []
                 node.outputs = [_type(k) for k in [*made, *(s["type"] for s in node.outgoing[len(made) :])]]
-            node.sockets = [s._replace(link=given.get(s.name, {}).get("link")) for s in known]
+            linked = {s["name"]: s.get("link") for s in given}
+            node.sockets = [socket._replace(link=linked.get(socket.name)) for socket in known]
             if info:
                 node.values = _widget_values(node, info)
             if node.inside and node.mode not in (MUTED, BYPASSED):

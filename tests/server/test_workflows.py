@@ -145,6 +145,17 @@ def test_workflows_of_0_1_0_are_still_valid(small_server, path):
                 assert value in choices, (key, name)
 
 
+def test_staging_by_one_node_adds_two_nodes_at_most(small_server):
+    """Three of the stock graph's nodes become three of ours; the demo and the benchmark find its prompt."""
+    names = "system_qwen_image_edit", "qwen_image_edit_one_node"
+    stock, ours = (workflow.read(ROOT / "workflows" / f"{name}.json") for name in names)
+    assert len(ours["nodes"]) <= len(stock["nodes"]) + 2 and len(ours["links"]) <= len(stock["links"]) + 2
+    added = {node["type"] for node in ours["nodes"]} - {node["type"] for node in stock["nodes"]}
+    assert added == {"SubjectMLLMFromCLIP", "SubjectConditioning", "SubjectApplyStages"}
+    prompt = workflow.to_api(ours, small_server.client.object_info())
+    assert workflow.text_inputs(prompt) == [(key_of(prompt, "SubjectConditioning"), "prompt")]
+
+
 def test_threshold_sweep_with_its_figures(small_server, page):
     """The two nodes that are muted until the orientation model's file is there."""
     saved = workflow.read(ROOT / "workflows" / "threshold_sweep.json")

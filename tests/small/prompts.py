@@ -24,7 +24,7 @@ def shrink(prompt: dict) -> None:
         for name, small in (("width", 128), ("height", 128), ("steps", 4)):
             if isinstance(inputs.get(name), int):
                 inputs[name] = small
-        if node["class_type"] == "SubjectAddIdentity":
+        if node["class_type"] in ("SubjectAddIdentity", "SubjectConditioning"):
             inputs["size"] = 128
         if node["class_type"] == "SubjectTrainDLA":
             inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}

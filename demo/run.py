@@ -83,7 +83,7 @@ def _run(client, options: argparse.Namespace) -> dict:
     started = time.monotonic()
     for image in sorted(IMAGES.glob("*.png")):  # the demo workflow's references, by their names
         client.upload(image)
-    prompt = workflow.to_api(workflow.read(options.workflow), client.object_info())
+    prompt = workflow.to_api(workflow.read(options.workflow), client.object_info(), options.workflow)
     if options.workflow == WORKFLOW and not options.image and options.prompt is None:
         pictures, sheet = showcase(client, prompt, IMAGES, lambda text: say(_since(started, text)))
         paths = [_save(options.out / f"subject-{number:02d}.png", data) for number, data in enumerate(pictures, 1)]

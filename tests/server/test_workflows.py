@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from subject_dla.demo import run as demo
 from subject_dla.demo.family.layout import MODELS
 from subject_dla.dla import load_dla
+from subject_dla.tests.small.editor_graphs import GRAPHS, NOT_BEFORE_1_49
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.prompts import key_of, make_node, of_type, run, shrink
 from subject_dla.tests.small.training import paint_subjects
@@ -50,6 +53,18 @@ LOAD = """async (workflow) => {
         output: prompt.output,
     }
 }"""
+
+
+TEMPLATES = Path(find_spec("comfyui_workflow_templates_json").origin).with_name("templates")
+# Of the front end's own: with bypassed and nested subgraphs, reroutes, primitives, widgets shown outside.
+OFFICIAL = [
+    "basic_mask_operations_and_compositing", "flux1_dev_uso_reference_image_gen", "flux_depth_lora_example",
+    "flux_kontext_dev_basic", "flux_redux_model_example", "hidream_e1_1", "image-qwen_image_edit_2511_lora_inflation",
+    "image_chroma1_radiance_text_to_image", "image_flux2_klein_image_edit_4b_distilled", "image_netayume_lumina_t2i",
+    "image_omnigen2_image_edit", "image_qwen_image_edit_2509_relight", "image_qwen_image_edit_2511",
+    "image_qwen_image_instantx_inpainting_controlnet", "image_z_image_turbo_fun_union_controlnet",
+    "sdxl_simple_example", "templates-1_click_multiple_scene_angles-v1.0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +138,39 @@ def test_workflow(small_server, page, path):
             assert any("double_blocks" in key for key in lora.keys())
         assert any(name in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
         assert len(images) >= 4
+
+
+def test_graphs_are_queued_as_the_front_end_queues_them(small_server, page):
+    """Only what an output node needs: up to some version after 1.32, it lists what is in a bypassed subgraph too."""
+    info = small_server.client.object_info()
+    old = tuple(map(int, version("comfyui-frontend-package").split(".")[:2])) < (1, 49)
+    graphs = {name: graph for name, graph in GRAPHS.items() if not (old and name in NOT_BEFORE_1_49)}
+    graphs |= {name: workflow.read(TEMPLATES / f"{name}.json") for name in OFFICIAL}
+    compared = 0
+    for name, graph in graphs.items():
+        theirs = page.evaluate(LOAD, graph)["output"]
+        unknown = {key for key, node in theirs.items() if node.get("class_type") not in info}
+        if unknown:
+            with pytest.raises(workflow.WorkflowFileError) as error:
+                workflow.to_api(graph, info)
+            assert all(f"(node {key})" in str(error.value) for key in unknown), name
+            continue
+        compared += 1
+        assert needed(workflow.to_api(graph, info), info) == needed(theirs, info), name
+    assert compared > len(graphs) - 5
+
+
+def needed(prompt, info):
+    """Of the nodes that the output nodes need, the class and the inputs that the server knows."""
+    wanted, found = [key for key, node in prompt.items() if info[node["class_type"]]["output_node"]], {}
+    while wanted:
+        if (key := wanted.pop()) in found:
+            continue
+        kind, inputs = prompt[key]["class_type"], prompt[key]["inputs"]
+        known = {name for group in info[kind]["input"].values() for name in group}
+        found[key] = kind, {name: value for name, value in inputs.items() if name.split(".")[0] in known}
+        wanted += [value[0] for value in inputs.values() if isinstance(value, list)]
+    return found
 
 
 @pytest.mark.parametrize("path", SAVED_BY_0_1_0, ids=lambda path: path.stem)

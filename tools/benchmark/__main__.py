@@ -93,8 +93,9 @@ def run(options: argparse.Namespace) -> dict:
     client = Client(address.rstrip("/"))
     if not client.answers():
         raise RunError(f"{client.address} does not answer as a ComfyUI: start it, or name another --server.")
-    source = workflow.read(options.workflow)
-    template = Template(workflow.to_api(source, client.object_info()), client.object_info(), options.prompt_node)
+    info = client.object_info()
+    source = workflow.to_api(workflow.read(options.workflow), info, options.workflow)
+    template = Template(source, info, options.prompt_node)
     most = len(template.loaders)
     if all(len(case.item.references) > most for case in wanted):
         raise RunError(f"{options.workflow.name} has {most} Load Image nodes, fewer than any prompt has references.")

@@ -114,7 +114,8 @@ def graph_to_prompt(workflow: dict, object_info: dict) -> dict:
         prompt[node.id] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": title}}
     if unknown:
         raise WorkflowFileError(
-            f"The server has no node {', '.join(unknown)}. Install the pack that has it, or mute or bypass it."
+            f"The server has no node {', '.join(unknown)}. Install its pack; what the editor alone has (Get and Set "
+            "nodes), replace by links; or mute or bypass it."
         )
     return prompt
 

@@ -27,18 +27,19 @@ def titles(prompt: dict) -> dict[str, str]:
     return {key: node.get("_meta", {}).get("title") or node["class_type"] for key, node in prompt.items()}
 
 
-def to_api(workflow: dict, object_info: dict) -> dict:
+def to_api(workflow: dict, object_info: dict, file: Path | None = None) -> dict:
     """The queue's format (id -> class_type, inputs) of a workflow in either format.
 
-    Raises WorkflowFileError as `graph_to_prompt` does, and for another file.
+    Raises WorkflowFileError as `graph_to_prompt` does, and for anything else; its text names the `file`.
     """
     if "nodes" not in workflow and all(isinstance(n, dict) and "class_type" in n for n in workflow.values()):
         return workflow  # in API format already
-    if not isinstance(workflow.get("nodes"), list):
-        raise WorkflowFileError(
-            "Expected a workflow saved from the editor (`nodes`, `links`), or exported in API format."
-        )
-    return graph_to_prompt(workflow, object_info)
+    try:
+        if not isinstance(workflow.get("nodes"), list):
+            raise WorkflowFileError("expected a workflow saved from the editor (`nodes`, `links`), or in API format.")
+        return graph_to_prompt(workflow, object_info)
+    except WorkflowFileError as error:
+        raise WorkflowFileError(f"{file or 'This workflow'}: {error}") from None
 
 
 def put_in(prompt: dict, images: list[str] | None = None, text: str | None = None) -> dict:

@@ -18,6 +18,12 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
         conditions: Conditions that a guider knows by one name.
         name: That name; "positive" must guide every stage.
     """
+    if name == "empty_negative_prompt" and any(not context for context, _ in stages.variants()):
+        raise ValueError(
+            "The Perp-Neg guider divides by the difference between the positive and the empty prompt, but the stage "
+            "schedule has a stage without MLLM tokens, where both are the same. Choose the preset semantics_first, or "
+            "another guider."
+        )
     backbone, wanted = backbone_of(model), context_width(model)
     most = backbone.most_references if backbone else None
     for condition in conditions:

@@ -4,16 +4,20 @@ tiny models of the host's own classes, and once on a layer of full width through
 import gc
 
 import comfy.sample
+import comfy.samplers
 import pytest
 import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from subject_dla.loaders.backbones import BACKBONES, backbone_of, backbone_of_keys
 from subject_dla.loaders.dit import context_width
 from subject_dla.loaders.reference_latents import reference_method
+from subject_dla.sampling.patch import apply_stages
 from subject_dla.sampling.sample import staged_sample
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.small.dit import FAMILIES, build, load, on_this_host, tiny
 
-SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral"]  # one-step, multi-step, second-order, ancestral
+SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral", "uni_pc"]  # one-step, multi-step, second-order, ancestral
+WAYS = ["KSampler", "SamplerCustomAdvanced", "DualCFGGuider"]  # of the host, that Apply Stages goes before
 
 
 class Subject:
@@ -49,11 +53,25 @@ class Subject:
                 values["reference_latents_method"] = method
         return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), values]]
 
-    def host(self, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
+    def host(self, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2, way="KSampler", stages=None):
+        """The host's picture; with `stages`, on the model with Apply Stages."""
+        model = self.model if stages is None else apply_stages(self.model, stages)
         image = torch.zeros_like(self.latent(self.side, self.side, batch))
         noise = comfy.sample.prepare_noise(image, 7)
-        settings = (steps, cfg, sampler, "simple", positive, negative, image)
-        return comfy.sample.sample(self.model, noise, *settings, disable_pbar=True, seed=7)
+        if way == "KSampler":
+            settings = (steps, cfg, sampler, "simple", positive, negative, image)
+            return comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=7)
+        if way == "DualCFGGuider":
+            guider = Guider_DualCFG(model)
+            third = self.condition(positive[0][0].shape[1], 6, "reference_latents" in positive[0][1])
+            guider.set_conds(positive, negative, third)
+            guider.set_cfg(cfg, 1.5)
+        else:
+            guider = comfy.samplers.CFGGuider(model)
+            guider.set_conds(positive, negative)
+            guider.set_cfg(cfg)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+        return guider.sample(noise, image, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=7)
 
     def staged(self, stages, positive, negative, sampler="euler", batch=1, cfg=2.5, steps=2):
         image = {"samples": torch.zeros_like(self.latent(self.side, self.side, batch))}
@@ -84,6 +102,11 @@ def test_strength_1_and_strength_0_references_equal_the_host(subject, sampler, b
     without = subject.host(*bare, sampler, batch)
     assert torch.equal(subject.staged(preset("mllm_only"), positive, negative, sampler, batch), without)
     assert not torch.equal(ours, without)
+    for way in WAYS:
+        on, off = (subject.host(*pair, sampler, batch, way=way) for pair in ((positive, negative), bare))
+        for stages, expected in ((preset("both"), on), (preset("mllm_only"), off)):
+            found = subject.host(positive, negative, sampler, batch, way=way, stages=stages)
+            assert torch.equal(found, expected), (way, stages)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -107,11 +130,16 @@ def test_strength_0_context_leaves_nothing_of_it_and_equals_the_host_without_its
     try:
         subject.model = subject_model.clone()
         subject.model.model_options["transformer_options"]["optimized_attention_override"] = attention
-        theirs = subject.host(subject.condition(1, 2), subject.condition(1, 3), sampler, batch, cfg=1.0)
+        one_token = subject.condition(1, 2), subject.condition(1, 3), sampler, batch
+        theirs = {way: subject.host(*one_token, cfg=1.0, way=way) for way in WAYS}
     finally:
         subject.model = subject_model
     ours = subject.staged(preset("vae_only"), subject.condition(9, 8), None, sampler, batch, cfg=1.0)
-    assert removed and torch.equal(ours, theirs)
+    assert removed and torch.equal(ours, theirs["KSampler"])
+    for way, expected in theirs.items():
+        conditions = subject.condition(9, 8), subject.condition(9, 3)
+        found = subject.host(*conditions, sampler, batch, cfg=1.0, way=way, stages=preset("vae_only"))
+        assert torch.equal(found, expected), way
 
 
 def test_strengths_near_1_come_near_the_host(subject):
@@ -148,6 +176,8 @@ def test_full_width(monkeypatch, family):
     assert ours.isfinite().all() and torch.equal(ours, subject.host(with_references, with_references, **run))
     bare = subject.host(without, without, **run)
     assert torch.equal(subject.staged(preset("mllm_only"), with_references, None, **run), bare)
+    for stages, expected in ((preset("both"), ours), (preset("mllm_only"), bare)):
+        assert torch.equal(subject.host(with_references, with_references, **run, stages=stages), expected)
     assert not torch.equal(ours, bare)
     off = [subject.staged(preset("vae_only"), subject.condition(*sizes), None, **run) for sizes in ((6, 2), (3, 9))]
     assert off[0].isfinite().all() and torch.equal(*off)

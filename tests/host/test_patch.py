@@ -1,0 +1,293 @@
+"""Apply Stages on a MODEL beside what else people put on one: every guider of the host, its real step caches, attention
+and tiles of other packs, compiled models, split runs."""
+
+import logging
+import math
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from einops import rearrange
+from subject_dla.loaders.reference_latents import reference_method
+from subject_dla.sampling.patch import apply_stages
+from subject_dla.sampling.stages import Keyframe, Stages, preset
+from subject_dla.tests.host.test_guider import (
+    CONTEXT,
+    FIRST,
+    IMAGE,
+    SECOND,
+    condition,
+    dense_oracle,
+    host,
+    latent,
+    seen_by,
+)
+from subject_dla.tests.small.dit import tiny_flux
+
+HALF = Stages((Keyframe(1, 0.5, 0.25),))
+HALF_LOGS = torch.cat([
+    torch.full((CONTEXT,), math.log(0.5)), torch.zeros(IMAGE), torch.full((FIRST + SECOND,), math.log(0.25))
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_flux()
+
+
+def guided(guider, sigmas=None, sampler="euler", image=None, steps=6):
+    """A run of a guider, as SamplerCustomAdvanced starts it."""
+    image = torch.zeros(1, 16, 8, 8) if image is None else image
+    if sigmas is None:
+        sigmas = comfy.samplers.calculate_sigmas(
+            guider.model_patcher.get_model_object("model_sampling"), "simple", steps
+        )
+    noise = comfy.sample.prepare_noise(image, 3) if not image.any() else torch.zeros_like(image)
+    return guider.sample(noise, image, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=3)
+
+
+def basic(model, *conditions):
+    guider = Guider_Basic(model)
+    guider.set_conds(conditions[0])
+    return guider
+
+
+def cfg(model, *conditions):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditions[0], conditions[2])
+    guider.set_cfg(2.0)
+    return guider
+
+
+def dual(model, *conditions, nested=False):
+    guider = Guider_DualCFG(model)
+    guider.set_conds(*conditions)
+    guider.set_cfg(2.0, 1.5, nested=nested)
+    return guider
+
+
+def dual_nested(model, *conditions):
+    return dual(model, *conditions, nested=True)
+
+
+def perp_neg(model, *conditions):
+    guider = Guider_PerpNeg(model)
+    guider.set_conds(*conditions)
+    guider.set_cfg(2.0, 0.7)
+    return guider
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("guider", [basic, cfg, dual, dual_nested, perp_neg])
+def test_every_named_condition_of_every_guider_is_staged(model, guider, sampler):
+    conditions = condition(), condition(6, 9), condition(5, 8)
+    bare = condition(references=0), condition(6, 9, 0), condition(5, 8, 0)
+    untouched, without = (guided(guider(model, *some), sampler=sampler) for some in (conditions, bare))
+    assert torch.equal(guided(guider(apply_stages(model, preset("both")), *conditions), sampler=sampler), untouched)
+    off = apply_stages(model, preset("mllm_only"))
+    assert torch.equal(guided(guider(off, *conditions), sampler=sampler), without)
+    clone, calls = seen_by(apply_stages(model, preset("paper", tau1=0.8, tau2=0.5)))
+    if guider is perp_neg:  # it would divide 0 by 0 there
+        with pytest.raises(ValueError, match="Perp-Neg.*semantics_first"):
+            guided(guider(clone, *conditions), sampler=sampler)
+        clone, calls = seen_by(apply_stages(model, preset("semantics_first", tau1=0.8)))
+    staged = guided(guider(clone, *conditions), sampler=sampler)
+    assert staged.isfinite().all() and not torch.equal(staged, untouched)
+    kinds = {(context > 1, bool(references)) for _, context, references in calls}
+    assert kinds == {(True, False), (True, True)} | ({(False, True)} if guider is not perp_neg else set())
+    assert all(
+        bool(references) == (t < 0.8) and (context > 1) == (t > 0.5 or guider is perp_neg)
+        for t, context, references in calls
+    )
+    assert torch.equal(guided(guider(model, *conditions), sampler=sampler), untouched)  # no trace
+
+
+def cached(node, model):
+    settings = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
+    return node.execute(model, **settings).result[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_the_hosts_step_caches_work_as_without_stages_and_begin_anew_with_each(model, node, first):
+    """`first`: the stages are put on before the cache."""
+
+    def patched(stages):
+        return cached(node, apply_stages(model, stages)) if first else apply_stages(cached(node, model), stages)
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 20)
+    conditions, bare = (condition(), None, condition(5, 9)), (condition(references=0), None, condition(5, 9, 0))
+    plain, expected = seen_by(cached(node, model))  # inside the cache: the calls that it leaves to the model
+    untouched = guided(cfg(plain, *conditions), sigmas)
+    assert len(expected) < 2 * 20 * 0.9  # or there is nothing to see
+    clone, calls = seen_by(patched(preset("both")))
+    assert torch.equal(guided(cfg(clone, *conditions), sigmas), untouched) and calls == expected
+    # two stages are two runs, each with a cache of its own
+    clone, calls = seen_by(patched(preset("semantics_first", tau1=0.5)))
+    staged = guided(cfg(clone, *conditions), sigmas)
+    at = int((sigmas > 0.5).sum())
+    plain, expected = seen_by(cached(node, model))
+    half = guided(cfg(plain, *conditions), sigmas[at:], image=guided(cfg(plain, *bare), sigmas[: at + 1]))
+    assert len(calls) < 2 * 20 * 0.9
+    assert [(round(t, 4), *rest) for t, *rest in calls] == [(round(t, 4), *rest) for t, *rest in expected]
+    assert torch.allclose(staged, half, atol=1e-4), (staged - half).abs().max()
+
+
+class TeaCacheForTheTest:
+    def wrapper(self, apply_model, args):
+        raise AssertionError("never called")
+
+
+def test_step_caches_of_other_packs_are_refused_by_name(model):
+    clone = apply_stages(model, preset("paper"))
+    clone.set_model_unet_function_wrapper(TeaCacheForTheTest().wrapper)
+    with pytest.raises(ValueError, match="step cache.*TeaCacheForTheTest.*EasyCache"):
+        host(clone, condition(), condition())
+
+
+def sparse_attention(func, q, k, v, heads, **kwargs):
+    kwargs.pop("transformer_options")
+    return func(q, k, v, heads, **kwargs)
+
+
+def test_attention_that_bypasses_the_override_is_refused_by_name(model):
+    def sparse(executor, *args, transformer_options=None, **kwargs):
+        args = list(args)
+        options = next(a for a in args if isinstance(a, dict))
+        args[args.index(options)] = {**options, "optimized_attention_override": sparse_attention}
+        return executor(*args, **kwargs)
+
+    clone = apply_stages(model, HALF)
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "sparse", sparse)
+    with pytest.raises(RuntimeError, match="none of the attention calls of FLUX.1.*wrapper sparse"):
+        host(clone, condition(), condition())
+    some = apply_stages(model, HALF)
+    block = model.model.diffusion_model.single_blocks[0]
+
+    def forward(x, *args, **kwargs):
+        kwargs["transformer_options"] = {
+            **kwargs.get("transformer_options", {}),
+            "optimized_attention_override": sparse_attention,
+        }
+        return type(block).forward(block, x, *args, **kwargs)
+
+    some.add_object_patch("diffusion_model.single_blocks.0.forward", forward)
+    with pytest.raises(RuntimeError, match="2 of 3 of the attention calls.*block function .*forward"):
+        host(some, condition(), condition())
+
+
+def test_skipped_blocks_are_named_and_no_error(model, caplog):
+    def skip_layer(args, extra):
+        return args
+
+    clone = apply_stages(model, HALF)
+    clone.set_model_patch_replace(skip_layer, "dit", "double_block", 1)
+    with caplog.at_level(logging.WARNING):
+        assert host(clone, condition(), condition(), cfg=2.0).isfinite().all()
+    assert [
+        record.message
+        for record in caplog.records
+        if "1 of 3 blocks" in record.message and "skip_layer" in record.message
+    ]
+
+
+def test_a_prompt_that_ends_half_way_is_nothing_to_complain_of(model):
+    ending = [[c, {**v, "start_percent": 0.0, "end_percent": 0.5}] for c, v in condition()]
+    ours = host(apply_stages(model, HALF), ending, ending)
+    assert torch.allclose(ours, host(dense_oracle(model, HALF_LOGS), ending, ending), atol=2e-4)
+
+
+def in_tiles(batched):
+    """A wrapper that calls the model for the left and the right half of the latent, one by one or in one batch."""
+
+    def wrapper(apply_model, args):
+        x, t, c = args["input"], args["timestep"], args["c"]
+        halves = x.chunk(2, -1)
+        if not batched:
+            return torch.cat([apply_model(half, t, **c) for half in halves], -1)
+
+        def twice(value):
+            return torch.cat((value, value)) if isinstance(value, torch.Tensor) else value
+
+        c = {key: [twice(v) for v in value] if isinstance(value, list) else twice(value) for key, value in c.items()}
+        return torch.cat(apply_model(torch.cat(halves), twice(t), **c).chunk(2), -1)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_tiles_have_right_strengths_or_a_text_about_tiles(model, batched):
+    logs = torch.cat([HALF_LOGS[:CONTEXT], HALF_LOGS[CONTEXT + IMAGE // 2 :]])
+    conditions = condition(), condition(seed=4)
+    oracle, clone = dense_oracle(model, logs), apply_stages(model, HALF)
+    for some in (oracle, clone):
+        some.set_model_unet_function_wrapper(in_tiles(batched))
+    assert torch.allclose(host(clone, *conditions, cfg=2.0), host(oracle, *conditions, cfg=2.0), atol=2e-4)
+    if batched:
+        conditions = condition(subject_reference_strengths=[0.5, 1.0]), condition(seed=4)
+        with pytest.raises(ValueError, match="4 pictures for 2 conditions of 1.*tiles.*tile batch size to 1"):
+            host(clone, *conditions, cfg=2.0)
+
+
+def test_a_compiled_model_is_unwrapped():
+    model = tiny_flux(depth=1, depth_single_blocks=0)
+    clone = apply_stages(model, HALF)
+    expected = host(clone, condition(), condition(), steps=2)
+    torch._dynamo.reset()
+    clone.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    ours = host(clone, condition(), condition(), steps=2)
+    assert type(clone.model.diffusion_model).__name__ == "OptimizedModule"  # stays until another model is patched
+    assert torch.allclose(ours, expected, atol=1e-4) and reference_method(clone, "offset") == "offset"
+
+
+def test_the_clock_steps_counts_a_whole_schedule_in_a_run_that_is_split(model, caplog):
+    stages = Stages((Keyframe(0, 1, 0), Keyframe(0.75, 1, 1)), "steps")
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8)
+    whole = guided(cfg(apply_stages(model, stages), condition(), None, condition(5, 9)), sigmas)
+    caplog.set_level(logging.INFO)
+    for given in (sigmas, None):
+        clone, calls = seen_by(apply_stages(model, stages, given))
+        guider = cfg(clone, condition(), None, condition(5, 9))
+        out = guided(guider, sigmas[4:], image=guided(guider, sigmas[:5]))
+        texts = [record.message for record in caplog.records if "clock steps" in record.message]
+        caplog.clear()
+        assert len(texts) == 2 and all("4 steps of this run" in text for text in texts)
+        assert all(
+            ("8 steps of the sigmas given" if given is not None else "connect that schedule") in t for t in texts
+        )
+        staged = sorted({round(t, 4) for t, _, references in calls if references}, reverse=True)
+        assert len(staged) == (2 if given is not None else 1 + 1), staged
+        assert torch.allclose(out, whole, atol=1e-4) == (given is not None)
+    with pytest.raises(ValueError, match="its sigmas run from .* to .*, but the sampler runs 8 steps"):
+        guided(cfg(apply_stages(model, stages, sigmas[4:]), condition(), None, condition(5, 9)), sigmas)
+
+
+def test_denoise_below_1_counts_its_own_steps_as_ever(model, caplog):
+    caplog.set_level(logging.INFO)
+    stages, picture = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 1, 1)), "steps"), latent(8, 8, seed=8)
+    clone, calls = seen_by(apply_stages(model, stages))
+    host(clone, condition(), condition(), samples=picture, denoise=0.5)
+    assert [bool(references) for _, _, references in calls] == [False] * 3 + [True] * 3
+    assert any("as the whole" in record.message for record in caplog.records)
+
+
+def test_the_attention_stays_that_of_the_model(model):
+    """The override is made for each model call: a control net and others that run outside the model have none."""
+    seen = []
+
+    def outside(executor, *args, **kwargs):
+        seen.append("optimized_attention_override" in args[-1]["transformer_options"])
+        return executor(*args, **kwargs)
+
+    clone = apply_stages(model, HALF)
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "outside", outside)
+    out = host(clone, condition(), condition())
+    assert seen and not any(seen)
+    assert torch.allclose(out, host(dense_oracle(model, HALF_LOGS), condition(), condition()), atol=2e-4)
+    assert rearrange(out, "b c h w -> (b c h w)").isfinite().all()

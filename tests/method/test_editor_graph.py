@@ -1,9 +1,7 @@
 """Editor workflows to the queue's format; tests/server/test_workflows.py compares with the real front end's."""
 
-from copy import deepcopy
-
 import pytest
-from subject_dla.tests.small.editor_graphs import GRAPHS, LINK, controlled, node, stock, subgraph, workflow
+from subject_dla.tests.small.editor_graphs import GRAPHS, controlled, node, stock, subgraph, workflow
 from subject_dla.tools.comfy_client.workflow import WorkflowFileError, to_api
 
 
@@ -31,6 +29,7 @@ INFO = {
     "VAEDecode": kind([IMAGE], samples=LATENT, vae="VAE"),
     "SaveImage": kind([], images=IMAGE, filename_prefix="STRING"),
 }  # fmt: skip
+STOCK = GRAPHS["stock"]
 SAMPLED = {"seed": 7, "steps": 4, "cfg": 1.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 SAMPLED |= {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
 
@@ -40,7 +39,7 @@ def prompt(name):
 
 
 def test_widgets_and_links():
-    made = to_api(GRAPHS["stock"], INFO)
+    made = to_api(STOCK, INFO)
     assert made["5"]["inputs"] == SAMPLED and made["7"]["inputs"] == {"images": ["6", 0], "filename_prefix": "x"}
     assert (made["2"]["class_type"], made["2"]["_meta"]["title"]) == ("CLIPTextEncode", "Positive")
     assert to_api(made, INFO) is made
@@ -94,15 +93,13 @@ def test_subgraphs_that_do_not_run():
 
 
 def test_links_in_every_form():
-    objects, gaps = deepcopy(GRAPHS["stock"]), deepcopy(GRAPHS["stock"])
-    objects["links"] = [dict(zip(LINK, link)) for link in objects["links"]]
-    gaps["links"].insert(0, None)
-    assert to_api(objects, INFO) == to_api(gaps, INFO) == to_api(GRAPHS["stock"], INFO)
+    gaps = STOCK | {"links": [None, *STOCK["links"]]}
+    assert to_api(gaps, INFO) == to_api(GRAPHS["links as objects"], INFO) == to_api(STOCK, INFO)
 
 
 LOOP = {10: node("Reroute", {"": (11, 0, MODEL)}), 11: node("Reroute", {"": (10, 0, MODEL)})}
 ITSELF = subgraph("itself", {1: node("itself")}, {}, {})
-STOCK = GRAPHS["stock"]
+LOOSE_END = subgraph("itself", {4: node("VAEDecode", {"samples": (-10, 5, LATENT)})}, {}, {})
 UNLINKED = workflow({1: node("CheckpointLoaderSimple", values=["a.safetensors"])})
 
 
@@ -117,6 +114,8 @@ UNLINKED = workflow({1: node("CheckpointLoaderSimple", values=["a.safetensors"])
         ("workflow has no table `links`", {k: v for k, v in STOCK.items() if k != "links"}),
         (r"no node Elsewhere \(node 12\)", workflow(controlled("Elsewhere"))),
         (r"Node 5 \(KSampler\).* 'model' leads in a circle", workflow(stock(LOOP, _5={"model": (11, 0, MODEL)}))),
+        (r"link \[2, 1\], expected id, origin_id", STOCK | {"links": [*STOCK["links"], [2, 1]]}),
+        (r"Node 3 \(itself\).* no input 5", workflow({3: node("itself")}, [LOOSE_END])),
         ("subgraph contains itself", workflow({3: node("itself")}, [ITSELF])),
         ("saved from the editor", {"last_node_id": 3}),
     ],

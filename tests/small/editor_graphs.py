@@ -4,6 +4,7 @@ from copy import deepcopy
 
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 MODEL, CLIP, VAE, CONDITION, LATENT, IMAGE = "MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE"
+STATE = {"lastGroupId": 0, "lastNodeId": 99, "lastLinkId": 99, "lastRerouteId": 0}
 BYPASSED, MUTED = {"mode": 4}, {"mode": 2}
 
 
@@ -50,7 +51,7 @@ def subgraph(key, nodes, inputs, outputs):
     ends = {"id": -10, "bounding": [0, 0, 9, 9]}, {"id": -20, "bounding": [0, 0, 9, 9]}
     return {
         "id": key, "name": "inside", "version": 1, "revision": 0, "config": {}, "groups": [], "extra": {},
-        "widgets": [], "state": {"lastGroupId": 0, "lastNodeId": 99, "lastLinkId": 99, "lastRerouteId": 0},
+        "widgets": [], "state": STATE,
         "inputNode": ends[0], "outputNode": ends[1], "nodes": found[:-1],
         "links": [dict(zip(LINK, link)) for link in links],
         "inputs": [{"id": f"{key}-{name}", "name": name, "type": kind,
@@ -139,8 +140,10 @@ NUMBERS = {10: node("PrimitiveNode", values=[5, "increment"]), 11: node("Primiti
 SIZE = (11, 0, "INT", "widget")
 SHOWN = {"proxyWidgets": [["20", "text"], ["-1", "words"]]}
 ELSEWHERE = "ControlOfAnotherPack"
+AS_OBJECTS = {"version": 1, "links": [dict(zip(LINK, link)) for link in workflow(STOCK)["links"]]}
 GRAPHS = {
     "stock": workflow(stock()),
+    "links as objects": workflow(stock()) | AS_OBJECTS | {"state": STATE},
     "for the editor": workflow(stock({10: node("Note", values=["a"]), 11: node("MarkdownNote", values=["b"])})),
     "bypassed": workflow(controlled(**BYPASSED)),
     "bypassed, of another pack": workflow(controlled(ELSEWHERE, **BYPASSED)),

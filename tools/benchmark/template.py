@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..comfy_client import workflow
 from ..comfy_client.client import title
-from ..comfy_client.editor_graph import bypass_input, sockets
+from ..comfy_client.node_inputs import bypass_input, socket_type, sockets
 from ..comfy_client.workflow import WorkflowFileError
 from .sets import Case
 
@@ -118,7 +118,7 @@ def _bypass(prompt: dict, key: str, object_info: dict) -> None:
             reader = object_info[prompt[other]["class_type"]]
             kind = next((s.type for s in sockets(reader, [name]) if s.name == name), "*")
             types = [socket.type if usable else None for socket, usable in zip(inputs, linked)]
-            index = bypass_input(types, info["output"][value[1]], value[1], kind)
+            index = bypass_input(types, socket_type(info["output"][value[1]]), value[1], kind)
             if index is not None and linked[index]:
                 prompt[other]["inputs"][name] = links[index]
                 continue

@@ -7,38 +7,27 @@ values; then every input's link is followed through reroutes, bypassed nodes and
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .node_inputs import Socket, bypass_input, socket_type, sockets, widget_values
+
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "MARKDOWN", "TEXTAREA", "COLOR", "COLORS", "BOUNDING_BOX")
-WIDGETS += ("BOUNDING_BOXES", "CURVE", "RANGE", "PAINTER", "COMPOSITOR", "VIDEO_EDIT", "COMFY_DYNAMICCOMBO_V3")
-WITHOUT_DEFAULT = {"INT": 0, "FLOAT": 0, "STRING": "", "BOOLEAN": False}
-AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
-MATCH_TYPE, AUTOGROW, DYNAMIC_COMBO = "COMFY_MATCHTYPE_V3", "COMFY_AUTOGROW_V3", "COMFY_DYNAMICCOMBO_V3"
+LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
 EDITOR_ONLY = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 DEEPEST = 50  # subgraphs in subgraphs
-FROM_INPUTS = "-10"  # what a link inside a subgraph has as origin where it comes from the subgraph's inputs
+FROM_INPUTS, TO_OUTPUTS = "-10", "-20"  # the ends of links inside a subgraph that are the subgraph's own
 
 
 class WorkflowFileError(ValueError):
     """A workflow file that cannot be used here; the text says why and what to do."""
 
 
-class Socket(NamedTuple):
-    """An input of a node."""
-
-    name: str
-    type: str
-    link: Any = None  # the link's id
-
-
 class _Link(NamedTuple):
     origin: str
     slot: int
     target: str
+    target_slot: int
 
 
 class _Value(NamedTuple):
@@ -142,13 +131,13 @@ class _Flat:
                 known = sockets(info, [s["name"] for s in given]) if info else []
                 names = {socket.name for socket in known}
                 others = [s for s in given if s["name"] not in names and not (info and s.get("widget"))]
-                known += [Socket(s["name"], _type(s["type"])) for s in others]  # as other packs' scripts add them
+                known += [Socket(s["name"], socket_type(s["type"])) for s in others]  # as other packs' scripts add them
                 made = info["output"] if info else []
-                node.outputs = [_type(k) for k in [*made, *(s["type"] for s in node.outgoing[len(made) :])]]
+                node.outputs = [socket_type(k) for k in [*made, *(s["type"] for s in node.outgoing[len(made) :])]]
             linked = {s["name"]: s.get("link") for s in given}
             node.sockets = [socket._replace(link=linked.get(socket.name)) for socket in known]
             if info:
-                node.values = _widget_values(node, info)
+                node.values = widget_values(info, node.saved.get("widgets_values") or [])
             if node.inside and node.mode not in (MUTED, BYPASSED):
                 if node.id.count(":") > DEEPEST:
                     raise WorkflowFileError(f"{node}: its subgraph contains itself.")
@@ -187,8 +176,8 @@ class _Flat:
         """Nodes and names of their inputs that an input of a subgraph feeds."""
         return [
             (node, socket.name)
-            for key in host.inside.inputs[index].get("linkIds") or []
-            if key in host.inside.links and (node := self.nodes.get(f"{host.id}:{host.inside.links[key].target}"))
+            for key, link in host.inside.links.items()
+            if link[:2] == (FROM_INPUTS, index) and (node := self.nodes.get(f"{host.id}:{link.target}"))
             for socket in node.sockets
             if socket.link == key
         ]
@@ -205,6 +194,8 @@ class _Flat:
     def _follow(self, link: _Link, host: _Node | None, kind: str) -> list | _Value | None:
         """The source of a link of the workflow, or of a link in the subgraph of `host`."""
         if host and link.origin == FROM_INPUTS:
+            if link.slot >= len(host.sockets):
+                raise WorkflowFileError(f"{host}: its subgraph has no input {link.slot}, which a link comes from.")
             name = host.sockets[link.slot].name
             if host.sockets[link.slot].link is None:
                 return _Value(host.values[name]) if name in host.values else None
@@ -221,97 +212,17 @@ class _Flat:
             return _Value(values[0]) if values else None
         if node.mode == MUTED:
             return None
+        if slot >= len(node.outputs) and (node.inside or node.mode == BYPASSED):
+            raise WorkflowFileError(f"{node} has no output {slot}, which a link comes from.")
         if node.mode == BYPASSED:
             index = bypass_input([s.type for s in node.sockets], node.outputs[slot], slot, kind)
             return None if index is None else self.source(node, index)
         if node.inside:
-            links = [node.inside.links[k] for k in node.inside.outputs[slot]["linkIds"] if k in node.inside.links]
-            return self._follow(links[0], node, kind) if links else None
+            links = (link for link in node.inside.links.values() if link[2:] == (TO_OUTPUTS, slot))
+            return self._follow(link, node, kind) if (link := next(links, None)) else None
         if node.type == "Reroute":
-            return self.source(node, 0, kind)
+            return self.source(node, 0, kind) if node.sockets else None
         return [node.id, slot]
-
-
-def bypass_input(inputs: Sequence[str | None], output: str, slot: int, kind: str) -> int | None:
-    """Index of the input that a bypassed node hands on as its output `slot`, as the front end chooses it.
-
-    That of the output's own position where the types fit, else the first of the type asked for, else one that fits.
-
-    Args:
-        inputs: types of the node's inputs; None for one that is not to be chosen.
-        output: type of the output.
-        slot: index of the output.
-        kind: type of the input that it leads to.
-    """
-    if kind in ("*", "") and inputs:
-        return slot if slot < len(inputs) else 0
-    fitting = [i for i, given in enumerate(inputs) if given is not None and _fit(given, output) and _fit(given, kind)]
-    if slot in fitting:
-        return slot
-    return inputs.index(kind) if kind in inputs else next(iter(fitting), None)
-
-
-def _fit(one: str, other: str) -> bool:
-    """Whether a link may join two types, which may be lists ("INT,FLOAT") or any ("*")."""
-    one, other = set(one.lower().split(",")), set(other.lower().split(","))
-    return bool(one & other or {"*", ""} & (one | other))
-
-
-def sockets(info: dict, saved: Iterable[str] = ()) -> list[Socket]:
-    """A node's inputs in the front end's order: first those without a widget; `saved` are names of those that grew."""
-    found = {False: [], True: []}
-    for name, kind, options in _specs(info["input"], info.get("input_order")):
-        if kind == AUTOGROW:
-            found[False] += [Socket(other, "*") for other in saved if other.startswith(name + ".")]
-            continue
-        is_widget = _is_widget(kind, options)
-        found[is_widget].append(Socket(name, kind))
-        if kind == DYNAMIC_COMBO:
-            found[True] += [Socket(other, "*") for other in saved if other.startswith(name + ".")]
-    return found[False] + found[True]
-
-
-def _specs(groups: dict, order: dict | None) -> Iterator[tuple[str, str, dict]]:
-    """(name, type, options) of a node's inputs, in order."""
-    for group in ("required", "optional"):
-        given = groups.get(group) or {}
-        for name in (order or {}).get(group, given):
-            kind, *options = given[name]
-            options = options[0] if options else {}
-            yield name, _type(kind), {"options": kind, **options} if isinstance(kind, list) else options
-
-
-def _type(kind: Any) -> str:
-    return "COMBO" if isinstance(kind, list) else "*" if kind == MATCH_TYPE else str(kind)
-
-
-def _is_widget(kind: str, options: dict) -> bool:
-    return options.get("widgetType", kind) in WIDGETS and not options.get("forceInput")
-
-
-def _widget_values(node: _Node, info: dict) -> dict:
-    """Values of a node's widgets by name; saved is a list in the schema's order, with the editor's own in between."""
-    saved = node.saved.get("widgets_values") or []
-    if isinstance(saved, dict):
-        return saved
-    return dict(_take(deque(saved), info["input"], info.get("input_order")))
-
-
-def _take(saved: deque, groups: dict, order: dict | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of a group of widgets, off the front of the saved values."""
-    for name, kind, options in _specs(groups, order):
-        if not _is_widget(kind, options):
-            continue
-        choices = options.get("options") or [None]
-        if kind == DYNAMIC_COMBO:
-            choices, inputs = [c["key"] for c in choices], {c["key"]: c["inputs"] for c in choices}
-        value = saved.popleft() if saved else options.get("default", WITHOUT_DEFAULT.get(kind, choices[0]))
-        yield prefix + name, value
-        seed = options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed"))
-        if seed and saved and saved[0] in AFTER_GENERATE:
-            saved.popleft()
-        if kind == DYNAMIC_COMBO:
-            yield from _take(saved, inputs.get(value, {}), prefix=f"{prefix}{name}.")
 
 
 def _boxed(value: Any) -> Any:
@@ -327,8 +238,12 @@ def _read_graph(saved: dict, name: str) -> _Graph:
         raise WorkflowFileError(f"The {name} has no table `links`, which its nodes' inputs refer to. Save it again.")
     links = {}
     for link in saved.get("links") or []:
-        if isinstance(link, dict):
-            link = [link[key] for key in ("id", "origin_id", "origin_slot", "target_id")]
-        if link:
-            links[link[0]] = _Link(str(link[1]), link[2], str(link[3]))
+        if not link:
+            continue
+        try:
+            parts = [link[key] for key in LINK] if isinstance(link, dict) else link
+            number, origin, slot, target, target_slot, *_ = parts
+            links[number] = _Link(str(origin), slot, str(target), target_slot)
+        except (KeyError, ValueError):
+            raise WorkflowFileError(f"The {name} has a link {link}, expected {', '.join(LINK)}.") from None
     return _Graph(nodes, links, saved.get("inputs") or [], saved.get("outputs") or [])

@@ -108,9 +108,12 @@ class StagedRun:
         self.variants = stages.variants()
         self.names: list[str] = []
         self._batch = 1  # pictures
+        self._models: list[Any] = []  # of the guider, on each device
+        self._guider = ""  # its class
         self._stage: tuple[int, int] | None = None  # variant and keyframe of the last call
         self._strengths = (1.0, 1.0)  # context, reference
         self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
+        self._active: set[Any] = set()  # uuids of the stage's
         self._overrides: dict[tuple, KeyStrengthAttention | None] = {}
         self._warned: set[str] = set()
         if backbone is None and any(not context for context, _ in self.variants):
@@ -152,6 +155,9 @@ class StagedRun:
         self._stage = stage
         all_conds = guider.conds
         guider.conds = {name: all_conds[_name(name, index)] for name in self.names}
+        self._active = {c["uuid"] for conditions in guider.conds.values() for c in conditions}
+        clones = model_options.get("multigpu_clones", {}).values()
+        self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
         try:
             return executor(x, timestep, model_options, seed)
         finally:
@@ -170,6 +176,13 @@ class StagedRun:
     ) -> Tensor:
         """Wrapper of the host model's `apply_model`: with the attention override that this call needs."""
         options, backbone = dict(transformer_options or {}), self.backbone
+        others = set(options.get("uuids", ())) & (self._conditions.keys() - self._active)
+        if len(self.variants) > 1 and (others or executor.class_obj not in self._models):
+            raise RuntimeError(
+                f"Apply Stages: the guider {self._guider} evaluates a condition or a model beside those that ComfyUI's "
+                "guiders keep by name, which would stay in the first stage throughout. Use CFGGuider, DualCFGGuider or "
+                "KSampler, or the preset both."
+            )
         override = None
         if backbone is not None:
             override = self._override(backbone, x, c_crossattn, inputs.get("ref_latents") or [], options)

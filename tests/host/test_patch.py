@@ -108,6 +108,40 @@ def test_every_named_condition_of_every_guider_is_staged(model, guider, sampler)
     assert torch.equal(guided(guider(model, *conditions), sampler=sampler), untouched)  # no trace
 
 
+class KeepsItsOwnNegative(comfy.samplers.CFGGuider):
+    """As DualModelGuider of newer hosts: what it takes where sampling starts stays in the first stage."""
+
+    def predict_noise(self, x, timestep, model_options, seed=None):
+        kept = self.__dict__.setdefault("kept", self.conds["negative"])
+        conditions = self.conds["positive"], kept
+        positive, negative = comfy.samplers.calc_cond_batch(self.inner_model, conditions, x, timestep, model_options)
+        return negative + self.cfg * (positive - negative)
+
+
+def test_a_guider_that_keeps_conditions_of_its_own_is_refused(model):
+    def run(stages):
+        guider = KeepsItsOwnNegative(apply_stages(model, stages))
+        guider.set_conds(condition(), condition(5, 9))
+        guider.set_cfg(2.0)
+        return guided(guider)
+
+    assert run(preset("both")).isfinite().all()
+    with pytest.raises(RuntimeError, match="guider KeepsItsOwnNegative evaluates a condition"):
+        run(preset("semantics_first", tau1=0.8))
+
+
+def test_a_guider_with_a_second_model_is_refused(model):
+    import comfy_extras.nodes_custom_sampler as extras
+
+    if not hasattr(extras, "Guider_DualModel"):
+        pytest.skip("not on this host")
+    guider = extras.Guider_DualModel(apply_stages(model, preset("semantics_first")), tiny_flux(seed=1))
+    guider.set_conds(condition(), condition(5, 9))
+    guider.set_cfg(2.0)
+    with pytest.raises(RuntimeError, match="guider Guider_DualModel evaluates a condition or a model"):
+        guided(guider)
+
+
 def cached(node, model):
     settings = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
     return node.execute(model, **settings).result[0]

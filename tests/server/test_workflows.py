@@ -22,7 +22,7 @@ from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.prompts import key_of, make_node, of_type, run, shrink
 from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools import environment
-from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client import editor_graph, workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -207,10 +207,10 @@ def test_staging_by_one_node_adds_two_nodes_at_most(small_server):
 def test_threshold_sweep_with_its_figures(small_server, page):
     """The two nodes that are muted until the orientation model's file is there."""
     saved = workflow.read(ROOT / "workflows" / "threshold_sweep.json")
-    muted = [node["type"] for node in saved["nodes"] if node["mode"] == workflow.MUTED]
+    muted = [node["type"] for node in saved["nodes"] if node["mode"] == editor_graph.MUTED]
     assert muted == ["SubjectLoadOrientation", "SubjectCopyPasteReport"]
     for node in saved["nodes"]:
-        node["mode"] = workflow.ALWAYS
+        node["mode"] = editor_graph.ALWAYS
     prompt = page.evaluate(LOAD, saved)["output"]
     shrink(prompt)
     of_type(prompt, "SubjectLoadOrientation")["orientation"] = "small.safetensors"

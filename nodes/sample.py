@@ -1,4 +1,4 @@
-"""Sampling with stages: a guider for the host's custom sampler, and one node with KSampler's habits."""
+"""Sampling with stages: a guider for the host's custom sampler, one node with KSampler's habits, image guidance."""
 
 import comfy.samplers
 from comfy_api.latest import io
@@ -118,4 +118,49 @@ class SubjectStagedSampler(io.ComfyNode):
         )
 
 
-NODES = [SubjectStagedGuider, SubjectStagedSampler]
+class SubjectImageGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SubjectImageGuidance",
+            display_name="Image Guidance",
+            description=(
+                "Guidance over the reference images with a scale of its own: put this node between the model and a"
+                " sampler. The sampler's cfg then guides by the text alone, image_guidance by the references. With"
+                " Apply Stages in either order."
+            ),
+            search_aliases=["image cfg", "image guidance scale", "reference guidance", "dual cfg", "instruct pix2pix"],
+            inputs=[
+                io.Model.Input("model", tooltip=MODEL_TIP + " It is not changed itself."),
+                io.Float.Input(
+                    "image_guidance",
+                    default=1.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    round=0.01,
+                    tooltip=(
+                        "How strongly the references guide: none + cfg (text - none) + image_guidance (text and"
+                        " references - text). 1 adds what they change once, more exaggerates it, 0 is the picture"
+                        " without them; the value of cfg is ordinary guidance by both. Costs one more evaluation of the"
+                        " model in every step that reads references."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "guided_model",
+                    display_name="model",
+                    tooltip="To Apply Stages, KSampler, CFGGuider, BasicGuider or Staged Guider.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, image_guidance) -> io.NodeOutput:
+        from ..sampling.image_guidance import apply_image_guidance
+
+        return io.NodeOutput(apply_image_guidance(model, image_guidance))
+
+
+NODES = [SubjectStagedGuider, SubjectStagedSampler, SubjectImageGuidance]

@@ -10,7 +10,8 @@ from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention
 from .stages import Stages
 
-KEY = "subject_stages"  # of this pack's wrappers
+OURS = "subject_"  # begins the keys of this pack's wrappers
+KEY = f"{OURS}stages"  # of those of the stages
 HOST_CACHES = ("easycache", "lazycache")  # keys of the host's step caches, which `restart_cache` knows
 COUNTS = ("total_steps_skipped", "output_change_rates", "approx_output_change_rates")  # of theirs, logged at the end
 
@@ -103,7 +104,7 @@ def _suspects(override: KeyStrengthAttention, backbone: Backbone, model: Any, op
 def _wrapper_names(options: dict) -> list[str]:
     """Names of the wrappers in `transformer_options` that are not this pack's."""
     by_key = chain.from_iterable(kind.items() for kind in options.get("wrappers", {}).values())
-    return [f"{key} ({_name(found[0])})" for key, found in by_key if found and key != KEY]
+    return [f"{key} ({_name(found[0])})" for key, found in by_key if found and not str(key).startswith(OURS)]
 
 
 def _name(function: Any) -> str:

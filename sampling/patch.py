@@ -49,18 +49,26 @@ def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> An
 
 def add_stages(model_options: dict, stages: Stages, sigmas: list[float] | None = None) -> None:
     """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one."""
-    _wrappers(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas)]
+    wrappers_of(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas)]
 
 
 def is_staged(model_options: dict) -> bool:
     """Whether a staged run has begun, by the options of its guider."""
-    return KEY in _wrappers(model_options, PREDICT_NOISE)
+    return KEY in wrappers_of(model_options, PREDICT_NOISE)
 
 
-def _wrappers(model_options: dict, kind: str) -> dict[str, list]:
-    """The host's wrappers of one kind, by key."""
+def wrappers_of(model_options: dict, kind: str) -> dict[str, list]:
+    """The host's wrappers of one kind, by key, the outermost first."""
     wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
     return wrappers.setdefault(kind, {})
+
+
+def put_outermost(model_options: dict, kind: str, key: str, wrapper: Any) -> None:
+    """Adds a wrapper around all others of its kind, in the place of one with the same key."""
+    wrappers = wrappers_of(model_options, kind)
+    others = {other: found for other, found in wrappers.items() if other != key}
+    wrappers.clear()
+    wrappers |= {key: [wrapper]} | others
 
 
 def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,12 +90,9 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     # outside LazyCache, which may leave out what is inside it
-    predict_noise = _wrappers(guider.model_options, PREDICT_NOISE)
-    others = dict(predict_noise)
-    predict_noise.clear()
-    predict_noise |= {KEY: [run.predict_noise]} | others
+    put_outermost(guider.model_options, PREDICT_NOISE, KEY, run.predict_noise)
     # inside all others, so that shapes and options are those that the model gets
-    _wrappers(guider.model_options, APPLY_MODEL)[KEY] = [run.apply_model]
+    wrappers_of(guider.model_options, APPLY_MODEL)[KEY] = [run.apply_model]
     try:
         return executor(*args, **kwargs)
     finally:

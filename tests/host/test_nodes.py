@@ -28,6 +28,7 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
     "SubjectStagedSampler": (
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),
     "SubjectApplyStages": ("model preset clock tau1 tau2 stages sigmas", "MODEL"),  # later than 0.1.0
+    "SubjectImageGuidance": ("model image_guidance", "MODEL"),
     "SubjectOrientation": ("orientation_model image mask min_confidence", "IMAGE STRING FLOAT FLOAT FLOAT FLOAT"),
 }  # fmt: skip
 PAGES = Path(__file__).resolve().parents[2] / "web" / "docs"

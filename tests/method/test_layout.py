@@ -24,7 +24,9 @@ BELOW = {  # folder -> the folders that it may import, besides itself
     "demo": {"common", "dla", "loaders", "sampling", "evaluation", "training", "nodes", "tools"},
 }
 WITHOUT_HOST = ("common/", "dla/", "evaluation/", "sampling/", "tools/")
-WITH_HOST = ("common/bootstrap.py", "sampling/patch.py", "sampling/guider.py", "sampling/sample.py", "tools/perf/")
+WITH_HOST = ("common/bootstrap.py", "tools/perf/") + tuple(
+    f"sampling/{name}.py" for name in ("patch", "image_guidance", "guider", "sample")
+)
 
 
 def module_file(root: Path, module: Path | str) -> Path | None:

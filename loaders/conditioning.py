@@ -2,13 +2,14 @@
 
 A condition is an entry as the host's guiders keep it: one dict, with the context tokens at `cross_attn`.
 
-Beside the host's keys it may hold two of ours, lists aligned with `reference_latents`; other samplers ignore them.
+Beside the host's keys it may hold some of ours, lists aligned with `reference_latents`: see `ReferenceSettings`. Only a
+staged run reads them, other samplers ignore them.
 The attention mask is written where it masks something, or where the DiT counts its context tokens by it: other
 families are faster without, and FLUX.1 on the oldest hosts fails with one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,18 @@ from ..dla.features import Features
 from .backbones import BACKBONES, Backbone
 
 LATENTS, METHOD, POOLED, MASK = "reference_latents", "reference_latents_method", "pooled_output", "attention_mask"
-STRENGTHS, MASKS = "subject_reference_strengths", "subject_reference_masks"  # ours
 Condition = dict[str, Any]
+
+
+class ReferenceSettings(NamedTuple):
+    """What a staged run does with one reference latent."""
+
+    strength: float = 1.0  # multiplied into the schedule's
+    mask: Tensor | None = None  # (h, w) in 0..1 over its picture, any size; 0 = the token is removed
+    region: Tensor | None = None  # (h, w) in 0..1 over the canvas, any size; 0 = image tokens there do not read it
+
+
+SETTINGS = tuple(f"subject_reference_{name}s" for name in ReferenceSettings._fields)  # keys of the lists
 
 
 def aggregate_conditioning(
@@ -79,27 +90,48 @@ def reference_latents(values: Mapping[str, Any]) -> list[Tensor]:
     return list(values.get(LATENTS) or [])
 
 
-def strengths_and_masks(values: Mapping[str, Any], count: int) -> tuple[list[float], list[Tensor | None]]:
-    """Strength and mask of each of an entry's `count` reference latents; 1.0 and None for other nodes'."""
-    strengths, masks = list(values.get(STRENGTHS) or []), list(values.get(MASKS) or [])
-    return (strengths + [1.0] * count)[:count], (masks + [None] * count)[:count]
+def reference_settings(values: Mapping[str, Any], count: int) -> list[ReferenceSettings]:
+    """The settings of each of an entry's `count` reference latents; the defaults for those of other nodes."""
+    lists = [list(values.get(key) or ()) for key in SETTINGS]
+    columns = [(found + [default] * count)[:count] for found, default in zip(lists, ReferenceSettings())]
+    return [ReferenceSettings(*row) for row in zip(*columns)]
 
 
 def add_references(
-    conditioning: list, latents: list[Tensor], strength: float, masks: list[Tensor | None], method: str | None
+    conditioning: list, latents: list[Tensor], settings: Sequence[ReferenceSettings], method: str | None
 ) -> list:
     """A copy of CONDITIONING with more reference latents, as the VAE gives them, behind those that it has.
 
-    The strength of each is multiplied into the schedule's; masks are (h, w) in 0..1 over the picture of each, or None;
-    the method is the placement of all of an entry's references, None = as it was.
+    The method is the placement of all of an entry's references, None = as it was.
     """
     out = []
     for tokens, values in conditioning:
         before = reference_latents(values)
-        strengths, earlier = strengths_and_masks(values, len(before))
-        more = {LATENTS: before + latents, STRENGTHS: strengths + [strength] * len(latents), MASKS: earlier + masks}
-        out.append([tokens, {**values, **more, **({METHOD: method} if method is not None else {})}])
+        found = [*zip(before, reference_settings(values, len(before))), *zip(latents, settings)]
+        out.append([tokens, {**values, **_reference_values(found), **({METHOD: method} if method is not None else {})}])
     return out
+
+
+def with_settings_of(condition: Condition, other: Condition) -> Condition:
+    """A condition with the settings of the references of another one."""
+    kept = {key: value for key, value in condition.items() if key not in SETTINGS}
+    return kept | {key: other[key] for key in SETTINGS if key in other}
+
+
+def _reference_values(references: Sequence[tuple[Tensor, ReferenceSettings]]) -> dict[str, list]:
+    """The aligned lists of an entry with one reference or more."""
+    columns = zip(SETTINGS, zip(*(settings for _, settings in references)))
+    return {LATENTS: [latent for latent, _ in references]} | {key: list(column) for key, column in columns}
+
+
+def area_of(condition: Condition, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Height, width, top and left, in latent elements, of what a condition covers of a canvas (h, w)."""
+    area = condition.get("area")
+    if area is None:
+        return (*canvas, 0, 0)
+    sides = len(area) // 2  # 3 with frames
+    top, left = area[-2:]
+    return min(area[sides - 2], canvas[0] - top), min(area[sides - 1], canvas[1] - left), top, left
 
 
 def stage_variant(condition: Condition, context: bool, reference: bool, backbone: Backbone | None) -> Condition:
@@ -111,13 +143,11 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
     """
     condition = dict(condition)
     latents = reference_latents(condition)
-    strengths, masks = strengths_and_masks(condition, len(latents))
-    on = [index for index, strength in enumerate(strengths) if reference and strength > 0]
-    for key, column in ((LATENTS, latents), (STRENGTHS, strengths), (MASKS, masks)):
-        condition[key] = [column[index] for index in on]
-    if not on:
-        for key in (LATENTS, METHOD, STRENGTHS, MASKS):
-            condition.pop(key, None)
+    found = zip(latents, reference_settings(condition, len(latents)))
+    on = [(latent, settings) for latent, settings in found if reference and settings.strength > 0]
+    for key in () if on else (LATENTS, METHOD, *SETTINGS):
+        condition.pop(key, None)
+    condition |= _reference_values(on) if on else {}
     if not context and condition.get("cross_attn") is not None:
         tokens = condition["cross_attn"][:, : backbone.context_off_tokens if backbone else 1]
         condition["cross_attn"] = tokens if backbone else torch.zeros_like(tokens)

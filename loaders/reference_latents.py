@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backbones import backbone_of
-from .conditioning import add_references, reference_latents
+from .conditioning import ReferenceSettings, add_references, reference_latents
 from .dit import dit_of
 from .host import mentions
 from .images import collect_images
@@ -27,6 +27,7 @@ def add_identity(
     strength: float = 1.0,
     size: int = 0,
     placement: str = "auto",
+    region: Tensor | None = None,
 ) -> list:
     """A copy of CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3) in 0..1.
 
@@ -34,7 +35,8 @@ def add_identity(
     whose family decides the default size and placement, cannot do it.
 
     mask: (h, w) or (b, h, w), 1 = use. strength: multiplied into the schedule's. size: longest side of each reference,
-    px; 0 = the default. placement: `reference_latents_method`; "auto" = the default.
+    px; 0 = the default. placement: `reference_latents_method`; "auto" = the default. region: (h, w) or (b, h, w) over
+    the canvas, 1 = image tokens there read the reference.
     """
     backbone = backbone_of(model)
     method = reference_method(model, placement)
@@ -45,9 +47,9 @@ def add_identity(
         raise ValueError(
             f"{backbone.title} takes at most {backbone.most_references} references, this makes {count}. Leave some out."
         )
-    masks = _masks(mask, len(images))
-    latents, kept_masks = [], []
-    for picture, picture_mask in zip(images, masks):
+    latents, settings = [], []
+    masks, regions = _masks(mask, len(images), "mask"), _masks(region, len(images), "region")
+    for picture, picture_mask, picture_region in zip(images, masks, regions):
         width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo", side)
         latents.append(vae.encode(resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
         if picture_mask is not None:
@@ -58,8 +60,13 @@ def add_identity(
                     "The mask is black everywhere, which removes the whole reference. White is "
                     "what to use: invert the mask, or set strength 0."
                 )
-        kept_masks.append(picture_mask)
-    return add_references(conditioning, latents, strength, kept_masks, method)
+        if picture_region is not None and not picture_region.any():
+            raise ValueError(
+                "The region is black everywhere, so that no part of the picture reads the reference. White is where "
+                "it is read: invert the region, or set strength 0."
+            )
+        settings.append(ReferenceSettings(strength, picture_mask, picture_region))
+    return add_references(conditioning, latents, settings, method)
 
 
 def reference_method(model: Model, placement: str) -> str | None:
@@ -114,10 +121,10 @@ def _stretched(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(mask[None, None].float(), size=tuple(shape), mode="bilinear")[0, 0]
 
 
-def _masks(mask: Tensor | None, count: int) -> list[Tensor | None]:
+def _masks(mask: Tensor | None, count: int, what: str) -> list[Tensor | None]:
     if mask is None:
         return [None] * count
     mask = mask.reshape(-1, *mask.shape[-2:])
     if len(mask) not in (1, count):
-        raise ValueError(f"{len(mask)} masks for {count} images. Give one mask for all, or one for each image.")
+        raise ValueError(f"{len(mask)} {what}s for {count} images. Give one {what} for all, or one for each image.")
     return [mask[i % len(mask)] for i in range(count)]

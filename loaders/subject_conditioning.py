@@ -26,6 +26,7 @@ def subject_conditioning(
     negative_prompt: str = "",
     images: Sequence[Tensor | None] = (),
     masks: Sequence[Tensor | None] = (),
+    regions: Sequence[Tensor | None] = (),
     *,
     dla: DLA | None = None,
     pooled_from: list | None = None,
@@ -48,6 +49,8 @@ def subject_conditioning(
         negative_prompt: What CFG leads away from; may be empty.
         images: Each (b, h, w, 3) in 0..1 or None; a batch is several references.
         masks: Of the image at the same position, (h, w) or (b, h, w), 1 = use; None = all of it.
+        regions: Of the image at the same position, (h, w) or (b, h, w) over the canvas, 1 = image tokens there read it;
+            None = all of the canvas.
         dla: None = the MLLM's last layer as it is.
         pooled_from: See aggregate_conditioning; for the positive alone.
         width: Of the picture, px, brought to whole tokens; 0 = fitting: see canvas_size.
@@ -60,9 +63,12 @@ def subject_conditioning(
         ValueError: For parts that do not belong together, unusable images (by their socket), a mask without an image.
     """
     pictures = collect_images(*images, required=False)
-    for number, mask in enumerate(masks, 1):
-        if mask is not None and (number > len(images) or images[number - 1] is None):
-            raise ValueError(f"mask_{number} is connected, but image_{number} is not. Connect the image of this mask.")
+    for name, sockets in (("mask", masks), ("region", regions)):
+        for number, socket in enumerate(sockets, 1):
+            if socket is not None and (number > len(images) or images[number - 1] is None):
+                raise ValueError(
+                    f"{name}_{number} is connected, but image_{number} is not. Connect the image of this {name}."
+                )
     _check_width(model, mllm, dla)
     seen = images if mllm.reads_images else ()
     positive = aggregate_conditioning(encode_subject(mllm, prompt, seen, dla), dla, pooled_from=pooled_from)
@@ -74,9 +80,9 @@ def subject_conditioning(
     both = positive + negative  # in one list, so that each image goes through the VAE once
     for number, image in enumerate(images, 1):
         if image is not None:
-            mask = masks[number - 1] if number <= len(masks) else None
+            mask, region = (sockets[number - 1] if number <= len(sockets) else None for sockets in (masks, regions))
             try:
-                both = add_identity(both, model, vae, image, mask, **reference)
+                both = add_identity(both, model, vae, image, mask, region=region, **reference)
             except ValueError as error:
                 raise ValueError(f"image_{number}: {error}") from error
     backbone = backbone_of(model)

@@ -77,6 +77,19 @@ def reference_inputs(make) -> list:
     ]
 
 
+def region_input(name: str, reference: str):
+    """Where in the new picture a reference is read."""
+    return io.Mask.Input(
+        name,
+        optional=True,
+        tooltip=(
+            f"White: the part of the new picture that reads {reference}, so that subjects do not mix; soft edges are"
+            " kept. Is scaled to the picture. Read by Apply Stages, Staged Sampler and Staged Guider; samplers on a"
+            " model without stages ignore it."
+        ),
+    )
+
+
 class SubjectPromptList(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -268,6 +281,7 @@ class SubjectAddIdentity(io.ComfyNode):
                     tooltip="White: the part of the reference to use; black parts get no tokens. Is scaled to it.",
                 ),
                 *reference_inputs(lambda kind, *name, **options: kind(*name, **options)),
+                region_input("region", "this reference"),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -280,13 +294,12 @@ class SubjectAddIdentity(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, conditioning, model, vae, image, mask=None, strength=1.0, size=0, placement="auto"
+        cls, conditioning, model, vae, image, mask=None, strength=1.0, size=0, placement="auto", region=None
     ) -> io.NodeOutput:
         from ..loaders.reference_latents import add_identity
 
-        return io.NodeOutput(
-            add_identity(conditioning, model, vae, image, mask, strength=strength, size=size, placement=placement)
-        )
+        settings = {"strength": strength, "size": size, "placement": placement, "region": region}
+        return io.NodeOutput(add_identity(conditioning, model, vae, image, mask, **settings))
 
 
 NODES = [SubjectPromptList, SubjectEncode, SubjectAggregateLayers, SubjectAddIdentity]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs
+from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs, region_input
 from .schema import DLA, MLLM, advanced, output, schema
 
 
@@ -98,6 +98,7 @@ class SubjectConditioning(io.ComfyNode):
                         " Saves the MLLM's second pass; the negative is then the positive with zeros for tokens."
                     ),
                 ),
+                *(region_input(f"region_{i}", f"image_{i}") for i in range(1, SOCKETS + 1)),
             ],
             outputs=[
                 output(io.Conditioning, "positive", "To the positive of any sampler or guider."),
@@ -110,8 +111,8 @@ class SubjectConditioning(io.ComfyNode):
     def execute(cls, model, vae, mllm, prompt, negative_prompt="", **options) -> io.NodeOutput:
         from ..loaders.subject_conditioning import subject_conditioning
 
-        sockets = [in_order(name, options) for name in ("image", "mask")]
-        others = {name: value for name, value in options.items() if not name.startswith(("image_", "mask_"))}
+        sockets = [in_order(name, options) for name in ("image", "mask", "region")]
+        others = {name: value for name, value in options.items() if not name.startswith(("image_", "mask_", "region_"))}
         return io.NodeOutput(*subject_conditioning(model, vae, mllm, prompt, negative_prompt, *sockets, **others))
 
 

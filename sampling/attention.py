@@ -1,28 +1,44 @@
 """Token strengths inside a DiT's attention, through the host's `optimized_attention_override`.
 
 softmax(q kT / sqrt(d) + ln strength) v on every joint attention call: strength 0 takes the keys out, strength 1 adds
-nothing. Source: our choice; the paper only switches groups on and off, which is strength 1 and 0.
+nothing. With regions, an image token that is outside a reference's region has that reference's keys taken out, too.
+Source: our choice; the paper only switches groups on and off, which is strength 1 and 0.
 """
 
 from collections.abc import Callable
-from math import sqrt
-from typing import Any
+from math import inf, sqrt
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.functional import pad
 
-EXTRA_CHANNELS = 8  # fast kernels want head widths in multiples of 8; two carry the bias
-REMOVED = -1e4  # exp underflows to exactly 0 in every dtype; only for keys that some rows of a batch keep
+CHANNELS = 8  # fast kernels want head widths in multiples of this
+REMOVED = -3e3  # exp underflows to 0, and fp16 holds it times 16; only for keys that some rows of a batch keep
+
+
+class QueryBias(NamedTuple):
+    """A bias for pairs of a query and a group of keys."""
+
+    rows: Tensor  # (b, n, groups) float32, added to the logits
+    columns: Tensor  # (keys, groups), 1 where a key belongs to the group, else 0
 
 
 def attention_with_key_bias(
-    attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, **kwargs: Any
+    attention: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    bias: Tensor,
+    query_bias: QueryBias | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """softmax(q kT * scale + bias) v through any attention kernel, without a mask.
 
     A mask would leave the fast kernels, so extra channels carry the bias: [q, 1, 1, 0...] . [k, high, low, 0...] with
-    bias = high + low, so that half precision keeps it.
+    bias = high + low, so that half precision keeps it; [q, high, low] . [k, 1, 1] for a bias of queries.
 
     Args:
         attention: The host's kernel, called with `skip_reshape`.
@@ -31,24 +47,28 @@ def attention_with_key_bias(
         v: As k.
         heads: h.
         bias: (b, keys) float32, added to the logits.
+        query_bias: Added, too; None = none.
         **kwargs: For the kernel.
 
     Returns:
         (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
     """
     width = q.shape[-1]
+    groups = 0 if query_bias is None else query_bias.columns.shape[-1]
+    extra = -(-2 * (1 + groups) // CHANNELS) * CHANNELS
     if kwargs.get("scale") is None:  # the kernel divides by sqrt(d + extra): undo what the extra channels change
-        q = q * sqrt((width + EXTRA_CHANNELS) / width)
-        root = sqrt(width + EXTRA_CHANNELS)
+        q = q * sqrt((width + extra) / width)
+        root = sqrt(width + extra)
     else:
         root = 1 / kwargs["scale"]
-    carried = bias * root
-    high = carried.to(k.dtype)
-    low = (carried - high.float()).to(k.dtype)
-    columns = repeat(torch.stack((high, low), -1), "b n c -> b h n c", h=k.shape[1])
-    k = torch.cat((k, columns, k.new_zeros(*k.shape[:3], EXTRA_CHANNELS - 2)), -1)
-    q = torch.cat((q, q.new_ones(*q.shape[:3], 2), q.new_zeros(*q.shape[:3], EXTRA_CHANNELS - 2)), -1)
-    v = torch.cat((v, v.new_zeros(*v.shape[:3], EXTRA_CHANNELS)), -1)
+    rows, columns = q.new_ones(len(q), q.shape[2], 2), _high_and_low(bias[..., None] * root, k.dtype)
+    if query_bias is not None:
+        rows = torch.cat((rows, _high_and_low(query_bias.rows * root, q.dtype)), -1)
+        columns = torch.cat((columns, repeat(query_bias.columns.to(k.dtype), "n g -> b n (2 g)", b=len(k))), -1)
+    rows, columns = (pad(x, (0, extra - x.shape[-1])) for x in (rows, columns))
+    q = torch.cat((q, repeat(rows, "b n c -> b h n c", h=q.shape[1])), -1)
+    k = torch.cat((k, repeat(columns, "b n c -> b h n c", h=k.shape[1])), -1)
+    v = torch.cat((v, v.new_zeros(*v.shape[:3], extra)), -1)
     out = attention(q, k, v, heads, skip_reshape=True, **kwargs)
     if kwargs.get("skip_output_reshape"):
         return out[..., :width]
@@ -56,8 +76,25 @@ def attention_with_key_bias(
     return rearrange(out, "b n h d -> b n (h d)")
 
 
+def _high_and_low(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., 2 c) in `dtype`: the nearest values, then what they miss."""
+    high = x.to(dtype)
+    return torch.cat((high, (x - high.float()).to(dtype)), -1)
+
+
+class Regions(NamedTuple):
+    """Which references each image token of a model call reads."""
+
+    image: slice  # the image's tokens
+    references: list[slice]  # each reference's tokens
+    log_weight: Tensor  # (conditions, references, image tokens) float32, ln of how much it is read; -inf = not at all
+
+
 class KeyStrengthAttention:
     """An `optimized_attention_override` that applies the key strengths of one model call.
+
+    With regions, the queries that read the same references have a kernel call of their own, over these keys. So a
+    region of zeros and ones needs no mask; queries at soft edges carry the bias in extra channels.
 
     Args:
         log_strength: (conditions, keys) float32, ln of the strength of each key for each condition of the call; -inf
@@ -65,30 +102,29 @@ class KeyStrengthAttention:
         repeats: Pictures per condition in the call's batch, which is ordered "(condition picture)".
         device: Of the call.
         previous: Another override that the model has already; it runs around the host's kernel.
+        regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens.
 
     Attributes:
         applied: Number of joint attention calls so far; a compiled model is not counted.
         reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
 
-    def __init__(self, log_strength: Tensor, repeats: int, device: torch.device, previous: Callable | None = None):
+    def __init__(
+        self,
+        log_strength: Tensor,
+        repeats: int,
+        device: torch.device,
+        previous: Callable | None = None,
+        regions: Regions | None = None,
+    ):
         self.keys = log_strength.shape[1]
         self.previous = previous
         self.applied, self.reached = 0, False
-        removed = log_strength.isneginf().all(0)
-        self._keep: Tensor | slice | None = None
-        if removed.any():
-            first = int(removed.sum())
-            if removed[:first].all():  # the context alone: a view instead of a copy
-                self._keep = slice(first, None)
-                log_strength = log_strength[:, self._keep]
-            else:
-                self._keep = (~removed).nonzero().flatten().to(device)
-                log_strength = log_strength[:, ~removed]
-        self._bias: Tensor | None = None
-        if log_strength.any():
-            bias = repeat(log_strength.clamp(min=REMOVED), "c n -> (c b) n", b=repeats)
-            self._bias = bias.to(device)
+        self._parts = [_Part(log_strength, repeats, device)]
+        self._order: Tensor | None = None  # of the queries among those of the parts
+        if regions is not None:
+            self._parts = _parts(log_strength, repeats, device, regions)
+            self._order = torch.cat([part.queries for part in self._parts if part.queries is not None]).argsort()
 
     def __call__(
         self,
@@ -103,8 +139,8 @@ class KeyStrengthAttention:
         """The host's attention with the strengths, as `optimized_attention_override` is called."""
         if self.previous is not None:
             attention = _through(self.previous, attention)
-        keys = k.shape[2] if kwargs.get("skip_reshape") else k.shape[1]
-        if keys != self.keys:
+        queries, keys = (x.shape[2] if kwargs.get("skip_reshape") else x.shape[1] for x in (q, k))
+        if keys != self.keys or (self._order is not None and queries != keys):
             return attention(q, k, v, heads, mask=mask, **kwargs)
 
         self.reached = True
@@ -113,12 +149,73 @@ class KeyStrengthAttention:
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
-        if self._keep is not None:
-            k, v = k[:, :, self._keep], v[:, :, self._keep]
-            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., self._keep]
-        if self._bias is None:
+        outputs = [part.attend(attention, q, k, v, heads, mask, **kwargs) for part in self._parts]
+        return outputs[0] if self._order is None else torch.cat(outputs, -2).index_select(-2, self._order)
+
+
+class _Part:
+    """Queries of a call that read the same keys."""
+
+    def __init__(
+        self,
+        log_strength: Tensor,
+        repeats: int,
+        device: torch.device,
+        queries: Tensor | None = None,
+        query_bias: QueryBias | None = None,
+    ):
+        self.queries = queries if queries is None else queries.to(device)
+        removed = log_strength.isneginf().all(0)
+        self.keep: Tensor | slice | None = None
+        if removed.any():
+            kept = (~removed).nonzero().flatten()
+            first, end = int(kept[0]), int(kept[-1]) + 1
+            # one piece, as without the context: a view instead of a copy
+            self.keep = slice(first, end) if end - first == len(kept) else kept.to(device)
+            log_strength = log_strength[:, ~removed]
+        self.bias: Tensor | None = None
+        self.query_bias: QueryBias | None = None
+        if query_bias is not None:
+            rows = repeat(query_bias.rows.clamp(min=REMOVED), "c n g -> (c b) n g", b=repeats)
+            self.query_bias = QueryBias(rows.to(device), query_bias.columns[~removed].to(device))
+        if log_strength.any() or query_bias is not None:
+            self.bias = repeat(log_strength.clamp(min=REMOVED), "c n -> (c b) n", b=repeats).to(device)
+
+    def attend(
+        self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Output of these queries; q, k, v: (b, h, n, d)."""
+        if self.queries is not None:
+            if mask is not None and mask.ndim > 1 and mask.shape[-2] == q.shape[2]:
+                mask = mask[..., self.queries, :]
+            q = q[:, :, self.queries]
+        if self.keep is not None:
+            k, v = k[:, :, self.keep], v[:, :, self.keep]
+            mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., self.keep]
+        if self.bias is None:
             return attention(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
-        return attention_with_key_bias(attention, q, k, v, heads, self._bias, mask=mask, **kwargs)
+        return attention_with_key_bias(attention, q, k, v, heads, self.bias, self.query_bias, mask=mask, **kwargs)
+
+
+def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions) -> list[_Part]:
+    """Queries that read the same references in every condition, those at soft edges apart."""
+    weight = torch.zeros(*regions.log_weight.shape[:2], log_strength.shape[1])
+    weight[..., regions.image] = regions.log_weight
+    closed = weight.isneginf()
+    soft = ((weight < 0) & ~closed).flatten(0, 1).any(0)
+    patterns, pattern_of = torch.cat((closed.flatten(0, 1), soft[None])).unique(dim=1, return_inverse=True)
+    columns = torch.zeros(log_strength.shape[1], len(regions.references))
+    for group, span in enumerate(regions.references):
+        columns[span, group] = 1
+    parts = []
+    for number in range(patterns.shape[1]):
+        queries = (pattern_of == number).nonzero().flatten()
+        logs = log_strength.clone()
+        for group, span in enumerate(regions.references):
+            logs[closed[:, group, queries[0]], span] = -inf
+        bias = QueryBias(rearrange(weight[..., queries], "c g n -> c n g"), columns) if soft[queries[0]] else None
+        parts.append(_Part(logs, repeats, device, queries, bias))
+    return parts
 
 
 def _through(override: Callable, attention: Callable) -> Callable:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..loaders.backbones import backbone_of, titles
-from ..loaders.conditioning import Condition, reference_latents, strengths_and_masks
+from ..loaders.conditioning import Condition, reference_latents, reference_settings
 from ..loaders.dit import context_width, dit_of
 from ..loaders.protocols import Model
 from .stages import Stages
@@ -43,9 +43,9 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
             raise ValueError(
                 f"{backbone.title} takes at most {most} reference latents, the {name} condition has {len(references)}."
             )
-        strengths, masks = strengths_and_masks(condition, len(references))
-        if not backbone and (any(s not in (0, 1) for s in strengths) or any(m is not None for m in masks)):
-            raise ValueError(_only_on_and_off(model, "Reference strengths between 0 and 1, and masks,"))
+        for settings in reference_settings(condition, len(references)):
+            if not backbone and settings not in ((0, None, None), (1, None, None)):
+                raise ValueError(_only_on_and_off(model, "Reference strengths between 0 and 1, masks and regions"))
     if not backbone and any(s not in (0, 1) for key in stages.keyframes for s in (key.context, key.reference)):
         raise ValueError(_only_on_and_off(model, "Stage strengths other than 0 and 1"))
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..loaders.backbones import Backbone, backbone_of
-from ..loaders.conditioning import Condition, stage_variant, strengths_and_masks
+from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
 from ..loaders.dit import dit_of
-from .attention import KeyStrengthAttention
+from .attention import KeyStrengthAttention, Regions
 from .conditions import check_conditions
 from .other_patches import KEY, check_applied, check_caches, restart_cache
 from .stages import Stages
-from .tokens import grid, key_strengths, patch_size, reference_log_strength
+from .tokens import grid, key_strengths, patch_size, reference_log_strength, region_log_weight, token_spans
 
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
@@ -115,6 +115,7 @@ class StagedRun:
         self._batch = 1  # pictures
         self._models: list[Any] = []  # of the guider, on each device
         self._guider = ""  # its class
+        self._canvas = (0, 0)  # height and width of the noisy latent
         self._stage: tuple[int, int] | None = None  # variant and keyframe of the last call
         self._strengths = (1.0, 1.0)  # context, reference
         self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
@@ -148,9 +149,11 @@ class StagedRun:
         """Wrapper of the guider's `predict_noise`: with the conditions of the stage."""
         guider = executor.class_obj
         if not self._conditions:
+            for conditions in guider.conds.values():
+                _restore_settings(conditions)
             self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
         sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
-        self._batch = len(x)
+        self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
         position = self.stages.clock.position(sigma, self.sigmas)
         self._strengths = self.stages.strengths(position, tokens)
         index = self.variants.index((self._strengths[0] > 0, self._strengths[1] > 0))
@@ -211,31 +214,50 @@ class StagedRun:
         shapes = tuple(latent.shape[1:] for latent in latents)
         key = (self._strengths, uuids, x.shape, tokens, shapes, x.device, previous)
         if key not in self._overrides:
-            rows = [self._log_strengths(backbone, self._conditions[u], tokens, x.shape, shapes) for u in uuids]
-            logs = torch.stack(rows)
-            if len(x) != len(uuids) * self._batch and not (logs == logs[0]).all():
+            found = [self._settings(backbone, self._conditions[u], tokens, x.shape, shapes) for u in uuids]
+            logs, weights = (torch.stack(rows) for rows in zip(*found))
+            differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
+            if len(x) != len(uuids) * self._batch and differ:
                 raise ValueError(
                     f"Apply Stages: the model is called with {len(x)} pictures for {len(uuids)} conditions of "
                     f"{self._batch}, so another extension computes the picture in tiles and puts several into one "
                     "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
                     "tile batch size to 1, or remove it."
                 )
-            unchanged = not logs.any()
-            repeats = len(x) // len(uuids)
-            self._overrides[key] = None if unchanged else KeyStrengthAttention(logs, repeats, x.device, previous)
+            regions = None
+            if weights.any():
+                spans = token_spans(backbone.token_order, tokens, x.shape, backbone.patch_size, shapes)
+                regions = Regions(*spans, weights)
+            override = None
+            if logs.any() or regions is not None:
+                override = KeyStrengthAttention(logs, len(x) // len(uuids), x.device, previous, regions)
+            self._overrides[key] = override
         return self._overrides[key]
 
-    def _log_strengths(
+    def _settings(
         self, backbone: Backbone, condition: Condition, tokens: int, shape: tuple, latents: tuple
-    ) -> Tensor:
-        """(keys,) of one condition in a call over a picture of `shape` and reference latents of these shapes."""
+    ) -> tuple[Tensor, Tensor]:
+        """What one condition asks of a call over a picture of `shape` and reference latents of these shapes.
+
+        Log strengths (keys,), and log weights (references, image tokens) of the regions.
+        """
         context, reference = self._strengths
-        strengths, masks = strengths_and_masks(condition, len(latents))
-        references = [
-            reference_log_strength((1, *latent), backbone.patch_size, reference * strength, mask)
-            for latent, strength, mask in zip(latents, strengths, masks)
-        ]
-        return key_strengths(backbone.token_order, tokens, context, shape, backbone.patch_size, references)
+        patch, canvas = backbone.patch_size, self._canvas
+        area, (frames, rows, columns) = area_of(condition, canvas), grid(shape, patch)
+        logs, weights = [], torch.zeros(len(latents), frames * rows * columns)
+        for index, settings in enumerate(reference_settings(condition, len(latents))):
+            strength = reference * settings.strength
+            logs.append(reference_log_strength((1, *latents[index]), patch, strength, settings.mask))
+            if settings.region is None or logs[-1].isneginf().all():
+                continue
+            if (shape[-2], shape[-1]) != area[:2]:
+                raise ValueError(
+                    f"Apply Stages: a reference has a region, but the model is called with a latent of {shape[-1]} x "
+                    f"{shape[-2]} where the condition covers {area[1]} x {area[0]}: another extension computes the "
+                    "picture in tiles, and where a tile is cannot be known. Remove it, or the region."
+                )
+            weights[index] = region_log_weight(settings.region, canvas, area, frames, patch)
+        return key_strengths(backbone.token_order, tokens, context, shape, patch, logs), weights
 
     def _warn(self, text: str) -> None:
         """Into the log, once in a run."""
@@ -246,3 +268,17 @@ class StagedRun:
 
 def _name(name: str, variant: int) -> str:
     return name if variant == 0 else f"{name} stage {variant}"
+
+
+def _restore_settings(conditions: list[Condition]) -> None:
+    """Gives copies of a condition for another one's area, which the host adds, the settings of the first again.
+
+    The host copies the other condition, and into it what the model reads of the first (`model_conds`).
+    """
+    first: dict[tuple[int, ...], Condition] = {}
+    for index, condition in enumerate(conditions):
+        read = tuple(id(part) for part in condition["model_conds"].values())
+        if read and read in first:
+            conditions[index] = {**with_settings_of(condition, first[read]), "uuid": uuid4()}
+        else:
+            first[read] = condition

@@ -4,6 +4,7 @@ Groups: the context (MLLM or text tokens), the noisy image, and every reference 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import ceil, inf, log, prod
 from typing import Any
 
@@ -57,3 +58,41 @@ def key_strengths(
         "reference": references,
     }
     return torch.cat([part for name in order for part in groups[name]])
+
+
+def token_spans(
+    order: Sequence[str], context: int, image_shape: tuple[int, ...], patch: int, references: Sequence[tuple[int, ...]]
+) -> tuple[slice, list[slice]]:
+    """The noisy image, and each reference latent, among the tokens of joint attention; see `key_strengths`.
+
+    Args:
+        order: As there.
+        context: As there.
+        image_shape: As there.
+        patch: As there.
+        references: Shape of each reference latent, (c, h, w) or (c, frames, h, w).
+    """
+    sizes = [prod(grid((1, *shape), patch)) for shape in references]
+    groups = {"context": [context], "image": [prod(grid(image_shape, patch))], "reference": sizes}
+    parts = [(name, count) for name in order for count in groups[name]]
+    ends = pairwise(accumulate((count for _, count in parts), initial=0))
+    spans = [(name, slice(*span)) for (name, _), span in zip(parts, ends)]
+    return next(span for name, span in spans if name == "image"), [span for name, span in spans if name == "reference"]
+
+
+def region_log_weight(
+    region: Tensor, canvas: tuple[int, int], area: tuple[int, int, int, int], frames: int, patch: int
+) -> Tensor:
+    """(image tokens,) float32: ln of how much each image token reads a reference; -inf = not at all.
+
+    Args:
+        region: (h, w) in 0..1 over the canvas, any size.
+        canvas: Height and width of the noisy latent, in latent elements.
+        area: Height, width, top and left of what the model call covers of it, in latent elements.
+        frames: Of the latent.
+        patch: Latent elements per token and side.
+    """
+    height, width, top, left = area
+    weight = F.interpolate(region.float()[None, None], size=canvas, mode="area").clamp(0, 1)
+    weight = F.avg_pool2d(weight[..., top : top + height, left : left + width], patch, ceil_mode=True)
+    return weight.flatten().log().repeat(frames)

@@ -73,12 +73,22 @@ def test_references_add_up_and_stay_aligned_with_those_of_other_nodes(model, vae
     assert len(first[0][1]["reference_latents"]) == 3  # what the user had is untouched
 
 
+def test_each_picture_has_its_region_or_all_have_one(model, vae):
+    regions = torch.rand(2, 20, 30)
+    for given, expected in ((regions, [*regions]), (regions[0], [regions[0]] * 2), (None, [None] * 2)):
+        values = add_identity(condition(), model, vae, picture(64, 64, 2), size=64, region=given)[0][1]
+        found = values["subject_reference_regions"]
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(image=torch.zeros(1, 1, 1, 3)), ["1"]), (dict(image=torch.zeros(1, 64, 64, 4)), ["4", "alpha"]),
     (dict(image=torch.full((1, 64, 64, 3), float("nan"))), ["NaN"]),
     (dict(image=torch.zeros(11, 64, 64, 3)), ["11", "10"]),
     (dict(mask=torch.zeros(1, 64, 64)), ["mask is black", "invert"]),
     (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
+    (dict(region=torch.zeros(1, 64, 64)), ["region is black", "invert"]),
+    (dict(image=picture(64, 64, 3), region=torch.ones(2, 64, 64)), ["2 regions", "3 images"]),
     (dict(placement="nowhere"), ["nowhere", "silently"]),
 ])  # fmt: skip
 def test_bad_references_are_refused_in_words(model, vae, change, words):

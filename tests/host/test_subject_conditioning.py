@@ -56,7 +56,7 @@ def picture(height, width, seed=0, count=1):
 
 
 IMAGES = {"image_1": picture(96, 64), "image_3": picture(64, 80, 1, count=2)}
-MASKS = {"mask_3": torch.ones(1, 64, 80).triu()}
+MASKS = {"mask_3": torch.ones(1, 64, 80).triu(), "region_1": torch.ones(1, 8, 8).tril()}
 
 
 def chain(model, vae, mllm, prompt, images, masks=MASKS, dla=None, pooled_from=None, read=True, **reference):
@@ -64,8 +64,8 @@ def chain(model, vae, mllm, prompt, images, masks=MASKS, dla=None, pooled_from=N
     (features,) = NODES["SubjectEncode"].execute(mllm, prompt, dla=dla, **images if read else {}).result
     (out,) = NODES["SubjectAggregateLayers"].execute(features, dla, pooled_from=pooled_from).result
     for name, image in images.items():
-        mask = masks.get(name.replace("image", "mask"))
-        (out,) = NODES["SubjectAddIdentity"].execute(out, model, vae, image, mask, **reference).result
+        mask, region = (masks.get(name.replace("image", kind)) for kind in ("mask", "region"))
+        (out,) = NODES["SubjectAddIdentity"].execute(out, model, vae, image, mask, region=region, **reference).result
     return out
 
 
@@ -145,6 +145,7 @@ def test_the_canvas_fits_the_first_reference(ratio, asked, expected):
 
 @pytest.mark.parametrize("change, words", [
     ({"mask_2": torch.ones(1, 64, 64)}, ["mask_2", "image_2"]),
+    ({"region_2": torch.ones(1, 64, 64)}, ["region_2 is connected", "image_2"]),
     ({"image_2": torch.zeros(1, 64, 64, 4)}, ["image_2", "alpha"]),
     ({"mask_3": torch.zeros(1, 64, 64)}, ["image_3", "mask is black"]),
     ({"placement": "nowhere"}, ["nowhere", "silently"]),

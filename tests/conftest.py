@@ -14,6 +14,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 runpy.run_path(str(ROOT / "common" / "bootstrap.py"))["import_pack"]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the tables of docs/ that tests make")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])

@@ -56,8 +56,9 @@ def main(comfyui: str, out: str | Path) -> None:
     wan = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | small_host.WAN_VAE)
     save("vae/qwen_image_vae.safetensors", random_like(wan, torch.float32))
 
-    for name, sizes in (("qwen_2.5_vl_7b_fp8_scaled", small_host.QWEN_7B), ("qwen_2.5_vl_fp16", small_host.QWEN_3B)):
-        folder = build_qwen25vl(out / "work", width=width, layers=3, heads=4, kv_heads=sizes["num_key_value_heads"])
+    # The host tells the 7B and the 3B model apart by the width of their keys.
+    for name, kv_heads in (("qwen_2.5_vl_7b_fp8_scaled", 4), ("qwen_2.5_vl_fp16", 2)):
+        folder = build_qwen25vl(out / "work", width=width, layers=3, heads=4, kv_heads=kv_heads)
         (folder / "model.safetensors").replace(out / "text_encoders" / f"{name}.safetensors")
         shutil.rmtree(folder)
     save("text_encoders/t5xxl_fp16.safetensors", random_like(text_encoder_shapes("t5xxl")))

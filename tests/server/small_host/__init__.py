@@ -5,22 +5,30 @@ Sizes that the host takes for granted are read from the file here, or are the sm
 
 import functools
 import json
+import sys
+from dataclasses import is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import comfy.clip_vision
+import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.model_detection
+import comfy.sd
 import comfy.sd1_clip
 from comfy.text_encoders import llama, qwen_vl
 
-WIDTH = 512  # of the text encoders, and so of every DiT's context
-QWEN = {"vocab_size": 152064, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
-QWEN |= {"num_hidden_layers": 3, "num_attention_heads": 4}
-# The host tells the 7B and the 3B model apart by the width of their keys.
-QWEN_7B, QWEN_3B = QWEN | {"num_key_value_heads": 4}, QWEN | {"num_key_value_heads": 2}
+WIDTH = 512  # of T5's tokens
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
+VISION_3 = {"hidden_size": 32, "intermediate_size": 48, "depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
 T5 = {"d_model": WIDTH, "d_ff": 256, "d_kv": 64, "num_heads": 8, "num_layers": 2}
 WAN_VAE = {"dim": 16}
+KL_VAE = {"ch": 32}
 CLIP_L = {"num_hidden_layers": 2}
+KREA_WIDTH = 320  # of a Qwen3-VL 4B for Krea 2, whose DiT has blocks of the encoder's width
+SIGLIP = Path(__file__).with_name("siglip.json")
+SIGLIP_PROJECTOR = {"siglip_token_dims": 64, "hidden_size": 256}  # SigLIP's width; that of FLUX.1's blocks
 
 NODE_CLASS_MAPPINGS = {}
 
@@ -37,7 +45,7 @@ def sizes(state_dict: dict, prefix: str, config: dict) -> dict:
     if config.get("image_model") in ("flux", "flux2"):
         context, width = shape("txt_in.weight")[1], shape("img_in.weight")[0]
         return {"hidden_size": width, "num_heads": width // 128, "context_in_dim": context}
-    if config.get("image_model") == "qwen_image":
+    if config.get("image_model") in ("qwen_image", "mage_flow"):
         context, width = shape("txt_in.weight")[1], shape("img_in.weight")[0]
         return {"num_attention_heads": width // 128, "joint_attention_dim": context}
     if config.get("image_model") == "omnigen2":
@@ -47,6 +55,9 @@ def sizes(state_dict: dict, prefix: str, config: dict) -> dict:
             "num_layers": blocks("layers"), "num_refiner_layers": blocks("noise_refiner"),
             "text_feat_dim": shape("time_caption_embed.caption_embedder.1.weight")[1],
         }  # fmt: skip
+    if config.get("image_model") == "boogu":
+        query, key = (shape(f"single_stream_layers.0.attn.to_{name}.weight") for name in "qk")
+        return {"num_attention_heads": query[0] // 120, "num_kv_heads": key[0] // 120}
     return {}
 
 
@@ -60,11 +71,49 @@ def read_sizes_from_file() -> None:
     comfy.model_detection.detect_unet_config = detect_unet_config
 
 
-def shrink_text_encoders() -> None:
-    for config, small in ((llama.Qwen25_7BVLI_Config, QWEN_7B), (llama.Qwen25_3BConfig, QWEN_3B)):
-        defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__, strict=True))
-        config.__init__.__defaults__ = tuple((defaults | small).values())
+def language_model_sizes(state_dicts: list[dict]) -> dict[str, int]:
+    """Sizes of a text encoder that is a language model, from its weights; {} for others."""
+    for weights in state_dicts:
+        for prefix in ("model.", "model.language_model."):
+            if f"{prefix}layers.0.self_attn.q_proj.weight" not in weights:
+                continue
+            first = f"{prefix}layers.0."
+            vocabulary, width = weights[f"{prefix}embed_tokens.weight"].shape
+            query, key = (weights[f"{first}self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+            layers = {key.removeprefix(prefix).split(".")[1] for key in weights if key.startswith(f"{prefix}layers.")}
+            return {
+                "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": len(layers),
+                "intermediate_size": weights[f"{first}mlp.gate_proj.weight"].shape[0],
+                "num_attention_heads": query // 128, "num_key_value_heads": key // 128,
+            }  # fmt: skip
+    return {}
 
+
+def read_language_models_from_file() -> None:
+    load, detect, embed = comfy.sd.load_text_encoder_state_dicts, comfy.sd.detect_te_model, llama.Llama2_.__init__
+    configs = [c for c in vars(llama).values() if is_dataclass(c) and "num_hidden_layers" in c.__dataclass_fields__]
+
+    def load_text_encoder_state_dicts(state_dicts, *args, **kwargs):
+        sizes = language_model_sizes(state_dicts)
+        for config in configs:
+            defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__, strict=True))
+            config.__init__.__defaults__ = tuple((defaults | sizes).values())
+        return load(state_dicts, *args, **kwargs)
+
+    def detect_te_model(state_dict):
+        krea = getattr(state_dict.get("model.visual.merger.linear_fc2.weight"), "shape", [0])[0] == KREA_WIDTH
+        return comfy.sd.TEModel.QWEN3VL_4B if krea else detect(state_dict)
+
+    def init(self, *args, **kwargs):  # a small vocabulary has every token more than once
+        embed(self, *args, **kwargs)
+        rows = self.embed_tokens.weight.shape[0]
+        self.embed_tokens.register_forward_pre_hook(lambda _, args: (args[0] % rows, *args[1:]))
+
+    comfy.sd.load_text_encoder_state_dicts, comfy.sd.detect_te_model = load_text_encoder_state_dicts, detect_te_model
+    llama.Llama2_.__init__ = init
+
+
+def shrink_vision() -> None:
     vision = qwen_vl.Qwen2VLVisionTransformer.__init__
 
     def small_vision(self, *args, **kwargs):
@@ -73,7 +122,21 @@ def shrink_text_encoders() -> None:
         self.fullatt_block_indexes = [1]
 
     qwen_vl.Qwen2VLVisionTransformer.__init__ = small_vision
+    if find_spec("comfy.text_encoders.qwen3vl"):
+        qwen3vl = import_module("comfy.text_encoders.qwen3vl")
+        qwen3vl.QWEN3VL_VISION_COMMON |= {"num_heads": 2, "num_position_embeddings": 64}
+        for sizes in qwen3vl.QWEN3VL_VISION.values():
+            sizes |= VISION_3
 
+    siglip = comfy.clip_vision.ClipVisionModel.__init__
+    comfy.clip_vision.ClipVisionModel.__init__ = lambda self, json_config: siglip(self, str(SIGLIP))
+    loader = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get("ModelPatchLoader")
+    if loader:
+        projector = loader.load_model_patch.__globals__["SigLIPMultiFeatProjModel"]
+        projector.__init__ = functools.partialmethod(projector.__init__, **SIGLIP_PROJECTOR)
+
+
+def shrink_text_encoders() -> None:
     text = comfy.sd1_clip.SDClipModel.__init__
 
     def small_text(self, *args, textmodel_json_config=None, model_options=None, **kwargs):
@@ -97,9 +160,18 @@ def shrink_vae() -> None:
 
     comfy.ldm.wan.vae.WanVAE.__init__ = small_vae
 
+    kl = comfy.ldm.models.autoencoder.AutoencoderKL.__init__
+
+    def small_kl(self, *args, ddconfig, **kwargs):
+        kl(self, *args, ddconfig=ddconfig | KL_VAE, **kwargs)
+
+    comfy.ldm.models.autoencoder.AutoencoderKL.__init__ = small_kl
+
 
 def shrink_host() -> None:
     read_sizes_from_file()
+    read_language_models_from_file()
+    shrink_vision()
     shrink_text_encoders()
     shrink_vae()
 

@@ -1,0 +1,178 @@
+"""Apply Stages in the front end's own workflow templates, on small models.
+
+    nox -s tests -- tests/server/test_templates.py --write-docs
+
+writes this host's column of docs/templates.md, which says what happens in each.
+"""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load
+from subject_dla.common.markdown import markdown
+from subject_dla.demo import run as demo
+from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.tests.small import template_models, templates
+from subject_dla.tests.small.prompts import run
+from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.editor_graph import EDITOR_ONLY
+from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
+
+PAGE = ROOT / "docs" / "templates.md"
+TEMPLATES = templates.templates()
+PICTURE = "toy-1.png"
+STAGE = re.compile(r"^steps .*, flow time ([\d.]+) to ([\d.]+): MLLM ([\d.]+), VAE ([\d.]+)$", re.MULTILINE)
+# small DiT file -> the family's record in the pack, or the name of a family that has none
+FAMILIES = {
+    "flux": "flux", "flux_checkpoint": "flux", "flux2": "flux2", "klein_4b": "flux2", "klein_9b": "flux2",
+    "longcat": "longcat_image", "omnigen2": "omnigen2", "qwen_image": "qwen_image", "qwen_layered": "qwen_image",
+    "krea2": "Krea 2", "boogu": "Boogu", "mage_flow": "Mage-Flow", "joyimage": "JoyImage", "flux3": "FLUX 3 Klein",
+    "qwen_image21": "Qwen-Image 2.1", "ming": "Ming-Image", "moss": "MOSS-Image",
+}  # fmt: skip
+
+
+class Host:
+    """A server on small models, the templates in API format that its nodes allow, and why it cannot run the others."""
+
+    def __init__(self, server: Server, comfyui: Path, models: Path):
+        self.server, self.info = server, server.client.object_info()
+        self.column = f"ComfyUI {server.client.version()}"
+        self.prompts, self.files, self.lacks = {}, {}, {}
+        for name, saved in TEMPLATES.items():
+            try:
+                prompt = workflow.to_api(saved, self.info)
+            except workflow.WorkflowFileError:
+                if not (lacking := _lacking_nodes(saved, self.info)):
+                    raise
+                self.lacks[name] = f"no node {', '.join(lacking)}"
+                continue
+            templates.shrink(prompt, PICTURE)
+            values = {str(value) for node in prompt.values() for value in node["inputs"].values()}
+            self.files[name] = {value[:-12] for value in values if value.endswith(".safetensors")}
+            self.prompts[name] = prompt
+        script = [sys.executable, ROOT / "common/bootstrap.py", "tests.small.template_models", comfyui, models]
+        kinds = sorted({kind for files in self.files.values() for kind in files})
+        made = subprocess.run([*script, *kinds], check=True, stdout=subprocess.PIPE, text=True)
+        lacking = json.loads(made.stdout.splitlines()[-1])
+        for name, files in self.files.items():
+            if missing := sorted(lacking.keys() & set(files)):
+                self.lacks[name] = f"no model {', '.join(missing)}"
+
+    def run(self, name: str, preset: str = "") -> "Run":
+        label = f"{name}-{preset or 'own'}"
+        prompt, records = templates.instrument(self.prompts[name], self.info, label, preset)
+        return Run(self.server, run(self.server, prompt), records)
+
+
+class Run:
+    """What a run of a template left: latents and pictures, and by sampler the calls of the model and the preview."""
+
+    def __init__(self, server: Server, outputs: dict, records: list[str]):
+        fetch = server.client.fetch
+        self.latents = [load(fetch(outputs[f"latent {record}"]["latents"][0]))["latent_tensor"] for record in records]
+        saved = [image for key in sorted(outputs) for image in outputs[key].get("images", []) if "preview" not in key]
+        self.pictures = [Image.open(io.BytesIO(fetch(image))).convert("RGB").tobytes() for image in saved]
+        paths = [server.base / "output" / f"{record}.jsonl" for record in records]
+        self.calls = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+        shown = [outputs.get(f"text {record}", {"text": [""]})["text"][0] for record in records]
+        self.stages = [[tuple(map(float, found)) for found in STAGE.findall(text)] for text in shown]
+
+    def given(self) -> list[dict[float, tuple[int, int]]]:
+        """By sampler, sigma -> most context tokens and references that a condition had there."""
+        return [
+            {
+                sigma: tuple(max(c[key] for c in calls if c["sigma"] == sigma) for key in ("tokens", "references"))
+                for sigma in {call["sigma"] for call in calls}
+            }
+            for calls in self.calls
+        ]
+
+
+def _lacking_nodes(saved: dict, info: dict) -> list[str]:
+    graphs = {graph["id"] for graph in (saved.get("definitions") or {}).get("subgraphs", [])}
+    return sorted({node["type"] for node in templates.nodes(saved)} - {*info, *graphs, *EDITOR_ONLY})
+
+
+@pytest.fixture(scope="module")
+def host(comfyui, tmp_path_factory):
+    models = tmp_path_factory.mktemp("template-models")
+    for folder in template_models.KINDS:
+        (models / folder).mkdir()
+    own = Path(__file__).parent
+    packs = {"small_host": own / "small_host", "template_host": own / "template_host", PACK: ROOT}
+    base = tmp_path_factory.mktemp("template-host")
+    with Server(comfyui, base, packs=packs, models=[models], arguments=["--cpu"]) as server:
+        server.client.upload(demo.IMAGES / PICTURE)
+        yield Host(server, comfyui, models)
+
+
+@pytest.fixture(scope="module")
+def cells() -> dict[str, str]:
+    """Template -> what this host's column of the page says of it, filled by the tests below."""
+    return {}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template(host, cells, name):
+    if name in host.lacks:
+        cells[name] = f"not on this host: {host.lacks[name]}"
+        pytest.skip(cells[name])
+    own = host.run(name)
+    references = [max(found[1] for found in given.values()) for given in own.given()]
+    assert references and all(references), "the template reads no reference"
+    assert all(latent.isfinite().all() for latent in own.latents)
+
+    both = host.run(name, "both")
+    assert both.calls == own.calls
+    assert all((a == b).all() for a, b in zip(own.latents, both.latents, strict=True))
+    assert both.pictures == own.pictures and own.pictures
+
+    runs = [own]
+    for preset in ("semantics_first", "mllm_only", "two_stage"):
+        found = host.run(name, preset)
+        assert all(latent.isfinite().all() for latent in found.latents)
+        for given, stages, most in zip(found.given(), found.stages, references, strict=True):
+            for sigma, (tokens, count) in given.items():
+                (on,) = {(m > 0, v > 0) for first, last, m, v in stages if first + 1e-3 > sigma > last - 1e-3}
+                assert (tokens > 1, count) == (on[0], most if on[1] else 0), (preset, sigma)
+        for other in runs:  # not as mllm_only: the references are read from their stage on
+            assert all((a != b).any() for a, b in zip(other.latents, found.latents, strict=True)), preset
+        runs.append(found)
+    cells[name] = f"staged, references: {', '.join(map(str, sorted(set(references))))}"
+
+
+def test_the_page_says_it(host, cells, request):
+    """The table of docs/templates.md has a column for each host that it was written on."""
+    if missing := TEMPLATES.keys() - cells.keys():
+        pytest.skip(f"{len(missing)} templates were not run")
+    text = PAGE.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = {title: dict(zip([row[0] for row in rows], column)) for title, *column in zip(head, *rows)}
+    if request.config.getoption("--write-docs"):
+        columns[host.column] = {f"`{name}`": cell for name, cell in cells.items()}
+        hosts = sorted((title for title in columns if title.startswith("ComfyUI")), key=_version)
+        new = [["template", "DiT", *hosts]]
+        new += [[f"`{name}`", _dit(name), *(columns[h].get(f"`{name}`", "-") for h in hosts)] for name in TEMPLATES]
+        PAGE.write_text(text.replace("\n".join(lines), markdown(new)), encoding="utf-8")
+    elif host.column not in columns:
+        pytest.skip(f"docs/templates.md has no column {host.column}: write it with --write-docs")
+    else:
+        assert columns["DiT"] == {f"`{name}`": _dit(name) for name in TEMPLATES}
+        assert columns[host.column] == {f"`{name}`": cell for name, cell in cells.items()}
+
+
+def _dit(name: str) -> str:
+    """Families of the DiTs that a template loads."""
+    found = {FAMILIES[kind] for kind in templates.dits(TEMPLATES[name])}
+    return ", ".join(sorted(BACKBONES[f].title if f in BACKBONES else f"{f} (no record)" for f in found))
+
+
+def _version(title: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", title)]

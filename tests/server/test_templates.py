@@ -21,7 +21,7 @@ from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.tests.small import template_models, templates
 from subject_dla.tests.small.prompts import run
 from subject_dla.tools.comfy_client import workflow
-from subject_dla.tools.comfy_client.editor_graph import EDITOR_ONLY
+from subject_dla.tools.comfy_client.editor_graph import EDITOR_ONLY, MUTED
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 
 PAGE = ROOT / "docs" / "templates.md"
@@ -50,7 +50,8 @@ class Host:
             except workflow.WorkflowFileError:
                 if not (lacking := _lacking_nodes(saved, self.info)):
                     raise
-                self.lacks[name] = f"no node {', '.join(lacking)}"
+                more = f" and {len(lacking) - 2} more" if len(lacking) > 2 else ""
+                self.lacks[name] = f"lacks {', '.join(lacking[:2])}{more}"
                 continue
             templates.shrink(prompt, PICTURE)
             values = {str(value) for node in prompt.values() for value in node["inputs"].values()}
@@ -62,7 +63,7 @@ class Host:
         lacking = json.loads(made.stdout.splitlines()[-1])
         for name, files in self.files.items():
             if missing := sorted(lacking.keys() & set(files)):
-                self.lacks[name] = f"no model {', '.join(missing)}"
+                self.lacks[name] = f"lacks models: {', '.join(missing)}"
 
     def run(self, name: str, preset: str = "") -> "Run":
         label = f"{name}-{preset or 'own'}"
@@ -96,7 +97,7 @@ class Run:
 
 def _lacking_nodes(saved: dict, info: dict) -> list[str]:
     graphs = {graph["id"] for graph in (saved.get("definitions") or {}).get("subgraphs", [])}
-    return sorted({node["type"] for node in templates.nodes(saved)} - {*info, *graphs, *EDITOR_ONLY})
+    return sorted({n["type"] for n in templates.nodes(saved) if n["mode"] != MUTED} - {*info, *graphs, *EDITOR_ONLY})
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,8 @@ def cells() -> dict[str, str]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template(host, cells, name):
     if name in host.lacks:
-        cells[name] = f"not on this host: {host.lacks[name]}"
-        pytest.skip(cells[name])
+        cells[name] = host.lacks[name]
+        pytest.skip(f"not on this host: {host.lacks[name]}")
     own = host.run(name)
     references = [max(found[1] for found in given.values()) for given in own.given()]
     assert references and all(references), "the template reads no reference"
@@ -133,7 +134,7 @@ def test_template(host, cells, name):
     assert all((a == b).all() for a, b in zip(own.latents, both.latents, strict=True))
     assert both.pictures == own.pictures and own.pictures
 
-    runs = [own]
+    runs, logged = [own], host.server.log.stat().st_size
     for preset in ("semantics_first", "mllm_only", "two_stage"):
         found = host.run(name, preset)
         assert all(latent.isfinite().all() for latent in found.latents)
@@ -144,6 +145,8 @@ def test_template(host, cells, name):
         for other in runs:  # not as mllm_only: the references are read from their stage on
             assert all((a != b).any() for a, b in zip(other.latents, found.latents, strict=True)), preset
         runs.append(found)
+    said = host.server.log.read_bytes()[logged:].decode(errors="replace")
+    assert ("token layout is unknown" in said) == ("(no record)" in _dit(name)), said
     cells[name] = f"staged, references: {', '.join(map(str, sorted(set(references))))}"
 
 

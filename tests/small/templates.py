@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 
-from ...tools.comfy_client.editor_graph import MUTED
+from ...tools.comfy_client.editor_graph import ALWAYS, MUTED
 
 PACKAGE = "comfyui_workflow_templates_json"
 REFERENCES = re.compile(r"Reference(Multi)?Latent|TextEncode\w*Edit(Plus)?|TextEncodeQwenImage21")
+API_NODES = {"ByteDanceSeedreamNode", "GeminiImage2Node", "GrokImageEditNode", "OpenAIGPTImage1"}  # want an account
 SIDE, STEPS = 128, 3
 CLOCK = {"clock": "flow_time", "tau1": 0.95, "tau2": 0.85}
 # "class of the loader, type of the text encoder, file" -> small file; the first that is found
@@ -35,12 +36,14 @@ FILES = {
 
 
 def templates() -> dict[str, dict]:
-    """Templates that read reference images, by name."""
+    """Templates that read reference images, by name; nodes of an API are muted in them."""
     found = {}
     for path in sorted((resources.files(PACKAGE) / "templates").iterdir(), key=lambda path: path.name):
         if path.suffix == ".json" and REFERENCES.search(text := path.read_text(encoding="utf-8")):
             workflow = json.loads(text)
-            kinds = {node["type"] for node in nodes(workflow) if node.get("mode") != MUTED}
+            for node in nodes(workflow):
+                node["mode"] = MUTED if node["type"] in API_NODES else node.get("mode", ALWAYS)
+            kinds = {node["type"] for node in nodes(workflow) if node["mode"] != MUTED}
             if "LoadImage" in kinds and any(REFERENCES.fullmatch(kind) for kind in kinds):
                 found[path.stem] = workflow
     return found

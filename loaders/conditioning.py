@@ -28,9 +28,11 @@ class ReferenceSettings(NamedTuple):
     strength: float = 1.0  # multiplied into the schedule's
     mask: Tensor | None = None  # (h, w) in 0..1 over its picture, any size; 0 = the token is removed
     region: Tensor | None = None  # (h, w) in 0..1 over the canvas, any size; 0 = image tokens there do not read it
+    stages: Any = None  # a schedule (sampling.stages.Stages), whose reference strength is multiplied into the run's
 
 
-SETTINGS = tuple(f"subject_reference_{name}s" for name in ReferenceSettings._fields)  # keys of the lists
+# keys of the lists
+SETTINGS = tuple(f"subject_reference_{name}" for name in ("strengths", "masks", "regions", "stages"))
 
 
 def aggregate_conditioning(

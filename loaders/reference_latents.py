@@ -1,6 +1,7 @@
 """Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
 
 from math import sqrt
+from typing import Any
 
 import comfy.utils
 import torch
@@ -28,6 +29,7 @@ def add_identity(
     size: int = 0,
     placement: str = "auto",
     region: Tensor | None = None,
+    stages: Any = None,
 ) -> list:
     """A copy of CONDITIONING with one more reference latent per picture of `image` (b, h, w, 3) in 0..1.
 
@@ -36,7 +38,7 @@ def add_identity(
 
     mask: (h, w) or (b, h, w), 1 = use. strength: multiplied into the schedule's. size: longest side of each reference,
     px; 0 = the default. placement: `reference_latents_method`; "auto" = the default. region: (h, w) or (b, h, w) over
-    the canvas, 1 = image tokens there read the reference.
+    the canvas, 1 = image tokens there read the reference. stages: a schedule of its own, multiplied into the run's.
     """
     backbone = backbone_of(model)
     method = reference_method(model, placement)
@@ -65,7 +67,7 @@ def add_identity(
                 "The region is black everywhere, so that no part of the picture reads the reference. White is where "
                 "it is read: invert the region, or set strength 0."
             )
-        settings.append(ReferenceSettings(strength, picture_mask, picture_region))
+        settings.append(ReferenceSettings(strength, picture_mask, picture_region, stages))
     return add_references(conditioning, latents, settings, method)
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .schema import DLA, MLLM, Features, advanced, schema
+from .schema import DLA, MLLM, Features, Stages, advanced, schema
 
 SOCKETS = 5  # image inputs of a node; each may carry a batch
 
@@ -282,6 +282,15 @@ class SubjectAddIdentity(io.ComfyNode):
                 ),
                 *reference_inputs(lambda kind, *name, **options: kind(*name, **options)),
                 region_input("region", "this reference"),
+                Stages.Input(
+                    "stages",
+                    optional=True,
+                    tooltip=(
+                        "A schedule for this reference alone, from Stage Schedule or Stage Keyframe, on any clock: its"
+                        " VAE strength is multiplied into the run's. Its MLLM strength is ignored. Needs Apply Stages,"
+                        " Staged Sampler or Staged Guider; other samplers ignore it."
+                    ),
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -293,12 +302,9 @@ class SubjectAddIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, conditioning, model, vae, image, mask=None, strength=1.0, size=0, placement="auto", region=None
-    ) -> io.NodeOutput:
+    def execute(cls, conditioning, model, vae, image, mask=None, **settings) -> io.NodeOutput:
         from ..loaders.reference_latents import add_identity
 
-        settings = {"strength": strength, "size": size, "placement": placement, "region": region}
         return io.NodeOutput(add_identity(conditioning, model, vae, image, mask, **settings))
 
 

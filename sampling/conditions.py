@@ -1,11 +1,12 @@
 """What is checked of the conditions before a staged run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..loaders.backbones import backbone_of, titles
-from ..loaders.conditioning import Condition, reference_latents, reference_settings
+from ..loaders.conditioning import Condition, ReferenceSettings, reference_latents, reference_settings
 from ..loaders.dit import context_width, dit_of
 from ..loaders.protocols import Model
+from .reference_stages import RunSchedule
 from .stages import Stages
 
 
@@ -44,10 +45,33 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 f"{backbone.title} takes at most {most} reference latents, the {name} condition has {len(references)}."
             )
         for settings in reference_settings(condition, len(references)):
-            if not backbone and settings not in ((0, None, None), (1, None, None)):
-                raise ValueError(_only_on_and_off(model, "Reference strengths between 0 and 1, masks and regions"))
+            if not backbone and settings not in (ReferenceSettings(0.0), ReferenceSettings(1.0)):
+                what = "Strengths between 0 and 1, masks, regions and schedules of single references"
+                raise ValueError(_only_on_and_off(model, what))
     if not backbone and any(s not in (0, 1) for key in stages.keyframes for s in (key.context, key.reference)):
         raise ValueError(_only_on_and_off(model, "Stage strengths other than 0 and 1"))
+
+
+def check_guidance(
+    schedule: RunSchedule, positive: Iterable[Condition], sigmas: Sequence[float], whole: Sequence[float], tokens: int
+) -> None:
+    """Raises ValueError where the schedules of the references switch all off in a stage of VAE tokens alone.
+
+    Args:
+        schedule: The run's.
+        positive: The conditions that must guide every stage.
+        sigmas: n + 1 falling values for n steps of the run.
+        whole: Those of the schedule that the run is a part of.
+        tokens: Noisy image tokens.
+    """
+    found = [reference_settings(condition, len(reference_latents(condition))) for condition in positive]
+    for sigma in sigmas[:-1]:
+        moment = schedule.at(sigma, whole, tokens)
+        if moment.context == 0 < moment.reference and not all(any(map(moment.strength, some)) for some in found):
+            raise ValueError(
+                f"At sigma {sigma:.4g} the stage is of VAE tokens alone, but the positive's references are all off "
+                "there by their own schedules: nothing would guide it. Let one be on, or keep the MLLM's tokens on."
+            )
 
 
 def _only_on_and_off(model: Model, what: str) -> str:

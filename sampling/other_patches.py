@@ -32,9 +32,9 @@ def restart_cache(model_options: dict) -> None:
         setattr(cache, name, value)
 
 
-def check_caches(model_options: dict, stages: Stages) -> None:
-    """Raises ValueError for a step cache of another pack, unless the schedule has one stage."""
-    if len(stages.keyframes) == 1 and stages.keyframes[0].blend == "hold":
+def check_caches(model_options: dict, schedules: Iterable[Stages]) -> None:
+    """Raises ValueError for a step cache of another pack, unless each schedule of the run has one stage."""
+    if all(len(stages.keyframes) == 1 and stages.keyframes[0].blend == "hold" for stages in schedules):
         return
     names = _wrapper_names(model_options.get("transformer_options", {}))
     if "model_function_wrapper" in model_options:

@@ -7,6 +7,7 @@ and strength 0 is the host's path without those tokens.
 
 import logging
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any
 from uuid import uuid4
@@ -21,8 +22,9 @@ from ..loaders.backbones import Backbone, backbone_of
 from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
-from .conditions import check_conditions
+from .conditions import check_conditions, check_guidance
 from .other_patches import KEY, check_applied, check_caches, restart_cache
+from .reference_stages import Moment, RunSchedule
 from .stages import Stages
 from .tokens import grid, key_strengths, patch_size, reference_log_strength, region_log_weight, token_spans
 
@@ -79,13 +81,18 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
-    stages.clock.check_run(function, type(model_sampling).__name__, is_flow)
-    check_caches(guider.model_options, stages)
+    schedule = RunSchedule.of(stages, chain.from_iterable(guider.conds.values()))
+    check_caches(guider.model_options, schedule.all)
     sigmas = [float(s) for s in sigmas]
-    message = stages.clock.describe_part(sigmas, whole, float(model_sampling.sigma_max))
-    if message:
-        log.info(message)
-    run = StagedRun(stages, backbone_of(guider.model_patcher), whole or sigmas)
+    for clock in dict.fromkeys(one.clock for one in schedule.all):
+        clock.check_run(function, type(model_sampling).__name__, is_flow)
+        message = clock.describe_part(sigmas, whole, float(model_sampling.sigma_max))
+        if message:
+            log.info(message)
+    if schedule.own and (False, True) in stages.variants():
+        tokens = prod(grid(args[0].shape, patch_size(dit_of(guider.model_patcher.model))))
+        check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
+    run = StagedRun(schedule, backbone_of(guider.model_patcher), whole or sigmas)
     run.add_variants(guider.conds)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
@@ -103,21 +110,21 @@ class StagedRun:
     """State of one run under a schedule: the variants of its conditions, which is on, the overrides made so far.
 
     Args:
-        stages: The schedule.
+        schedule: The schedule, with those of single references.
         backbone: The record of the DiT's family; None where its token layout is not known.
         sigmas: n + 1 falling values for n steps, of the run or of the whole schedule that it is a part of.
     """
 
-    def __init__(self, stages: Stages, backbone: Backbone | None, sigmas: list[float]):
-        self.stages, self.backbone, self.sigmas = stages, backbone, sigmas
-        self.variants = stages.variants()
+    def __init__(self, schedule: RunSchedule, backbone: Backbone | None, sigmas: list[float]):
+        self.schedule, self.backbone, self.sigmas = schedule, backbone, sigmas
+        self.variants = schedule.variants()
         self.names: list[str] = []
         self._batch = 1  # pictures
         self._models: list[Any] = []  # of the guider, on each device
         self._guider = ""  # its class
         self._canvas = (0, 0)  # height and width of the noisy latent
-        self._stage: tuple[int, int] | None = None  # variant and keyframe of the last call
-        self._strengths = (1.0, 1.0)  # context, reference
+        self._moment = Moment(1.0, 1.0, {}, ())  # of the last call
+        self._stage: tuple | None = None  # its variant and keyframes
         self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
         self._active: set[Any] = set()  # uuids of the stage's
         self._overrides: dict[tuple, KeyStrengthAttention | None] = {}
@@ -154,10 +161,9 @@ class StagedRun:
             self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
         sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
         self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
-        position = self.stages.clock.position(sigma, self.sigmas)
-        self._strengths = self.stages.strengths(position, tokens)
-        index = self.variants.index((self._strengths[0] > 0, self._strengths[1] > 0))
-        stage = index, self.stages.keyframe_at(position, tokens)
+        self._moment = self.schedule.at(sigma, self.sigmas, tokens)
+        index = self.variants.index(self.schedule.variant(self._moment))
+        stage = index, self._moment.keyframes
         if self._stage not in (None, stage):
             restart_cache(model_options)
         self._stage = stage
@@ -212,7 +218,8 @@ class StagedRun:
             return None
         tokens, previous = 0 if context is None else context.shape[1], options.get("optimized_attention_override")
         shapes = tuple(latent.shape[1:] for latent in latents)
-        key = (self._strengths, uuids, x.shape, tokens, shapes, x.device, previous)
+        strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
+        key = (strengths, uuids, x.shape, tokens, shapes, x.device, previous)
         if key not in self._overrides:
             found = [self._settings(backbone, self._conditions[u], tokens, x.shape, shapes) for u in uuids]
             logs, weights = (torch.stack(rows) for rows in zip(*found))
@@ -241,12 +248,11 @@ class StagedRun:
 
         Log strengths (keys,), and log weights (references, image tokens) of the regions.
         """
-        context, reference = self._strengths
         patch, canvas = backbone.patch_size, self._canvas
         area, (frames, rows, columns) = area_of(condition, canvas), grid(shape, patch)
         logs, weights = [], torch.zeros(len(latents), frames * rows * columns)
         for index, settings in enumerate(reference_settings(condition, len(latents))):
-            strength = reference * settings.strength
+            strength = self._moment.strength(settings)
             logs.append(reference_log_strength((1, *latents[index]), patch, strength, settings.mask))
             if settings.region is None or logs[-1].isneginf().all():
                 continue
@@ -257,7 +263,7 @@ class StagedRun:
                     "picture in tiles, and where a tile is cannot be known. Remove it, or the region."
                 )
             weights[index] = region_log_weight(settings.region, canvas, area, frames, patch)
-        return key_strengths(backbone.token_order, tokens, context, shape, patch, logs), weights
+        return key_strengths(backbone.token_order, tokens, self._moment.context, shape, patch, logs), weights
 
     def _warn(self, text: str) -> None:
         """Into the log, once in a run."""

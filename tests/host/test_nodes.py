@@ -20,7 +20,7 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
     "SubjectEncode": (
         "mllm prompt image_1 image_2 image_3 image_4 image_5 dla image_size tiles system_prompt", "MLLM_FEATURES"),
     "SubjectAggregateLayers": ("features dla template vit_blend pooled_from", "CONDITIONING"),
-    "SubjectAddIdentity": ("conditioning model vae image mask strength size placement region", "CONDITIONING"),
+    "SubjectAddIdentity": ("conditioning model vae image mask strength size placement region stages", "CONDITIONING"),
     "SubjectConditioning": (
         "model vae mllm prompt negative_prompt image_1 image_2 image_3 image_4 image_5 mask_1 mask_2 mask_3 mask_4"
         " mask_5 dla pooled_from width height batch_size strength size placement encode_negative region_1 region_2"

@@ -105,7 +105,7 @@ class SubjectStageSchedule(io.ComfyNode):
                 StagesType.Output(
                     "stages",
                     display_name="stages",
-                    tooltip="To Apply Stages, Staged Sampler, Staged Guider or Stage Preview.",
+                    tooltip="To Apply Stages, Staged Sampler, Staged Guider, Stage Preview or Add Identity.",
                 )
             ],
         )
@@ -161,7 +161,10 @@ class SubjectStageKeyframe(io.ComfyNode):
                 StagesType.Output(
                     "stages",
                     display_name="stages",
-                    tooltip="To another Stage Keyframe, Staged Sampler, Staged Guider or Stage Preview.",
+                    tooltip=(
+                        "To another Stage Keyframe, Apply Stages, Staged Sampler, Staged Guider, Stage Preview or Add"
+                        " Identity."
+                    ),
                 )
             ],
         )

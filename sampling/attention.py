@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CHANNELS = 8  # fast kernels want head widths in multiples of this
+MOST_PARTS = 16  # kernel calls for one joint attention; with more patterns (noise), all regions ride in extra channels
 REMOVED = -3e3  # exp underflows to 0, and fp16 holds it times 16; only for keys that some rows of a batch keep
 
 
@@ -198,12 +199,17 @@ class _Part:
 
 
 def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions) -> list[_Part]:
-    """Queries that read the same references in every condition, those at soft edges apart."""
+    """Queries that read the same references in every condition, those at soft edges apart.
+
+    Where these are more than MOST_PARTS, there are two: queries that read everything, and others with a bias.
+    """
     weight = torch.zeros(*regions.log_weight.shape[:2], log_strength.shape[1])
     weight[..., regions.image] = regions.log_weight
-    closed = weight.isneginf()
-    soft = ((weight < 0) & ~closed).flatten(0, 1).any(0)
-    patterns, pattern_of = torch.cat((closed.flatten(0, 1), soft[None])).unique(dim=1, return_inverse=True)
+    for closed in (weight.isneginf(), torch.zeros_like(weight, dtype=torch.bool)):
+        soft = ((weight < 0) & ~closed).flatten(0, 1).any(0)
+        patterns, pattern_of = torch.cat((closed.flatten(0, 1), soft[None])).unique(dim=1, return_inverse=True)
+        if patterns.shape[1] <= MOST_PARTS:
+            break
     columns = torch.zeros(log_strength.shape[1], len(regions.references))
     for group, span in enumerate(regions.references):
         columns[span, group] = 1

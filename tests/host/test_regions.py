@@ -103,6 +103,8 @@ def of_host(subject, biases, *arguments, **options):
         subject.model = found
 
 
+NOISE = (torch.rand(4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1).clamp(min=0)
+NOISE = repeat(NOISE, "n y x -> n (y b) (x a)", b=PIXELS // SIDE, a=PIXELS // SIDE)  # many patterns
 CASES = {
     "halves": dict(regions=[LEFT, 1 - LEFT]),
     "overlap, one everywhere": dict(regions=[TOP, None]),
@@ -111,6 +113,7 @@ CASES = {
     "strengths and masks": dict(regions=[LEFT, SOFT], strengths=(0.6, 0.5, 1.5), masks=(SOFT.T.contiguous(), None)),
     "negative without": dict(regions=[LEFT, 1 - LEFT], negative=[None, None]),
     "negative elsewhere": dict(regions=[LEFT, 1 - LEFT], negative=[TOP, LEFT]),
+    "noise": dict(regions=[NOISE[0], NOISE[1]], negative=[NOISE[2], NOISE[3]], strengths=(1, 0.5, 1.5)),
 }
 
 
@@ -228,6 +231,30 @@ def test_queries_are_split_by_what_they_read_and_zeros_and_ones_need_no_bias(dty
     strengths = none.clone()
     strengths[0, 19:23], strengths[1, 23:] = -0.5, 0.4
     check(soft, strengths, [(2, 23, 24), (4, 25, 24), (4, 29, 24), (6, 23, 24), (13, 29, 24)])
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 2e-3)])
+def test_many_patterns_are_one_kernel_call(dtype, most):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 3, 32, generator=generator).round().log()  # zeros and ones at random: 64 patterns possible
+    references = [slice(32, 36), slice(36, 40), slice(40, 43)]
+    q, k, v = (torch.randn(2, 2, 43, 128, generator=generator).to(dtype) for _ in range(3))
+    calls = []
+
+    def kernel(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+        calls.append(q.shape[2])
+        return rearrange(F.scaled_dot_product_attention(q, k, v, mask), "b h n d -> b n (h d)")
+
+    regions = Regions(slice(0, 32), references, weights)
+    out = KeyStrengthAttention(torch.zeros(2, 43), 1, torch.device("cpu"), regions=regions)(
+        kernel, q, k, v, 2, skip_reshape=True
+    )
+    assert len(calls) == 2 and sum(calls) == 43
+    bias = torch.zeros(2, 1, 43, 43)
+    for index, span in enumerate(references):
+        bias[:, 0, :32, span] += weights[:, index, :, None]
+    theirs = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), bias.double())
+    assert (out - rearrange(theirs, "b h n d -> b n (h d)")).abs().max() < most
 
 
 def test_keys_that_one_condition_lacks_are_removed_in_half_precision():

@@ -90,6 +90,7 @@ def _suspects(override: KeyStrengthAttention, backbone: Backbone, model: Any, op
     current = options.get("optimized_attention_override")
     if current is not override:
         yield f"attention override {_name(current)}"
+    yield from (f"patch of the tokens {_name(f)}" for f in options.get("patches", {}).get("post_input", ()))
     yield from (f"block replacement {_name(f)}" for f in options.get("patches_replace", {}).get("dit", {}).values())
     for part in (block for name in backbone.joint_blocks for block in getattr(dit_of(model), name, ())):
         if "forward" in vars(part):

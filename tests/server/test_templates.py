@@ -21,6 +21,7 @@ from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.tests.small import template_models, templates
 from subject_dla.tests.small.prompts import run
 from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.client import WorkflowError
 from subject_dla.tools.comfy_client.editor_graph import EDITOR_ONLY, MUTED
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 
@@ -28,6 +29,8 @@ PAGE = ROOT / "docs" / "templates.md"
 TEMPLATES = templates.templates()
 PICTURE = "toy-1.png"
 STAGE = re.compile(r"^steps .*, flow time ([\d.]+) to ([\d.]+): MLLM ([\d.]+), VAE ([\d.]+)$", re.MULTILINE)
+# Why a run can have no stage without context: it would have no references either; USO's style is in tokens of its own.
+REFUSED = ("the positive condition holds no reference latent", "UsoStyleProjectorPatch")
 # small DiT file -> the family's record in the pack, or the name of a family that has none
 FAMILIES = {
     "flux": "flux", "flux_checkpoint": "flux", "flux2": "flux2", "klein_4b": "flux2", "klein_9b": "flux2",
@@ -126,7 +129,7 @@ def test_template(host, cells, name):
         pytest.skip(f"not on this host: {host.lacks[name]}")
     own = host.run(name)
     references = [max(found[1] for found in given.values()) for given in own.given()]
-    assert references and all(references), "the template reads no reference"
+    assert any(references), "the template reads no reference"
     assert all(latent.isfinite().all() for latent in own.latents)
 
     both = host.run(name, "both")
@@ -135,19 +138,26 @@ def test_template(host, cells, name):
     assert both.pictures == own.pictures and own.pictures
 
     runs, logged = [own], host.server.log.stat().st_size
+    refused = ""
     for preset in ("semantics_first", "mllm_only", "two_stage"):
-        found = host.run(name, preset)
+        try:
+            found = host.run(name, preset)
+        except WorkflowError as error:
+            assert preset == "two_stage" and any(words in str(error) for words in REFUSED), error
+            refused = "; two_stage refused"
+            break
         assert all(latent.isfinite().all() for latent in found.latents)
         for given, stages, most in zip(found.given(), found.stages, references, strict=True):
             for sigma, (tokens, count) in given.items():
                 (on,) = {(m > 0, v > 0) for first, last, m, v in stages if first + 1e-3 > sigma > last - 1e-3}
                 assert (tokens > 1, count) == (on[0], most if on[1] else 0), (preset, sigma)
         for other in runs:  # not as mllm_only: the references are read from their stage on
-            assert all((a != b).any() for a, b in zip(other.latents, found.latents, strict=True)), preset
+            differ = [bool((a != b).any()) for a, b in zip(other.latents, found.latents, strict=True)]
+            assert differ == [count > 0 or preset == "two_stage" for count in references], preset
         runs.append(found)
     said = host.server.log.read_bytes()[logged:].decode(errors="replace")
-    assert ("token layout is unknown" in said) == ("(no record)" in _dit(name)), said
-    cells[name] = f"staged, references: {', '.join(map(str, sorted(set(references))))}"
+    assert refused or ("token layout is unknown" in said) == ("(no record)" in _dit(name)), said
+    cells[name] = f"staged, references: {', '.join(map(str, sorted(set(references))))}{refused}"
 
 
 def test_the_page_says_it(host, cells, request):

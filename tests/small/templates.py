@@ -16,6 +16,7 @@ from ...tools.comfy_client.editor_graph import ALWAYS, MUTED
 PACKAGE = "comfyui_workflow_templates_json"
 REFERENCES = re.compile(r"Reference(Multi)?Latent|TextEncode\w*Edit(Plus)?|TextEncodeQwenImage21")
 API_NODES = {"ByteDanceSeedreamNode", "GeminiImage2Node", "GrokImageEditNode", "OpenAIGPTImage1"}  # want an account
+ALL_ON = ", all on"
 SIDE, STEPS = 128, 3
 CLOCK = {"clock": "flow_time", "tau1": 0.95, "tau2": 0.85}
 # "class of the loader, type of the text encoder, file" -> small file; the first that is found
@@ -36,16 +37,22 @@ FILES = {
 
 
 def templates() -> dict[str, dict]:
-    """Templates that read reference images, by name; nodes of an API are muted in them."""
+    """Templates that read reference images, by name; with a muted or bypassed part also with all parts on.
+
+    Nodes of an API are muted.
+    """
     found = {}
     for path in sorted((resources.files(PACKAGE) / "templates").iterdir(), key=lambda path: path.name):
-        if path.suffix == ".json" and REFERENCES.search(text := path.read_text(encoding="utf-8")):
+        if path.suffix != ".json" or not REFERENCES.search(text := path.read_text(encoding="utf-8")):
+            continue
+        for name, every in ((path.stem, False), (f"{path.stem}{ALL_ON}", True)):
             workflow = json.loads(text)
+            off = [node for node in nodes(workflow) if node.setdefault("mode", ALWAYS) != ALWAYS]
             for node in nodes(workflow):
-                node["mode"] = MUTED if node["type"] in API_NODES else node.get("mode", ALWAYS)
+                node["mode"] = MUTED if node["type"] in API_NODES else ALWAYS if every else node["mode"]
             kinds = {node["type"] for node in nodes(workflow) if node["mode"] != MUTED}
-            if "LoadImage" in kinds and any(REFERENCES.fullmatch(kind) for kind in kinds):
-                found[path.stem] = workflow
+            if (off or not every) and "LoadImage" in kinds and any(REFERENCES.fullmatch(kind) for kind in kinds):
+                found[name] = workflow
     return found
 
 

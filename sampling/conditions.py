@@ -38,11 +38,13 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
         if not references and name == "positive" and (False, True) in stages.variants():
             raise ValueError(
                 "The stage schedule has a stage of VAE tokens alone, but the positive condition holds no reference "
-                "latent: nothing would guide that stage. Add Identity puts one in; or choose the preset mllm_only."
+                "latent: nothing would guide that stage. Add one with ReferenceLatent or Add Identity, or choose the "
+                "preset semantics_first or mllm_only."
             )
         if backbone and most is not None and len(references) > most:
             raise ValueError(
-                f"{backbone.title} takes at most {most} reference latents, the {name} condition has {len(references)}."
+                f"{backbone.title} takes at most {most} reference latents, but the {name} condition has "
+                f"{len(references)}. Remove {len(references) - most} of them."
             )
         for settings in reference_settings(condition, len(references)):
             if not backbone and settings not in (ReferenceSettings(0.0), ReferenceSettings(1.0)):
@@ -69,8 +71,9 @@ def check_guidance(
         moment = schedule.at(sigma, whole, tokens)
         if moment.context == 0 < moment.reference and not all(any(map(moment.strength, some)) for some in found):
             raise ValueError(
-                f"At sigma {sigma:.4g} the stage is of VAE tokens alone, but the positive's references are all off "
-                "there by their own schedules: nothing would guide it. Let one be on, or keep the MLLM's tokens on."
+                f"At sigma {sigma:.4g} the stage schedule reads VAE tokens alone, but every reference of the positive "
+                "condition is off there by its own schedule (input stages of Add Identity): nothing would guide that "
+                "step. Turn one of them on there, or choose the preset semantics_first for the run."
             )
 
 

@@ -71,17 +71,19 @@ def check_applied(
         names = ", ".join(sorted({_name(function) for function in replaced.values()}))
         warn(
             f"Apply Stages: in {blocks - applied} of {blocks} blocks of the model, which another extension replaces "
-            f"({names}), attention does not follow the stages. Skipped blocks have none; else remove the extension."
+            f"({names}), attention does not follow the stages. If it skips these blocks, nothing is lost; if it "
+            "computes them in its own way, remove it."
         )
         return
     calls = f"{applied} of {blocks}" if applied else "none"
     found = [*dict.fromkeys(_suspects(override, backbone, model, options))]
     raise RuntimeError(
-        f"Apply Stages: token strengths were asked for, but {calls} of the attention calls of {backbone.title} "
-        f"({type(dit_of(model)).__name__}) passed through ComfyUI's optimized_attention_override as this patch set it. "
+        f"Apply Stages: tokens have to be weighted or left out, but {calls} of the attention calls of {backbone.title} "
+        f"({type(dit_of(model)).__name__}) did so: the others do not use ComfyUI's optimized_attention_override as "
+        "Apply Stages set it. "
         + (f"On this model: {', '.join(found)}. " if found else "")
-        + "Remove the extension that replaces the attention or computes the picture in parts, or use a schedule of "
-        "strengths 0 and 1 on a model without it."
+        + "Remove what replaces the attention, adds tokens or computes the picture in parts; or keep to what needs "
+        "nothing of the attention: the preset semantics_first, and references without settings of their own."
     )
 
 

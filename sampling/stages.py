@@ -59,8 +59,9 @@ class Stages:
             if self.clock.order(after.start) <= self.clock.order(before.start):
                 raise ValueError(
                     f"Stages out of order: keyframe {number} starts at {after.start:g}, after one that starts at "
-                    f"{before.start:g}. On the clock {self.clock.name!r} starts must {self.clock.direction}. "
-                    "Swap the values, or change the clock; the paper's 0.95 / 0.85 are flow times."
+                    f"{before.start:g}. On the clock {self.clock.name!r} starts must {self.clock.direction}, each "
+                    f"{self.clock.later} the one before; in a preset, tau1 starts keyframe 2 and tau2 keyframe 3. "
+                    "Change the values or the clock; the paper's 0.95 / 0.85 are flow times."
                 )
 
     def starts(self, tokens: int = REFERENCE_TOKENS) -> list[float]:

@@ -16,6 +16,7 @@ ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
 EDITOR_ONLY = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 DEEPEST = 50  # subgraphs in subgraphs
+REPAIR = "Open the file in the editor, mend this link and save the file again."
 FROM_INPUTS, TO_OUTPUTS = "-10", "-20"  # the ends of links inside a subgraph that are the subgraph's own
 
 
@@ -94,7 +95,9 @@ def graph_to_prompt(workflow: dict, object_info: dict) -> dict:
             try:
                 source = flat.source(node, index)
             except RecursionError:
-                raise WorkflowFileError(f"{node}: what feeds its input {socket.name!r} leads in a circle.") from None
+                raise WorkflowFileError(
+                    f"{node}: what feeds its input {socket.name!r} leads in a circle. {REPAIR}"
+                ) from None
             if isinstance(source, _Value):
                 inputs[socket.name] = _boxed(source.value)
             elif source:
@@ -140,7 +143,9 @@ class _Flat:
                 node.values = widget_values(info, node.saved.get("widgets_values") or [])
             if node.inside and node.mode not in (MUTED, BYPASSED):
                 if node.id.count(":") > DEEPEST:
-                    raise WorkflowFileError(f"{node}: its subgraph contains itself.")
+                    raise WorkflowFileError(
+                        f"{node}: its subgraph contains itself. Take that node out of it in the editor."
+                    )
                 self._add(node.inside, node)
                 self._promote(node)
 
@@ -188,21 +193,25 @@ class _Flat:
         if socket.link is None:
             return None
         if socket.link not in node.graph.links:
-            raise WorkflowFileError(f"{node}: there is no link {socket.link}, which its input {socket.name!r} has.")
+            raise WorkflowFileError(
+                f"{node}: there is no link {socket.link}, which its input {socket.name!r} has. {REPAIR}"
+            )
         return self._follow(node.graph.links[socket.link], node.host, kind or socket.type)
 
     def _follow(self, link: _Link, host: _Node | None, kind: str) -> list | _Value | None:
         """The source of a link of the workflow, or of a link in the subgraph of `host`."""
         if host and link.origin == FROM_INPUTS:
             if link.slot >= len(host.sockets):
-                raise WorkflowFileError(f"{host}: its subgraph has no input {link.slot}, which a link comes from.")
+                raise WorkflowFileError(
+                    f"{host}: its subgraph has no input {link.slot}, which a link comes from. {REPAIR}"
+                )
             name = host.sockets[link.slot].name
             if host.sockets[link.slot].link is None:
                 return _Value(host.values[name]) if name in host.values else None
             return self.source(host, link.slot)
         key = f"{host.id}:{link.origin}" if host else link.origin
         if key not in self.nodes:
-            raise WorkflowFileError(f"There is no node {key}, which a link to node {link.target} comes from.")
+            raise WorkflowFileError(f"There is no node {key}, which a link to node {link.target} comes from. {REPAIR}")
         return self._output(self.nodes[key], link.slot, kind)
 
     def _output(self, node: _Node, slot: int, kind: str) -> list | _Value | None:
@@ -213,7 +222,7 @@ class _Flat:
         if node.mode == MUTED:
             return None
         if slot >= len(node.outputs) and (node.inside or node.mode == BYPASSED):
-            raise WorkflowFileError(f"{node} has no output {slot}, which a link comes from.")
+            raise WorkflowFileError(f"{node} has no output {slot}, which a link comes from. {REPAIR}")
         if node.mode == BYPASSED:
             index = bypass_input([s.type for s in node.sockets], node.outputs[slot], slot, kind)
             return None if index is None else self.source(node, index)
@@ -245,5 +254,5 @@ def _read_graph(saved: dict, name: str) -> _Graph:
             number, origin, slot, target, target_slot, *_ = parts
             links[number] = _Link(str(origin), slot, str(target), target_slot)
         except (KeyError, ValueError):
-            raise WorkflowFileError(f"The {name} has a link {link}, expected {', '.join(LINK)}.") from None
+            raise WorkflowFileError(f"The {name} has a link {link}, expected {', '.join(LINK)}. {REPAIR}") from None
     return _Graph(nodes, links, saved.get("inputs") or [], saved.get("outputs") or [])

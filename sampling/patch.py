@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from ..loaders.backbones import Backbone, backbone_of
-from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
+from ..loaders.conditioning import (
+    Condition,
+    area_of,
+    reference_latents,
+    reference_settings,
+    stage_variant,
+    with_settings_of,
+)
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
 from .conditions import check_conditions, check_guidance
@@ -31,6 +38,11 @@ from .tokens import grid, key_strengths, patch_size, reference_log_strength, reg
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+
+NO_REFERENCES = (
+    "Apply Stages: no condition has a reference latent, so the schedule's VAE strengths have no effect. Add one with "
+    "ReferenceLatent, Add Identity or Subject Conditioning; TextEncodeQwenImageEditPlus adds one if it has a VAE."
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +93,10 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
-    schedule = RunSchedule.of(stages, chain.from_iterable(guider.conds.values()))
+    conditions = [*chain.from_iterable(guider.conds.values())]
+    if {key.reference for key in stages.keyframes} not in ({0}, {1}) and not any(map(reference_latents, conditions)):
+        log.warning(NO_REFERENCES)
+    schedule = RunSchedule.of(stages, conditions)
     check_caches(guider.model_options, schedule.all)
     sigmas = [float(s) for s in sigmas]
     for clock in dict.fromkeys(one.clock for one in schedule.all):

@@ -227,6 +227,14 @@ def test_conditions_that_cannot_work_are_refused(model, stages, positive, option
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_schedule_of_references_without_any_is_logged(model, caplog):
+    for name, logged in (("both", False), ("mllm_only", False), ("semantics_first", True)):
+        caplog.clear()
+        out = run(model, preset(name), condition(references=0))
+        assert ("no condition has a reference latent" in caplog.text) == logged, name
+        assert torch.equal(out, host(model, condition(references=0), condition(references=0)))
+
+
 def test_unknown_layout_takes_0_and_1_only(model, monkeypatch):
     for module in ("conditions", "patch"):
         monkeypatch.setattr(f"subject_dla.sampling.{module}.backbone_of", lambda m: None)

@@ -264,7 +264,19 @@ class SubjectAddIdentity(io.ComfyNode):
                 " and placed as the model's family expects. Chain several for references with strengths and masks of"
                 " their own."
             ),
-            search_aliases=["reference latent", "uno", "uso", "kontext", "subject identity", "ReferenceLatent"],
+            search_aliases=[
+                "reference latent",
+                "add reference",
+                "reference image",
+                "reference strength",
+                "regional reference",
+                "region mask",
+                "uno",
+                "uso",
+                "kontext",
+                "subject identity",
+                "ReferenceLatent",
+            ],
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="From Aggregate Layers, CLIP Text Encode or another Add Identity."

@@ -36,12 +36,13 @@ def schedule_inputs() -> list:
             "tau1",
             0.95,
             "Where the first stage (MLLM alone) ends, on the clock. The paper's: 0.95 in flow time."
+            " On the clock steps it is the share of steps without references, so begin with 0.2."
             " Read by paper, semantics_first and two_stage.",
         ),
         _number(
             "tau2",
             0.85,
-            "Where the MLLM's tokens go out, on the clock. The paper's: 0.85 in flow time."
+            "Where the MLLM's tokens end, on the clock. The paper's: 0.85 in flow time."
             " Read by paper alone; below tau1 on the flow-time clocks, above it on steps.",
         ),
     ]
@@ -58,7 +59,17 @@ class SubjectApplyStages(io.ComfyNode):
                 " The picture begins from the prompt and the MLLM's tokens; the VAE's tokens of the references come in"
                 " where the stage says."
             ),
-            search_aliases=["staged denoising", "multi-stage denoising", "reference schedule", "model patch", "stages"],
+            search_aliases=[
+                "stage",
+                "stages",
+                "staged",
+                "staged denoising",
+                "multi-stage denoising",
+                "reference schedule",
+                "reference strength",
+                "delay reference",
+                "model patch",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The DiT, with LoRAs and patches of your choice. It is not changed itself."
@@ -181,7 +192,7 @@ class SubjectStagePreview(io.ComfyNode):
             node_id="SubjectStagePreview",
             display_name="Stage Preview",
             description=(
-                "Which steps of this sampler's schedule get what, as a plot and as text. Costs nothing: no model is"
+                "Which steps of this sampler's schedule read what, as a plot and as text. Costs nothing: no model is"
                 " run."
             ),
             search_aliases=["plot stages", "schedule plot"],

@@ -28,7 +28,9 @@ class SubjectConditioning(io.ComfyNode):
                 "TextEncodeQwenImageEditPlus",
                 "reference images",
                 "subject reference",
-                "image edit conditioning",
+                "image edit",
+                "qwen image edit",
+                "regional reference",
                 "multi reference",
                 "mllm to conditioning",
             ],
@@ -60,6 +62,7 @@ class SubjectConditioning(io.ComfyNode):
                 ),
                 *image_inputs(),
                 *masks,
+                *(region_input(f"region_{i}", f"image_{i}") for i in range(1, SOCKETS + 1)),
                 DLA.Input(
                     "dla",
                     optional=True,
@@ -98,7 +101,6 @@ class SubjectConditioning(io.ComfyNode):
                         " Saves the MLLM's second pass; the negative is then the positive with zeros for tokens."
                     ),
                 ),
-                *(region_input(f"region_{i}", f"image_{i}") for i in range(1, SOCKETS + 1)),
             ],
             outputs=[
                 output(io.Conditioning, "positive", "To the positive of any sampler or guider."),

@@ -23,8 +23,8 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
     "SubjectAddIdentity": ("conditioning model vae image mask strength size placement region stages", "CONDITIONING"),
     "SubjectConditioning": (
         "model vae mllm prompt negative_prompt image_1 image_2 image_3 image_4 image_5 mask_1 mask_2 mask_3 mask_4"
-        " mask_5 dla pooled_from width height batch_size strength size placement encode_negative region_1 region_2"
-        " region_3 region_4 region_5",
+        " mask_5 region_1 region_2 region_3 region_4 region_5 dla pooled_from width height batch_size strength size"
+        " placement encode_negative",
         "CONDITIONING CONDITIONING LATENT"),
     "SubjectStagedSampler": (
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),

@@ -99,8 +99,14 @@ class StepShare(Clock):
     """Share of a run's steps that are done."""
 
     def position(self, sigma: float, sigmas: Sequence[float]) -> float:
-        """Share of steps done before the step that `sigma` falls in; the last of `sigmas` ends the last step."""
-        reached = sum(1 for s in sigmas[:-1] if sigma <= s * (1 + TOLERANCE))
+        """Share of steps done before the step that `sigma` falls in; the last of `sigmas` ends the last step.
+
+        `sigmas` may rise, as where a picture is turned into noise.
+        """
+        if sigmas[0] < sigmas[-1]:
+            reached = sum(1 for s in sigmas[:-1] if sigma >= s * (1 - TOLERANCE))
+        else:
+            reached = sum(1 for s in sigmas[:-1] if sigma <= s * (1 + TOLERANCE))
         return max(reached - 1, 0) / max(len(sigmas) - 1, 1)
 
     def check_run(self, sampler: str, model_sampling: str, is_flow: bool) -> None:
@@ -117,7 +123,7 @@ class StepShare(Clock):
             return ""
         run = f"{len(sigmas) - 1} steps of this run, from sigma {sigmas[0]:.4g} to {sigmas[-1]:.4g}"
         if whole is not None:
-            if sigmas[0] > whole[0] * (1 + WHOLE) or sigmas[-1] < whole[-1] * (1 - WHOLE):
+            if max(sigmas) > max(whole) * (1 + WHOLE) or min(sigmas) < min(whole) * (1 - WHOLE):
                 raise ValueError(
                     f"Apply Stages: its sigmas run from {whole[0]:.4g} to {whole[-1]:.4g}, but the sampler runs "
                     f"{run}. Connect the whole schedule that the run is a part of, or nothing."

@@ -17,12 +17,17 @@ COUNTS = ("total_steps_skipped", "output_change_rates", "approx_output_change_ra
 
 
 def restart_cache(model_options: dict) -> None:
-    """Lets the host's EasyCache or LazyCache begin anew: it compares with the conditions of the stage before.
+    """Lets the host's EasyCache, LazyCache and FluxKVCache begin anew: they hold what the stage before computed.
 
-    Their own `reset` is meant for the end of a run: it leaves a rate of 0 instead of none, by which the cache would
-    leave out nearly every later step (EasyCache) or divide nothing by it (LazyCache), and forgets what it counts.
+    The `reset` of the first two is meant for the end of a run: it leaves a rate of 0 instead of none, by which the
+    cache would leave out nearly every later step (EasyCache) or divide nothing by it (LazyCache), and forgets what it
+    counts.
     """
-    cache = model_options.get("transformer_options", {}).get("easycache")
+    options = model_options.get("transformer_options", {})
+    for patch in options.get("patches", {}).get("attn1_patch", ()):
+        if isinstance(getattr(patch, "cache", None), dict):  # keys and values of the references
+            patch.cache.clear()
+    cache = options.get("easycache")
     if cache is None:
         return
     kept = {name: getattr(cache, name) for name in COUNTS if hasattr(cache, name)}
@@ -92,7 +97,9 @@ def _suspects(override: KeyStrengthAttention, backbone: Backbone, model: Any, op
     current = options.get("optimized_attention_override")
     if current is not override:
         yield f"attention override {_name(current)}"
-    yield from (f"patch of the tokens {_name(f)}" for f in options.get("patches", {}).get("post_input", ()))
+    patches = options.get("patches", {})
+    changes = (f for kind in ("post_input", "attn1_patch") for f in patches.get(kind, ()))
+    yield from (f"patch of the tokens {_name(f)}" for f in changes)
     yield from (f"block replacement {_name(f)}" for f in options.get("patches_replace", {}).get("dit", {}).values())
     for part in (block for name in backbone.joint_blocks for block in getattr(dit_of(model), name, ())):
         if "forward" in vars(part):

@@ -55,7 +55,15 @@ def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> An
         stages: The schedule, in the place of one that the model has.
         sigmas: (steps + 1,) the whole schedule of noise levels, for the clock that counts steps in a run that is a part
             of it; None = the run is the whole.
+
+    Raises:
+        ValueError: Where `sigmas` are no schedule.
     """
+    if sigmas is not None and (sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.isfinite().all()):
+        raise ValueError(
+            f"Apply Stages: its sigmas are {sigmas.tolist()}, expected at least two finite noise levels. Connect the "
+            "whole schedule that the run is a part of, or nothing."
+        )
     clone = model.clone()
     add_stages(clone.model_options, stages, None if sigmas is None else [float(s) for s in sigmas])
     return clone
@@ -176,7 +184,10 @@ class StagedRun:
             self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
         sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
         self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
-        self._moment = self.schedule.at(sigma, self.sigmas, tokens)
+        moment = self.schedule.at(sigma, self.sigmas, tokens)
+        if moment[:3] != self._moment[:3]:  # with a blend at every step, each with overrides of its own
+            self._overrides.clear()
+        self._moment = moment
         index = self.variants.index(self.schedule.variant(self._moment))
         stage = index, self._moment.keyframes
         if self._stage not in (None, stage):

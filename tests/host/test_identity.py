@@ -89,6 +89,8 @@ def test_each_picture_has_its_region_or_all_have_one(model, vae):
     (dict(image=picture(64, 64, 3), mask=torch.ones(2, 64, 64)), ["2 masks", "3 images"]),
     (dict(region=torch.zeros(1, 64, 64)), ["region is black", "invert"]),
     (dict(image=picture(64, 64, 3), region=torch.ones(2, 64, 64)), ["2 regions", "3 images"]),
+    (dict(mask=torch.full((1, 64, 64), torch.nan)), ["mask holds", "NaN"]),
+    (dict(region=torch.full((1, 64, 64), torch.inf)), ["region holds", "infinite"]),
     (dict(placement="nowhere"), ["nowhere", "silently"]),
 ])  # fmt: skip
 def test_bad_references_are_refused_in_words(model, vae, change, words):

@@ -15,7 +15,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from einops import rearrange
 from subject_dla.loaders.reference_latents import reference_method
-from subject_dla.sampling.patch import apply_stages
+from subject_dla.sampling.patch import StagedRun, apply_stages
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.host.test_guider import (
     CONTEXT,
@@ -28,7 +28,8 @@ from subject_dla.tests.host.test_guider import (
     latent,
     seen_by,
 )
-from subject_dla.tests.small.dit import tiny_flux
+from subject_dla.tests.host.test_parity import Subject
+from subject_dla.tests.small.dit import tiny, tiny_flux
 
 HALF = Stages((Keyframe(1, 0.5, 0.25),))
 HALF_LOGS = torch.cat([
@@ -173,6 +174,39 @@ def test_the_hosts_step_caches_work_as_without_stages_and_begin_anew_with_each(m
     assert torch.allclose(staged, half, atol=1e-4), (staged - half).abs().max()
 
 
+def key_value_cached(model):
+    node = pytest.importorskip("comfy_extras.nodes_flux")
+    if not hasattr(node, "FluxKVCache"):
+        pytest.skip("not on this host")
+    return node.FluxKVCache.execute(model).result[0]
+
+
+def test_the_hosts_cache_of_the_references_keys_begins_anew_with_each_stage():
+    subject = Subject("flux2", tiny("flux2", guidance_embed=False, depth=2, depth_single_blocks=1))
+    model, conditions = subject.model, [subject.condition(9, seed) for seed in (2, 3)]
+    for (_, values), *_ in conditions:
+        values.pop("reference_latents_method", None)
+    bare = [[[c, {k: v for k, v in values.items() if k != "reference_latents"}]] for (c, values), *_ in conditions]
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 10)
+    first, second = (int((sigmas >= tau).sum()) for tau in (0.8, 0.5))
+
+    def run(stages, image, sigmas, conditions=conditions):
+        patched = model if stages is None else apply_stages(model, stages)
+        positive, negative = conditions
+        return guided(cfg(key_value_cached(patched), positive, None, negative), sigmas, image=image)
+
+    ours = run(preset("paper", tau1=0.8, tau2=0.5), torch.zeros_like(subject.latent(8, 8)), sigmas)
+    theirs = run(None, torch.zeros_like(ours), sigmas[: first + 1], bare)
+    theirs = run(None, theirs, sigmas[first : second + 1])
+    theirs = run(preset("vae_only"), theirs, sigmas[second:])
+    assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+    half = torch.zeros(8, 8)
+    half[:, :4] = 1
+    conditions[0][0][1]["subject_reference_regions"] = [half, None]
+    with pytest.raises(RuntimeError, match="none of the attention calls.*patch of the tokens .*KV_Attn_Input"):
+        run(preset("both"), torch.zeros_like(ours), sigmas)
+
+
 class TeaCacheForTheTest:
     def wrapper(self, apply_model, args):
         raise AssertionError("never called")
@@ -300,6 +334,25 @@ def test_the_clock_steps_counts_a_whole_schedule_in_a_run_that_is_split(model, c
         assert torch.allclose(out, whole, atol=1e-4) == (given is not None)
     with pytest.raises(ValueError, match="its sigmas run from .* to .*, but the sampler runs 8 steps"):
         guided(cfg(apply_stages(model, stages, sigmas[4:]), condition(), None, condition(5, 9)), sigmas)
+
+
+@pytest.mark.parametrize("sigmas", [torch.tensor([]), torch.tensor([1.0]), torch.tensor([1, torch.nan, 0])])
+def test_sigmas_that_are_no_schedule_are_refused(model, sigmas):
+    with pytest.raises(ValueError, match="its sigmas are .*, expected at least two finite noise levels"):
+        apply_stages(model, HALF, sigmas)
+
+
+def test_a_blend_over_many_steps_keeps_the_overrides_of_one(model, monkeypatch):
+    runs, begin = [], StagedRun.__init__
+
+    def noted(self, *args):
+        begin(self, *args)
+        runs.append(self)
+
+    monkeypatch.setattr(StagedRun, "__init__", noted)
+    blend = Stages((Keyframe(1, 0.9, 0.1, "linear"), Keyframe(0, 0.2, 0.9)))
+    guided(cfg(apply_stages(model, blend), condition(), None, condition(5, 9)), steps=20)
+    assert len(runs) == 1 and len(runs[0]._overrides) == 2  # one for each condition
 
 
 def test_denoise_below_1_counts_its_own_steps_as_ever(model, caplog):

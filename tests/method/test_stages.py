@@ -28,6 +28,14 @@ def test_share_of_steps_is_exact_on_the_grid_and_between():
     assert found == [0, 0, 0.25, 0.5, 0.5, 0.75, 0.75]
     stages = Stages((Keyframe(0, 1, 0), Keyframe(0.5, 0, 1)), "steps")
     assert [(s.context, s.reference) for s in plan(stages, sigmas)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    rising = sigmas[::-1]  # a picture is turned into noise
+    assert [STEPS.position(s, rising) for s in (0, 0.1, 0.25, 0.5 * (1 - 1e-6), 0.75, 0.9)] == [
+        0, 0, 0.25, 0.5, 0.75, 0.75
+    ]  # fmt: skip
+    assert [(s.context, s.reference) for s in plan(stages, rising)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    assert "4 steps" in STEPS.describe_part(rising[2:], rising, 1.0)
+    with pytest.raises(ValueError, match="its sigmas run from 0 to 0.5"):
+        STEPS.describe_part(rising, rising[:3], 1.0)
 
 
 def test_linear_blend_moves_evenly_to_the_next_keyframe():

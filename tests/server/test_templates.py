@@ -2,7 +2,7 @@
 
     nox -s tests -- tests/server/test_templates.py --write-docs
 
-writes this host's column of docs/templates.md, which says what happens in each.
+writes this host's column of docs/templates.md, which says what happens in each, and its line of what it lacks.
 """
 
 import io
@@ -28,6 +28,7 @@ from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
 PAGE = ROOT / "docs" / "templates.md"
 TEMPLATES = templates.templates()
 PICTURE = "toy-1.png"
+LACKING = "nodes", "models"
 STAGE = re.compile(r"^steps .*, flow time ([\d.]+) to ([\d.]+): MLLM ([\d.]+), VAE ([\d.]+)$", re.MULTILINE)
 # Why a run can have no stage without context: it would have no references either; USO's style is in tokens of its own.
 REFUSED = ("the positive condition holds no reference latent", "UsoStyleProjectorPatch")
@@ -46,15 +47,15 @@ class Host:
     def __init__(self, server: Server, comfyui: Path, models: Path):
         self.server, self.info = server, server.client.object_info()
         self.column = f"ComfyUI {server.client.version()}"
-        self.prompts, self.files, self.lacks = {}, {}, {}
+        self.prompts, self.files = {}, {}
+        self.lacks: dict[str, tuple[str, list[str]]] = {}  # template -> "nodes" or "models", which
         for name, saved in TEMPLATES.items():
             try:
                 prompt = workflow.to_api(saved, self.info)
             except workflow.WorkflowFileError:
                 if not (lacking := _lacking_nodes(saved, self.info)):
                     raise
-                more = f" and {len(lacking) - 2} more" if len(lacking) > 2 else ""
-                self.lacks[name] = f"lacks {', '.join(lacking[:2])}{more}"
+                self.lacks[name] = "nodes", lacking
                 continue
             templates.shrink(prompt, PICTURE)
             values = {str(value) for node in prompt.values() for value in node["inputs"].values()}
@@ -66,7 +67,14 @@ class Host:
         lacking = json.loads(made.stdout.splitlines()[-1])
         for name, files in self.files.items():
             if missing := sorted(lacking.keys() & set(files)):
-                self.lacks[name] = f"lacks models: {', '.join(missing)}"
+                self.lacks[name] = "models", missing
+
+    def line(self) -> str:
+        """The page's line about what templates need and this host lacks."""
+        found = {kind: {one for k, some in self.lacks.values() if k == kind for one in some} for kind in LACKING}
+        return f"- **{self.column}** lacks " + "; ".join(
+            f"{k}: {', '.join(sorted(v)) or 'none'}" for k, v in found.items()
+        )
 
     def run(self, name: str, preset: str = "") -> "Run":
         label = f"{name}-{preset or 'own'}"
@@ -125,8 +133,9 @@ def cells() -> dict[str, str]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template(host, cells, name):
     if name in host.lacks:
-        cells[name] = host.lacks[name]
-        pytest.skip(f"not on this host: {host.lacks[name]}")
+        kind, lacking = host.lacks[name]
+        cells[name] = f"lacks {kind}"
+        pytest.skip(f"this host lacks {kind}: {', '.join(lacking)}")
     own = host.run(name)
     references = [max(found[1] for found in given.values()) for given in own.given()]
     assert any(references), "the template reads no reference"
@@ -144,7 +153,7 @@ def test_template(host, cells, name):
             found = host.run(name, preset)
         except WorkflowError as error:
             assert preset == "two_stage" and any(words in str(error) for words in REFUSED), error
-            refused = "; two_stage refused"
+            refused = ", not two_stage"
             break
         assert all(latent.isfinite().all() for latent in found.latents)
         for given, stages, most in zip(found.given(), found.stages, references, strict=True):
@@ -157,28 +166,32 @@ def test_template(host, cells, name):
         runs.append(found)
     said = host.server.log.read_bytes()[logged:].decode(errors="replace")
     assert refused or ("token layout is unknown" in said) == ("(no record)" in _dit(name)), said
-    cells[name] = f"staged, references: {', '.join(map(str, sorted(set(references))))}{refused}"
+    cells[name] = f"staged ({', '.join(map(str, sorted(set(references))))}){refused}"
 
 
 def test_the_page_says_it(host, cells, request):
-    """The table of docs/templates.md has a column for each host that it was written on."""
+    """docs/templates.md has a column and a line for each host that it was written on."""
     if missing := TEMPLATES.keys() - cells.keys():
         pytest.skip(f"{len(missing)} templates were not run")
     text = PAGE.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     columns = {title: dict(zip([row[0] for row in rows], column)) for title, *column in zip(head, *rows)}
+    lacks = re.findall(r"^- \*\*ComfyUI .* lacks .*$", text, re.MULTILINE)
     if request.config.getoption("--write-docs"):
         columns[host.column] = {f"`{name}`": cell for name, cell in cells.items()}
         hosts = sorted((title for title in columns if title.startswith("ComfyUI")), key=_version)
         new = [["template", "DiT", *hosts]]
         new += [[f"`{name}`", _dit(name), *(columns[h].get(f"`{name}`", "-") for h in hosts)] for name in TEMPLATES]
+        kept = [line for line in lacks if f"**{host.column}**" not in line]
+        text = text.replace("\n".join(lacks), "\n".join(sorted([*kept, host.line()], key=_version)))
         PAGE.write_text(text.replace("\n".join(lines), markdown(new)), encoding="utf-8")
     elif host.column not in columns:
         pytest.skip(f"docs/templates.md has no column {host.column}: write it with --write-docs")
     else:
         assert columns["DiT"] == {f"`{name}`": _dit(name) for name in TEMPLATES}
         assert columns[host.column] == {f"`{name}`": cell for name, cell in cells.items()}
+        assert host.line() in lacks
 
 
 def _dit(name: str) -> str:

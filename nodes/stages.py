@@ -60,9 +60,7 @@ class SubjectApplyStages(io.ComfyNode):
                 " where the stage says."
             ),
             search_aliases=[
-                "stage",
                 "stages",
-                "staged",
                 "staged denoising",
                 "multi-stage denoising",
                 "reference schedule",

@@ -1,6 +1,6 @@
 """Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
 
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import comfy.utils
@@ -40,6 +40,8 @@ def add_identity(
     px; 0 = the default. placement: `reference_latents_method`; "auto" = the default. region: (h, w) or (b, h, w) over
     the canvas, 1 = image tokens there read the reference. stages: a schedule of its own, multiplied into the run's.
     """
+    if not (isfinite(strength) and strength >= 0):
+        raise ValueError(f"The reference's strength is {strength}, expected a finite number >= 0.")
     backbone = backbone_of(model)
     method = reference_method(model, placement)
     side = backbone.token_side if backbone else 16

@@ -12,6 +12,7 @@ p(text) p(references | text), and gives models that are sampled without a negati
 
 import logging
 from functools import partial
+from math import isfinite
 from typing import Any
 from uuid import uuid4
 
@@ -39,6 +40,8 @@ def apply_image_guidance(model: Any, scale: float) -> Any:
         scale: Image scale g, in the place of one that the model has; 0 is the picture without references, 1 adds what
             they change once.
     """
+    if not isfinite(scale):
+        raise ValueError(f"Image Guidance: its scale is {scale}, expected a finite number.")
     clone = model.clone()
     # outside the stages, which then stage the added condition like any other
     put_outermost(clone.model_options, OUTER_SAMPLE, KEY, partial(_outer_sample, scale))

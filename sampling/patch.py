@@ -44,6 +44,8 @@ NO_REFERENCES = (
     "ReferenceLatent, Add Identity or Subject Conditioning; TextEncodeQwenImageEditPlus adds one if it has a VAE."
 )
 
+EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
+
 log = logging.getLogger(__name__)
 
 
@@ -146,7 +148,7 @@ class StagedRun:
         self._models: list[Any] = []  # of the guider, on each device
         self._guider = ""  # its class
         self._canvas = (0, 0)  # height and width of the noisy latent
-        self._moment = Moment(1.0, 1.0, {}, ())  # of the last call
+        self._moment = EVERYTHING_ON  # of the last call
         self._stage: tuple | None = None  # its variant and keyframes
         self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
         self._active: set[Any] = set()  # uuids of the stage's
@@ -241,13 +243,12 @@ class StagedRun:
         uuids = tuple(options.get("uuids", ()))
         if not all(uuid in self._conditions for uuid in uuids):
             self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
-            return None
         tokens, previous = 0 if context is None else context.shape[1], options.get("optimized_attention_override")
         shapes = tuple(latent.shape[1:] for latent in latents)
         strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
         key = (strengths, uuids, x.shape, tokens, shapes, x.device, previous)
         if key not in self._overrides:
-            found = [self._settings(backbone, self._conditions[u], tokens, x.shape, shapes) for u in uuids]
+            found = [self._settings(backbone, self._conditions.get(u), tokens, x.shape, shapes) for u in uuids]
             logs, weights = (torch.stack(rows) for rows in zip(*found))
             differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
             if len(x) != len(uuids) * self._batch and differ:
@@ -268,17 +269,19 @@ class StagedRun:
         return self._overrides[key]
 
     def _settings(
-        self, backbone: Backbone, condition: Condition, tokens: int, shape: tuple, latents: tuple
+        self, backbone: Backbone, condition: Condition | None, tokens: int, shape: tuple, latents: tuple
     ) -> tuple[Tensor, Tensor]:
         """What one condition asks of a call over a picture of `shape` and reference latents of these shapes.
 
+        None is one of another extension, without stages.
         Log strengths (keys,), and log weights (references, image tokens) of the regions.
         """
         patch, canvas = backbone.patch_size, self._canvas
+        condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self._moment)
         area, (frames, rows, columns) = area_of(condition, canvas), grid(shape, patch)
         logs, weights = [], torch.zeros(len(latents), frames * rows * columns)
         for index, settings in enumerate(reference_settings(condition, len(latents))):
-            strength = self._moment.strength(settings)
+            strength = moment.strength(settings)
             logs.append(reference_log_strength((1, *latents[index]), patch, strength, settings.mask))
             if settings.region is None or logs[-1].isneginf().all():
                 continue
@@ -289,7 +292,7 @@ class StagedRun:
                     "picture in tiles, and where a tile is cannot be known. Remove it, or the region."
                 )
             weights[index] = region_log_weight(settings.region, canvas, area, frames, patch)
-        return key_strengths(backbone.token_order, tokens, self._moment.context, shape, patch, logs), weights
+        return key_strengths(backbone.token_order, tokens, moment.context, shape, patch, logs), weights
 
     def _warn(self, text: str) -> None:
         """Into the log, once in a run."""

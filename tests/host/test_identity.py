@@ -91,6 +91,7 @@ def test_each_picture_has_its_region_or_all_have_one(model, vae):
     (dict(image=picture(64, 64, 3), region=torch.ones(2, 64, 64)), ["2 regions", "3 images"]),
     (dict(mask=torch.full((1, 64, 64), torch.nan)), ["mask holds", "NaN"]),
     (dict(region=torch.full((1, 64, 64), torch.inf)), ["region holds", "infinite"]),
+    (dict(strength=float("nan")), ["strength is nan", ">= 0"]), (dict(strength=-1.0), ["strength is -1", ">= 0"]),
     (dict(placement="nowhere"), ["nowhere", "silently"]),
 ])  # fmt: skip
 def test_bad_references_are_refused_in_words(model, vae, change, words):

@@ -119,6 +119,11 @@ def test_without_cfg_scale_1_is_the_hosts_picture_at_its_cost_and_others_cost_on
     assert {(context, references) for _, context, references in calls} == {(7, 2), (7, 0)}
 
 
+def test_a_scale_that_is_no_number_is_refused(model):
+    with pytest.raises(ValueError, match="its scale is nan, expected a finite number"):
+        apply_image_guidance(model, float("nan"))
+
+
 def test_the_host_batches_what_it_can_of_the_three(model):
     batches, (clone, calls) = [], seen_by(apply_image_guidance(model, 1.5))
 

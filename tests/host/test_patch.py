@@ -3,6 +3,7 @@ and tiles of other packs, compiled models, split runs."""
 
 import logging
 import math
+from uuid import uuid4
 
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -269,6 +270,24 @@ def test_a_prompt_that_ends_half_way_is_nothing_to_complain_of(model):
     ending = [[c, {**v, "start_percent": 0.0, "end_percent": 0.5}] for c, v in condition()]
     ours = host(apply_stages(model, HALF), ending, ending)
     assert torch.allclose(ours, host(dense_oracle(model, HALF_LOGS), ending, ending), atol=2e-4)
+
+
+@pytest.mark.parametrize("stages", [HALF, preset("vae_only"), preset("semantics_first", tau1=0.7)])
+def test_a_condition_that_another_extension_adds_has_no_stages_and_takes_none_from_others(model, stages, caplog):
+    plain, clone, added = apply_stages(model, stages), apply_stages(model, stages), []
+
+    def with_another(executor, host_model, conds, *args):
+        another = {**conds[0][0], "uuid": uuid4()}  # goes into one batch with the first
+        *out, last = executor(host_model, [*conds, [another]], *args)
+        added.append((out[0], last))
+        return out
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "another", with_another)
+    ours, theirs = (guided(cfg(m, condition(), None, condition(7, 9))) for m in (clone, plain))
+    assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+    if stages is HALF:
+        assert not torch.allclose(*added[0], atol=1e-3)
+    assert sum("adds a condition of its own" in record.message for record in caplog.records) == 1
 
 
 def in_tiles(batched):

@@ -195,7 +195,7 @@ def test_a_keyframe_of_a_reference_begins_the_step_cache_anew_and_refuses_others
 
 def test_what_cannot_work_is_refused_before_the_run(flux, monkeypatch):
     early = with_settings(flux.condition(9, 2), **{STAGES: [EARLY, EARLY]})
-    with pytest.raises(ValueError, match="At sigma 0.*VAE tokens alone.*own schedules"):
+    with pytest.raises(ValueError, match="At sigma 0.*VAE tokens alone.*own schedule"):
         flux.staged(preset("paper"), early, None, cfg=1.0, steps=STEPS)
     late = with_settings(flux.condition(9, 2), **{STAGES: [LATE, None]})
     assert flux.staged(preset("paper"), late, None, cfg=1.0, steps=STEPS).isfinite().all()

@@ -67,7 +67,7 @@ def check_applied(
     """
     blocks = sum(len(getattr(dit_of(model), name, ())) for name in backbone.joint_blocks)
     applied = override.applied
-    if applied == blocks or (override.reached and not applied):  # compiled
+    if (applied and applied == blocks) or (override.reached and not applied):  # all of them, compiled
         return
     if getattr(options.get("easycache"), "skip_current_step", False) and not applied:
         return

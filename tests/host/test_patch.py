@@ -251,6 +251,26 @@ def test_attention_that_bypasses_the_override_is_refused_by_name(model):
         host(some, condition(), condition())
 
 
+class Engine(torch.nn.Module):
+    """As a TensorRT engine, or a model of another pack: without the blocks of the host's class."""
+
+    dtype = torch.float32
+
+    def forward(self, x, timestep, context, *args, **kwargs):
+        return x / 2
+
+
+@pytest.mark.parametrize("stages", [HALF, preset("vae_only"), preset("semantics_first")])
+def test_a_model_that_another_extension_runs_is_refused_where_tokens_need_attention(stages):
+    clone = apply_stages(tiny_flux(), stages)
+    clone.add_object_patch("diffusion_model", Engine())
+    if stages == preset("semantics_first"):
+        assert host(clone, condition(), condition()).isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match=r"none of the attention calls of FLUX.1 \(Engine\)"):
+            host(clone, condition(), condition())
+
+
 def test_skipped_blocks_are_named_and_no_error(model, caplog):
     def skip_layer(args, extra):
         return args

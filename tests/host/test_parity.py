@@ -85,6 +85,14 @@ def skip_what_the_host_lacks(family):
         pytest.skip("not on this host")
 
 
+def skip_what_the_host_cannot_build(family):
+    """0.3.75 builds LongCat-Image's layers, though it does not know the family; 0.3.64 not even those."""
+    try:
+        build(family)
+    except TypeError:
+        pytest.skip("not on this host")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def subject(request):
     skip_what_the_host_lacks(request.param)
@@ -122,9 +130,10 @@ def test_strength_0_context_leaves_nothing_of_it_and_equals_the_host_without_its
 
     def attention(func, q, k, v, heads, mask=None, **kwargs):
         joint = context + sum(subject.tokens(*size) for size in ((8, 8), *subject.references))
-        if k.shape[2] == joint:
+        dim = 2 if kwargs.get("skip_reshape") else 1  # Qwen-Image on 0.3.64 passes (b, n, h d)
+        if k.shape[dim] == joint:
             removed.append(1)
-            k, v = k[:, :, context:], v[:, :, context:]
+            k, v = (x.narrow(dim, context, joint - context) for x in (k, v))
         return func(q, k, v, heads, mask=mask, **kwargs)
 
     try:
@@ -153,6 +162,7 @@ def test_strengths_near_1_come_near_the_host(subject):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_is_told_by_its_keys(family, prefix):
+    skip_what_the_host_cannot_build(family)
     keys = {prefix + key for key in build(family).state_dict()}
     assert backbone_of_keys(keys, prefix) is BACKBONES[family]
     assert backbone_of_keys(keys, "other.") is None

@@ -30,7 +30,7 @@ from subject_dla.tests.host.test_guider import (
     seen_by,
 )
 from subject_dla.tests.host.test_parity import Subject
-from subject_dla.tests.small.dit import tiny, tiny_flux
+from subject_dla.tests.small.dit import on_this_host, tiny, tiny_flux
 
 HALF = Stages((Keyframe(1, 0.5, 0.25),))
 HALF_LOGS = torch.cat([
@@ -183,6 +183,8 @@ def key_value_cached(model):
 
 
 def test_the_hosts_cache_of_the_references_keys_begins_anew_with_each_stage():
+    if not on_this_host("flux2"):
+        pytest.skip("not on this host")
     subject = Subject("flux2", tiny("flux2", guidance_embed=False, depth=2, depth_single_blocks=1))
     model, conditions = subject.model, [subject.condition(9, seed) for seed in (2, 3)]
     for (_, values), *_ in conditions:

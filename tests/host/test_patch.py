@@ -273,6 +273,16 @@ def test_a_model_that_another_extension_runs_is_refused_where_tokens_need_attent
             host(clone, condition(), condition())
 
 
+def test_a_wrapper_that_runs_the_model_twice_is_no_error(model):
+    def twice(executor, *args, **kwargs):
+        return (executor(*args, **kwargs) + executor(*args, **kwargs)) / 2
+
+    clone, conditions = apply_stages(model, HALF), (condition(), condition())
+    expected = host(clone, *conditions)
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "twice", twice)
+    assert torch.allclose(host(clone, *conditions), expected, atol=1e-5)
+
+
 def test_skipped_blocks_are_named_and_no_error(model, caplog):
     def skip_layer(args, extra):
         return args

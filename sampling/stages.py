@@ -80,7 +80,7 @@ class Stages:
             return key.context, key.reference
         starts, after = self.starts(tokens), self.keyframes[index + 1]
         share = (position - starts[index]) / (starts[index + 1] - starts[index])
-        share = min(max(share, 0.0), 1.0)
+        share = min(1.0, max(0.0, share))  # 0 for NaN, which some samplers make of rising sigmas
         return (
             key.context + share * (after.context - key.context),
             key.reference + share * (after.reference - key.reference),

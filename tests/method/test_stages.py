@@ -43,6 +43,7 @@ def test_linear_blend_moves_evenly_to_the_next_keyframe():
     assert stages.strengths(1.0) == (1, 0) and stages.strengths(0.2) == (0, 1)
     assert stages.strengths(0.75) == pytest.approx((0.5, 0.5))
     assert set(stages.variants()) == {(True, False), (True, True), (False, True)}
+    assert stages.strengths(float("nan")) in [(1, 0), (0, 1)]  # some samplers make it of rising sigmas
 
 
 def test_resolution_clock_keeps_4096_tokens_and_matches_the_demo_notes_at_36():

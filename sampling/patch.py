@@ -231,6 +231,7 @@ class StagedRun:
         if backbone is None or override is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
         override.applied, override.reached = 0, False
+        override.previous = options.get("optimized_attention_override")
         options["optimized_attention_override"] = override
         out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         check_applied(override, backbone, executor.class_obj, options, self._warn)
@@ -243,10 +244,10 @@ class StagedRun:
         uuids = tuple(options.get("uuids", ()))
         if not all(uuid in self._conditions for uuid in uuids):
             self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
-        tokens, previous = 0 if context is None else context.shape[1], options.get("optimized_attention_override")
+        tokens = 0 if context is None else context.shape[1]
         shapes = tuple(latent.shape[1:] for latent in latents)
         strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
-        key = (strengths, uuids, x.shape, tokens, shapes, x.device, previous)
+        key = (strengths, uuids, x.shape, tokens, shapes, x.device)
         if key not in self._overrides:
             found = [self._settings(backbone, self._conditions.get(u), tokens, x.shape, shapes) for u in uuids]
             logs, weights = (torch.stack(rows) for rows in zip(*found))
@@ -264,7 +265,7 @@ class StagedRun:
                 regions = Regions(*spans, weights)
             override = None
             if logs.any() or regions is not None:
-                override = KeyStrengthAttention(logs, len(x) // len(uuids), x.device, previous, regions)
+                override = KeyStrengthAttention(logs, len(x) // len(uuids), x.device, regions=regions)
             self._overrides[key] = override
         return self._overrides[key]
 

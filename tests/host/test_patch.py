@@ -3,6 +3,7 @@ and tiles of other packs, compiled models, split runs."""
 
 import logging
 import math
+from dataclasses import dataclass
 from uuid import uuid4
 
 import comfy.model_patcher
@@ -271,6 +272,33 @@ def test_a_model_that_another_extension_runs_is_refused_where_tokens_need_attent
     else:
         with pytest.raises(RuntimeError, match=r"none of the attention calls of FLUX.1 \(Engine\)"):
             host(clone, condition(), condition())
+
+
+@dataclass  # compares by value, so it has no hash
+class Scaled:
+    by: float
+
+    def __call__(self, func, q, k, v, heads, **kwargs):
+        return self.by * func(q, k, v, heads, **kwargs)
+
+
+def test_an_override_of_another_extension_made_anew_at_each_step_stays_in_place(model, monkeypatch):
+    runs, begin = [], StagedRun.__init__
+    monkeypatch.setattr(StagedRun, "__init__", lambda self, *args: [begin(self, *args), runs.append(self)][0])
+    clone, oracle = apply_stages(model, HALF), dense_oracle(model, HALF_LOGS)
+    textbook = oracle.model_options["transformer_options"]["optimized_attention_override"]
+    oracle.model_options["transformer_options"]["optimized_attention_override"] = lambda *args, **kwargs: (
+        0.5 * textbook(*args, **kwargs)
+    )
+
+    def anew(executor, x, timestep, options, seed=None):
+        options["transformer_options"]["optimized_attention_override"] = Scaled(0.5)
+        return executor(x, timestep, options, seed)
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "anew", anew)
+    conditions = condition(), None, condition(7, 9)
+    ours, theirs = (guided(cfg(some, *conditions)) for some in (clone, oracle))
+    assert torch.allclose(ours, theirs, atol=2e-4) and len(runs[0]._overrides) == 1
 
 
 def test_a_wrapper_that_runs_the_model_twice_is_no_error(model):

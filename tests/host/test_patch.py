@@ -17,7 +17,8 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from einops import rearrange
 from subject_dla.loaders.reference_latents import reference_method
-from subject_dla.sampling.patch import StagedRun, apply_stages
+from subject_dla.sampling.patch import apply_stages
+from subject_dla.sampling.staged_run import StagedRun
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.host.test_guider import (
     CONTEXT,

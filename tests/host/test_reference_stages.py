@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 from subject_dla.loaders.conditioning import ReferenceSettings, add_references
-from subject_dla.sampling import patch
+from subject_dla.sampling import patch, staged_run
 from subject_dla.sampling.patch import apply_stages
 from subject_dla.sampling.reference_stages import RunSchedule
 from subject_dla.sampling.stages import Keyframe, Stages, preset
@@ -168,7 +168,7 @@ def test_a_run_has_the_variants_that_its_schedules_can_reach(run, conditions, ex
 
 def test_a_keyframe_of_a_reference_begins_the_step_cache_anew_and_refuses_others(flux, monkeypatch):
     began = []
-    monkeypatch.setattr(patch, "restart_cache", lambda options: began.append(1))
+    monkeypatch.setattr(staged_run, "restart_cache", lambda options: began.append(1))
     first = Stages((Keyframe(0, 1, 1), Keyframe(0.2, 1, 0.5)), "steps")
     positive = with_settings(flux.condition(9, 2), **{STAGES: [first, LATE]})
     flux.staged(preset("both"), positive, None, cfg=1.0, steps=STEPS)

@@ -1,0 +1,210 @@
+"""One run under a schedule: which variant of each condition and which attention override each model call gets."""
+
+import logging
+from math import prod
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from ..loaders.backbones import Backbone
+from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
+from ..loaders.dit import dit_of
+from .attention import KeyStrengthAttention, Regions
+from .other_patches import check_applied, restart_cache
+from .reference_stages import Moment, RunSchedule
+from .tokens import grid, key_strengths, patch_size, reference_log_strength, region_log_weight, token_spans
+
+EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
+
+log = logging.getLogger(__name__)
+
+
+class StagedRun:
+    """State of one run under a schedule: the variants of its conditions, which is on, the overrides made so far.
+
+    Args:
+        schedule: The schedule, with those of single references.
+        backbone: The record of the DiT's family; None where its token layout is not known.
+        sigmas: n + 1 falling values for n steps, of the run or of the whole schedule that it is a part of.
+    """
+
+    def __init__(self, schedule: RunSchedule, backbone: Backbone | None, sigmas: list[float]):
+        self.schedule, self.backbone, self.sigmas = schedule, backbone, sigmas
+        self.variants = schedule.variants()
+        self.names: list[str] = []
+        self._batch = 1  # pictures
+        self._models: list[Any] = []  # of the guider, on each device
+        self._guider = ""  # its class
+        self._canvas = (0, 0)  # height and width of the noisy latent
+        self._moment = EVERYTHING_ON  # of the last call
+        self._stage: tuple | None = None  # its variant and keyframes
+        self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
+        self._active: set[Any] = set()  # uuids of the stage's
+        self._overrides: dict[tuple, KeyStrengthAttention | None] = {}
+        self._warned: set[str] = set()
+        if backbone is None and any(not context for context, _ in self.variants):
+            log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
+
+    def add_variants(self, conds: dict[str, list[Condition]]) -> None:
+        """Replaces each named list of conditions by its first variant and adds the others, under names of their own.
+
+        The first keeps the name since the host's control and area code looks for it.
+        """
+        original = dict(conds)
+        self.names = list(original)
+        for index, (context, reference) in enumerate(self.variants):
+            for name, conditions in original.items():
+                conds[_name(name, index)] = [
+                    {
+                        **stage_variant(condition, context, reference, self.backbone),
+                        "uuid": uuid4() if index else condition["uuid"],
+                        "prompt_type": condition.get("prompt_type", name),
+                    }
+                    for condition in conditions
+                ]
+
+    def predict_noise(
+        self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
+    ) -> Tensor:
+        """Wrapper of the guider's `predict_noise`: with the conditions of the stage."""
+        guider = executor.class_obj
+        if not self._conditions:
+            for conditions in guider.conds.values():
+                _restore_settings(conditions)
+            self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
+        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
+        self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
+        moment = self.schedule.at(sigma, self.sigmas, tokens)
+        if moment[:3] != self._moment[:3]:  # with a blend at every step, each with overrides of its own
+            self._overrides.clear()
+        self._moment = moment
+        index = self.variants.index(self.schedule.variant(self._moment))
+        stage = index, self._moment.keyframes
+        if self._stage not in (None, stage):
+            restart_cache(model_options)
+        self._stage = stage
+        all_conds = guider.conds
+        guider.conds = {name: all_conds[_name(name, index)] for name in self.names}
+        self._active = {c["uuid"] for conditions in guider.conds.values() for c in conditions}
+        clones = model_options.get("multigpu_clones", {}).values()
+        self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
+        try:
+            return executor(x, timestep, model_options, seed)
+        finally:
+            guider.conds = all_conds
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Wrapper of the host model's `apply_model`: with the attention override that this call needs."""
+        options, backbone = dict(transformer_options or {}), self.backbone
+        others = set(options.get("uuids", ())) & (self._conditions.keys() - self._active)
+        if len(self.variants) > 1 and (others or executor.class_obj not in self._models):
+            raise RuntimeError(
+                f"Apply Stages: the guider {self._guider} evaluates a condition or a model beside those that ComfyUI's "
+                "guiders keep by name, which would stay in the first stage throughout. Use CFGGuider, DualCFGGuider or "
+                "KSampler, or the preset both."
+            )
+        override = None
+        if backbone is not None:
+            override = self._override(backbone, x, c_crossattn, inputs.get("ref_latents") or [], options)
+        if backbone is None or override is None:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
+        override.applied, override.reached = 0, False
+        override.previous = options.get("optimized_attention_override")
+        options["optimized_attention_override"] = override
+        out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        check_applied(override, backbone, executor.class_obj, options, self._warn)
+        return out
+
+    def _override(
+        self, backbone: Backbone, x: Tensor, context: Tensor | None, latents: list[Tensor], options: dict
+    ) -> KeyStrengthAttention | None:
+        """The attention override of a call, or None where every key keeps its weight (the host's untouched path)."""
+        uuids = tuple(options.get("uuids", ()))
+        if not all(uuid in self._conditions for uuid in uuids):
+            self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
+        tokens = 0 if context is None else context.shape[1]
+        shapes = tuple(latent.shape[1:] for latent in latents)
+        strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
+        key = (strengths, uuids, x.shape, tokens, shapes, x.device)
+        if key not in self._overrides:
+            found = [self._settings(backbone, self._conditions.get(u), tokens, x.shape, shapes) for u in uuids]
+            logs, weights = (torch.stack(rows) for rows in zip(*found))
+            differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
+            if len(x) != len(uuids) * self._batch and differ:
+                raise ValueError(
+                    f"Apply Stages: the model is called with {len(x)} pictures for {len(uuids)} conditions of "
+                    f"{self._batch}, so another extension computes the picture in tiles and puts several into one "
+                    "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
+                    "tile batch size to 1, or remove it."
+                )
+            regions = None
+            if weights.any():
+                spans = token_spans(backbone.token_order, tokens, x.shape, backbone.patch_size, shapes)
+                regions = Regions(*spans, weights)
+            override = None
+            if logs.any() or regions is not None:
+                override = KeyStrengthAttention(logs, len(x) // len(uuids), x.device, regions=regions)
+            self._overrides[key] = override
+        return self._overrides[key]
+
+    def _settings(
+        self, backbone: Backbone, condition: Condition | None, tokens: int, shape: tuple, latents: tuple
+    ) -> tuple[Tensor, Tensor]:
+        """What one condition asks of a call over a picture of `shape` and reference latents of these shapes.
+
+        None is one of another extension, without stages.
+        Log strengths (keys,), and log weights (references, image tokens) of the regions.
+        """
+        patch, canvas = backbone.patch_size, self._canvas
+        condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self._moment)
+        area, (frames, rows, columns) = area_of(condition, canvas), grid(shape, patch)
+        logs, weights = [], torch.zeros(len(latents), frames * rows * columns)
+        for index, settings in enumerate(reference_settings(condition, len(latents))):
+            strength = moment.strength(settings)
+            logs.append(reference_log_strength((1, *latents[index]), patch, strength, settings.mask))
+            if settings.region is None or logs[-1].isneginf().all():
+                continue
+            if (shape[-2], shape[-1]) != area[:2]:
+                raise ValueError(
+                    f"Apply Stages: a reference has a region, but the model is called with a latent of {shape[-1]} x "
+                    f"{shape[-2]} where the condition covers {area[1]} x {area[0]}: another extension computes the "
+                    "picture in tiles, and where a tile is cannot be known. Remove it, or the region."
+                )
+            weights[index] = region_log_weight(settings.region, canvas, area, frames, patch)
+        return key_strengths(backbone.token_order, tokens, moment.context, shape, patch, logs), weights
+
+    def _warn(self, text: str) -> None:
+        """Into the log, once in a run."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning(text)
+
+
+def _name(name: str, variant: int) -> str:
+    return name if variant == 0 else f"{name} stage {variant}"
+
+
+def _restore_settings(conditions: list[Condition]) -> None:
+    """Gives copies of a condition for another one's area, which the host adds, the settings of the first again.
+
+    The host copies the other condition, and into it what the model reads of the first (`model_conds`).
+    """
+    first: dict[tuple[int, ...], Condition] = {}
+    for index, condition in enumerate(conditions):
+        read = tuple(id(part) for part in condition["model_conds"].values())
+        if read and read in first:
+            conditions[index] = {**with_settings_of(condition, first[read]), "uuid": uuid4()}
+        else:
+            first[read] = condition

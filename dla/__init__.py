@@ -4,7 +4,7 @@ from .aggregator import DualLayerAggregator
 from .checkpoint import DLACheckpointError, check_finite, describe, load_dla, read_config, save_dla
 from .config import DLAConfig
 from .context import Context, aggregate, kept_tokens
-from .features import Features, ImageGrid, MLLMInfo, Modality
+from .features import Features, ImageGrid, MLLMInfo, Modality, StockContext
 from .pooling import LayerwiseAttentionPooling
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LayerwiseAttentionPooling",
     "MLLMInfo",
     "Modality",
+    "StockContext",
     "aggregate",
     "check_finite",
     "describe",

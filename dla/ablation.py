@@ -74,7 +74,8 @@ def ablate(features: Features, *, text: Collection[int] = (), image: Collection[
                 + ("Connect a reference image to Encode Subject, or leave the image tokens untouched."
                    if name == "image" else "Write a prompt, or leave the text tokens untouched.")
             )  # fmt: skip
-        entries = torch.tensor([number in set(layers) for number in features.layers], device=hidden.device)
+        top = features.info.layers  # L + 1 is the same layer as L, before the norm
+        entries = torch.tensor([min(number, top) in set(layers) for number in features.layers], device=hidden.device)
         gone = entries[None, :, None] & tokens.to(hidden.device)[:, None, :]  # (B, M, T)
         hidden.masked_fill_(gone[..., None], 0)
     return replace(features, hidden_states=hidden)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
-from .config import TEMPLATES, DLAConfig
-from .features import Features, Grids, Modality
+from .config import TEMPLATES
+from .features import Features, Grids, Modality, StockContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def aggregate(
 
     Args:
         features: Of B prompts.
-        dla: None = the MLLM's last layer as it is, which on Qwen-Image is the stock conditioning.
+        dla: None = the stock conditioning: the layers that the MLLM's own DiT reads, see StockContext.
         template: See kept_tokens; "auto" or None = the DLA's setting, which may itself be "auto".
         vit_blend: Share of layer 0 (the ViT's features) at image tokens; 0 or None = the DLA's setting.
         device: Where to compute; None = where the DLA is.
@@ -87,15 +88,18 @@ def aggregate(
     Raises:
         ValueError: If DLA and features do not belong together, or if the result is not finite.
     """
-    if dla is None:
-        config = DLAConfig(mllm=features.info, context_width=features.info.width, modalities="last", heads=1)
-        dla = DualLayerAggregator(config)
-    if template in (None, "auto"):
-        template = dla.config.template
     if vit_blend is not None and not 0 <= vit_blend <= 1:
         raise ValueError(f"vit_blend is {vit_blend}, expected a number from 0 to 1.")
+    if template in (None, "auto"):
+        template = dla.config.template if dla is not None else "auto"
     keep = kept_tokens(features, template)
-    tokens = dla(features, keep, vit_blend=vit_blend or 0.0, device=device, max_chunk_bytes=max_chunk_bytes)
+    if dla is not None:
+        tokens = dla(features, keep, vit_blend=vit_blend or 0.0, device=device, max_chunk_bytes=max_chunk_bytes)
+    else:
+        stock = features.stock or StockContext()
+        if stock.padding and template == "auto":
+            keep = keep | ~features.attention_mask
+        tokens = _stock_tokens(features, stock, keep, vit_blend or 0.0).to(device or features.hidden_states.device)
     if not bool(tokens.isfinite().all()):
         raise ValueError(
             f"The context tokens are not finite. The features of {features.info.name} hold NaN or infinity, as an MLLM "
@@ -109,10 +113,21 @@ def aggregate(
         value, index = value.to(tokens.device), order.to(tokens.device)
         return value.gather(1, index).masked_fill(~mask, padding)
 
-    mask = keep.gather(1, order).to(tokens.device)
+    mask = (keep & features.attention_mask).gather(1, order).to(tokens.device)
     modality, image_index = compact(features.modality, int(Modality.TEMPLATE)), compact(features.image_index, -1)
     tokens = tokens.gather(1, order.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2]))
     return Context(tokens, mask, modality, image_index, features.grids)
+
+
+def _stock_tokens(features: Features, stock: StockContext, keep: Tensor, vit_blend: float) -> Tensor:
+    """Tokens (B, T, layers C) as the stock DiT reads them, zeros at tokens not kept."""
+    dtype, layers = features.hidden_states.dtype, [features.layer(n) for n in stock.numbers(features.info.layers)]
+    if vit_blend:
+        image = (keep & (features.modality == Modality.IMAGE)).to(layers[0].device)[..., None]
+        seen = features.layer(0).float()
+        layers = [torch.where(image, torch.lerp(x.float(), seen, vit_blend).to(dtype), x) for x in layers]
+    tokens = rearrange(layers, "m b t c -> b t (c m)" if stock.interleaved else "m b t c -> b t (m c)")
+    return tokens.masked_fill(~keep.to(tokens.device)[..., None], 0)
 
 
 def _leading_template(features: Features) -> list[int]:

@@ -42,6 +42,22 @@ class MLLMInfo:
 
 
 @dataclass(frozen=True)
+class StockContext:
+    """What a text encoder's stock DiT reads of its hidden states, where no DLA is in between."""
+
+    layers: tuple[int, ...] = (-1,)  # their numbers, side by side in the context's width; -1 = L, counted from the end
+    normed: bool = True  # False: the last layer without the final norm, which is number L + 1
+    interleaved: bool = False  # whether a channel's layers are neighbours, else a layer's channels are
+    padding: bool = False  # whether padding tokens go along, masked
+    always_masked: bool = False  # whether the attention mask goes along where it masks nothing
+
+    def numbers(self, top: int) -> tuple[int, ...]:
+        """The layer numbers for an MLLM of `top` layers."""
+        numbers = [number if number >= 0 else top + 1 + number for number in self.layers]
+        return tuple(numbers if self.normed else [*numbers[:-1], top + 1])
+
+
+@dataclass(frozen=True)
 class ImageGrid:
     """The raster of one image's tokens.
 
@@ -85,7 +101,8 @@ class Features:
     """Hidden states of one batch (the MLLM_FEATURES socket). B prompts, M layers, T tokens, C channels.
 
     A layer number means the same for every MLLM: 0 = the embeddings (projected ViT features at the image tokens),
-    i = output of decoder layer i-1, L = the last one after the final norm.
+    i = output of decoder layer i-1, L = the last one after the final norm. L + 1 = the last one before that norm, which
+    is there where the stock context is made of it, and which no DLA reads.
     """
 
     hidden_states: Tensor  # (B, M, T, C) floating; entry j is layer number layers[j]
@@ -99,6 +116,7 @@ class Features:
     # that is template tokens from end to end.
     prefix: tuple[int, ...] | None = None
     grids: Grids | None = None  # None = not known (0.1.0's caches)
+    stock: StockContext | None = None  # None = the last layer
 
     def __post_init__(self) -> None:
         def expect(valid: bool, problem: str) -> None:
@@ -117,8 +135,9 @@ class Features:
         )
         named = f"hidden_states holds {entries} layers, but layers names {len(layers)}: {layers}."
         expect(len(layers) == entries, named)
-        rising = list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] <= info.layers
-        expect(rising, f"layers is {layers}, expected ascending numbers from 0 to {info.layers} ({info.name}).")
+        top = info.layers if self.stock is None or self.stock.normed else info.layers + 1
+        rising = list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] <= top
+        expect(rising, f"layers is {layers}, expected ascending numbers from 0 to {top} ({info.name}).")
         for field, dtype in (("modality", torch.uint8), ("image_index", torch.int16), ("attention_mask", torch.bool)):
             found = (value := getattr(self, field)).dtype, tuple(value.shape)
             wanted = f"{dtype} {(batch, tokens)}"

@@ -38,7 +38,7 @@ SETTINGS = tuple(f"subject_reference_{name}" for name in ("strengths", "masks", 
 def aggregate_conditioning(
     features: Features, dla=None, *, template: str = "auto", vit_blend: float = 0.0, pooled_from: list | None = None
 ) -> list:
-    """CONDITIONING with the context tokens of one prompt's `features`: a DLA's, or the MLLM's last layer as it is.
+    """CONDITIONING with the context tokens of one prompt's `features`: a DLA's, or its own text encoder's.
 
     template, vit_blend: see dla.context.aggregate. pooled_from: a CONDITIONING whose pooled vector is taken over
     (FLUX.1: CLIP-L's). Raises ValueError where features, DLA or pooled_from do not fit.
@@ -51,8 +51,9 @@ def aggregate_conditioning(
             " one (FLUX.1: CLIP-L, e.g. from DualCLIPLoader with type flux), or leave pooled_from open."
         )
     reader = BACKBONES.get(dla.config.dit) if dla is not None else None
-    # DiT not known: only OmniGen2's text encoder keeps its template, and OmniGen2 counts its context by the mask
-    counts = reader.counts_context if reader else not features.info.drop_leading_template
+    # DiT not known: as its text encoder; OmniGen2's keeps its template, and OmniGen2 counts its context by the mask
+    always = features.stock is not None and features.stock.always_masked
+    counts = reader.counts_context if reader else always or not features.info.drop_leading_template
     return [[context.tokens, values_of(context.attention_mask, counts, pooled=pooled)]]
 
 

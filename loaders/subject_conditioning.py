@@ -51,7 +51,7 @@ def subject_conditioning(
         masks: Of the image at the same position, (h, w) or (b, h, w), 1 = use; None = all of it.
         regions: Of the image at the same position, (h, w) or (b, h, w) over the canvas, 1 = image tokens there read it;
             None = all of the canvas.
-        dla: None = the MLLM's last layer as it is.
+        dla: None = the context that the MLLM's own text encoder makes.
         pooled_from: See aggregate_conditioning; for the positive alone.
         width: Of the picture, px, brought to whole tokens; 0 = fitting: see canvas_size.
         height: The same.
@@ -115,9 +115,9 @@ def _check_width(model: Model, mllm: MLLM, dla: DLA | None) -> None:
     backbone, width = backbone_of(model), context_width(model)
     if dla is not None:
         check_dit(dla.config, dla.name, width, backbone.name if backbone else "")
-    elif width not in (None, mllm.info.width):
+    elif width not in (None, mllm.context_width):
         raise ValueError(
-            f"{mllm.info.name} makes tokens {mllm.info.width} wide, but this diffusion model"
+            f"{mllm.info.name} makes tokens {mllm.context_width} wide, but this diffusion model"
             f" ({backbone.title if backbone else type(model.model).__name__}) reads tokens {width} wide. Connect the"
             " MLLM that belongs to the model, or a DLA trained for both."
         )

@@ -198,14 +198,17 @@ class SubjectAggregateLayers(io.ComfyNode):
         return schema(
             node_id="SubjectAggregateLayers",
             display_name="Aggregate Layers",
-            description="Pools the MLLM's layers into the DiT's context tokens; without a DLA they are its last layer.",
+            description="Pools the MLLM's layers into the DiT's context tokens; without a DLA they are the stock ones.",
             search_aliases=["dla", "layerwise attention pooling", "mllm to conditioning"],
             inputs=[
                 Features.Input("features", tooltip="From Encode Subject."),
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip="A DLA for this MLLM and your DiT. Without one, the last layer passes through unchanged.",
+                    tooltip=(
+                        "A DLA for this MLLM and your DiT. Without one, the context is that of the MLLM's own text"
+                        " encoder (the last layer, or several side by side)."
+                    ),
                 ),
                 advanced(
                     io.Combo.Input,

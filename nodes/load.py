@@ -51,12 +51,15 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
         return schema(
             node_id="SubjectMLLMFromCLIP",
             display_name="MLLM from CLIP",
-            description="Uses the Qwen2.5-VL of Qwen-Image or OmniGen2, as the host has loaded it, as the MLLM.",
-            search_aliases=["qwen2.5 vl clip", "native text encoder"],
+            description="The LLM of a text encoder that the host has loaded, as the MLLM; not all of them read images.",
+            search_aliases=["qwen2.5 vl clip", "qwen3 vl clip", "native text encoder"],
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="From the host's Load CLIP: Qwen2.5-VL 7B, type qwen_image; or OmniGen2's, type omnigen2.",
+                    tooltip=(
+                        "From the host's Load CLIP, with the type of the model that will sample: qwen_image, krea2,"
+                        " boogu, joyimage or mage (read images); omnigen2 (text only)."
+                    ),
                 )
             ],
             outputs=[MLLM.Output("MLLM", display_name="MLLM", tooltip="To Encode Subject.")],

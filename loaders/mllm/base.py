@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dla.features import Features, ImageGrid, MLLMInfo, Modality
+from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContext
 from .families import MLLMFamily
 
 
@@ -23,10 +23,17 @@ class MLLM(ABC):
     """An MLLM ready to encode. `patcher` is the host's model patcher around it, for model management and LoRAs."""
 
     patcher: Any
+    stock = StockContext()  # the context that its own DiT reads
+    prefix: int | None = None  # see HostEncoder
 
     def __init__(self, info: MLLMInfo, family: MLLMFamily):
         self.info, self.family, self.template = info, family, family.template
-        self.reads_images = family.vision is not None
+        self.reads_images, self.default_size = family.vision is not None, family.default_size
+
+    @property
+    def context_width(self) -> int:
+        """Channels of the context without a DLA."""
+        return self.info.width * len(self.stock.layers)
 
     def encode(
         self,
@@ -47,7 +54,8 @@ class MLLM(ABC):
                 tile); 0 = the family's default.
             tiles: InternVL: most tiles per image; 0 = 1.
             system_prompt: None or "" = the family's stock template.
-            layers: Layer numbers wanted, None = all of 0..L; layers above the highest are not run by transformers.
+            layers: Layer numbers wanted, None = all of 0..L, and L + 1 where the stock context is made of it; layers
+                above the highest are not run by transformers.
 
         Returns:
             Features of batch 1.
@@ -55,7 +63,7 @@ class MLLM(ABC):
         Raises:
             MLLMError: For arguments out of range, images that it cannot read, or an unexpected number of tokens.
         """
-        images, wanted, default = list(images), self._wanted(layers), self.family.default_size
+        images, wanted, default = list(images), self._wanted(layers), self.default_size
         if images and not self.reads_images:
             raise MLLMError(
                 f"{self.info.name} reads text only, but {len(images)} image(s) are connected. Disconnect them (this"
@@ -68,15 +76,15 @@ class MLLM(ABC):
         text = self.template.text(prompt, len(images), system_prompt)
         tail = self.template.tail if text.endswith(self.template.tail) else ""
         states, tokens, mask, grids = self.run(text, images, image_size or default, max(tiles, 1), wanted)
-        modality, image_index, prefix = _token_layout(
-            tokens, [grid.tokens for grid in grids], self.tokenize("<|im_start|>user\n"), len(self.tokenize(tail))
-        )
+        padding = _padding(mask[0])
+        modality, image_index, prefix = self._token_layout(tokens, [grid.tokens for grid in grids], padding, tail)
         if states.shape[2] != len(modality):
             raise MLLMError(
                 f"{self.info.name} gave {states.shape[2]} tokens, expected {len(modality)} for this prompt and"
                 f" {len(images)} image(s). A node has probably changed its tokenizer or its vision tower."
             )
-        return Features(states, wanted, modality[None], image_index[None], mask, self.info, (prefix,), (tuple(grids),))
+        kinds = modality[None], image_index[None], mask
+        return Features(states, wanted, *kinds, self.info, (prefix,), (tuple(grids),), self.stock)
 
     @abstractmethod
     def run(
@@ -95,32 +103,47 @@ class MLLM(ABC):
 
     def _wanted(self, layers: Collection[int] | None) -> tuple[int, ...]:
         top = self.info.layers
-        wanted = tuple(range(top + 1)) if layers is None else tuple(sorted({int(layer) for layer in layers}))
-        if not wanted or wanted[0] < 0 or wanted[-1] > top:
+        every = (*range(top + 1), *(() if self.stock.normed else (top + 1,)))
+        wanted = every if layers is None else tuple(sorted({int(layer) for layer in layers}))
+        if not wanted or wanted[0] < 0 or wanted[-1] > every[-1]:
             raise MLLMError(
                 f"layers is {wanted}, expected numbers from 0 (embeddings) to {top}, the last of {self.info.name}."
             )
         return wanted
 
+    def _token_layout(
+        self, tokens: Sequence[int | None], counts: Sequence[int], padding: tuple[int, int], tail: str
+    ) -> tuple[Tensor, Tensor, int]:
+        """Modality (T,) and image index (T,) of each token, and the length of the prefix; `tail` ends the text."""
+        first, end = padding[0], len(tokens) - padding[1]
+        prefix = self.prefix
+        if prefix is None:
+            prefix = first + self._turn(tokens[first:end])
+        end -= len(self.tokenize(tail))
+        modality, image_index, image = [], [], 0
+        for position, token in enumerate(tokens):
+            if token is None:
+                modality += [Modality.IMAGE] * counts[image]
+                image_index += [image] * counts[image]
+                image += 1
+            else:
+                modality.append(Modality.TEXT if prefix <= position < end else Modality.TEMPLATE)
+                image_index.append(-1)
+        return torch.tensor(modality, dtype=torch.uint8), torch.tensor(image_index, dtype=torch.int16), prefix
 
-def _token_layout(
-    tokens: Sequence[int | None], counts: Sequence[int], header: Sequence[int], tail: int
-) -> tuple[Tensor, Tensor, int]:
-    """Modality (T,) and image index (T,) of each token, and the length of the prefix; `tail` tokens end the text."""
-    # The prefix is what the host's Qwen-Image text encoder drops: all before the second <|im_start|>, and the header
-    # where it follows as three tokens of its own. Vision markers are text, as the stock conditioning keeps them.
-    start = [i for i, token in enumerate(tokens) if token == header[0]][:2]
-    prefix = start[-1] if start else 0
-    if list(tokens[prefix : prefix + 3]) == list(header) and len(tokens) > prefix + 3:
-        prefix += 3
-    modality, image_index, image = [], [], 0
-    for position, token in enumerate(tokens):
-        if token is None:
-            modality += [Modality.IMAGE] * counts[image]
-            image_index += [image] * counts[image]
-            image += 1
-        else:
-            inside = prefix <= position < len(tokens) - tail
-            modality.append(Modality.TEXT if inside else Modality.TEMPLATE)
-            image_index.append(-1)
-    return torch.tensor(modality, dtype=torch.uint8), torch.tensor(image_index, dtype=torch.int16), prefix
+    def _turn(self, tokens: Sequence[int | None]) -> int:
+        """Tokens before the user's turn. Vision markers are text, as the stock conditioning keeps them."""
+        # As the host's Qwen-Image text encoder counts what it drops: all before the second <|im_start|>, and the header
+        # where it follows as three tokens of its own. Where there is no system prompt, the turn is at the first.
+        header = self.tokenize(self.template.turn)
+        start = [i for i, token in enumerate(tokens) if token == header[0]][: 2 if self.template.system else 1]
+        prefix = start[-1] if start else 0
+        if list(tokens[prefix : prefix + len(header)]) == header and len(tokens) > prefix + len(header):
+            prefix += len(header)
+        return prefix
+
+
+def _padding(mask: Tensor) -> tuple[int, int]:
+    """Tokens of padding before and after those of a mask (T,)."""
+    kept = mask.nonzero()
+    return int(kept[0]), len(mask) - 1 - int(kept[-1])

@@ -1,4 +1,4 @@
-"""One record for each MLLM family; both back ends read it."""
+"""One record for each MLLM architecture; both back ends read it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .vision import Vision
 
 @dataclass(frozen=True)
 class MLLMFamily:
-    """What all MLLMs of one architecture share."""
+    """What all MLLMs of one architecture share; a CLIP socket's template and context are its text encoder's."""
 
     name: str  # `model_type` in a Hugging Face folder's config.json
     template: Template
@@ -19,25 +19,22 @@ class MLLMFamily:
     default_size: int = 384  # px, side of the square with the area at which an image is read (tiled: of a tile)
     tiled: bool = False  # whether images are cut into square tiles, as InternVL does
     mrope: bool = True  # whether positions count time, height and width
-    drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
-    clip_key: str = ""  # name under which the host's text encoder holds such an LLM; "" = the host has none
 
-    def info(self, name: str, layers: int, width: int) -> MLLMInfo:
+    def info(self, name: str, layers: int, width: int, drop_leading_template: bool = True) -> MLLMInfo:
         """MLLMInfo of one such MLLM."""
-        return MLLMInfo(name, self.name, layers, width, self.drop_leading_template)
+        return MLLMInfo(name, self.name, layers, width, drop_leading_template)
 
 
 FAMILIES = {
     family.name: family
     for family in (
         # 384: as the host's TextEncodeQwenImageEditPlus
-        MLLMFamily("qwen2_5_vl", QWEN_IMAGE, Vision(14, 2, CLIP_MEAN, CLIP_STD), clip_key="qwen25_7b"),
+        MLLMFamily("qwen2_5_vl", QWEN_IMAGE, Vision(14, 2, CLIP_MEAN, CLIP_STD)),
         MLLMFamily("qwen3_vl", QWEN3_VL, Vision(16, 2, HALF, HALF)),
         MLLMFamily(
             "internvl", INTERNVL, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), "<IMG_CONTEXT>", 448, True, mrope=False
         ),
-        MLLMFamily("qwen2_5", OMNIGEN2, None, drop_leading_template=False, clip_key="qwen25_3b"),
+        MLLMFamily("qwen2_5", OMNIGEN2, None),
     )
 }
 FOLDER_FAMILIES = sorted(name for name, family in FAMILIES.items() if family.vision)  # read from Hugging Face folders
-CLIP_FAMILIES = {family.clip_key: family for family in FAMILIES.values() if family.clip_key}

@@ -1,4 +1,4 @@
-"""The MLLM inside a CLIP socket: the host's own Qwen2.5-VL, quantised, LoRA-patched or from GGUF as the user has it.
+"""The MLLM inside a CLIP socket: the host's own, quantised, LoRA-patched or from GGUF as the user has it.
 
 Only the socket's public interface is used (`load_model`, `tokenize`, `cond_stage_model`), so that it works with
 whatever a loader put behind it.
@@ -13,79 +13,94 @@ from torch import Tensor, nn
 from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
-from .families import CLIP_FAMILIES
-from .vision import qwen_grid, to_area
+from .encoders import ENCODERS, encoder_of, titles
+from .vision import qwen_grid
 
 
 class ClipMLLM(MLLM):
     """A CLIP as an MLLM; all its layers run in the host's own forward, which cannot stop early, in fp32."""
 
     def __init__(self, clip: CLIP, name: str = ""):
-        encoder = getattr(clip, "cond_stage_model", None)
-        key: Any = getattr(encoder, "clip", None)
-        family = CLIP_FAMILIES.get(key)
-        inner: Any = getattr(encoder, key, None) if isinstance(key, str) else None
+        module = getattr(clip, "cond_stage_model", None)
+        key: Any = getattr(module, "clip", None)
+        encoder = encoder_of(module)
+        inner: Any = getattr(module, key, None) if isinstance(key, str) else None
         model = getattr(getattr(inner, "transformer", None), "model", None)
-        if family is None or model is None:
-            found = key if isinstance(key, str) else type(encoder).__name__
+        if encoder is None or model is None:
+            found = key if isinstance(key, str) else type(module).__name__
+            known = ", ".join(dict.fromkeys(key for encoder in ENCODERS for key in encoder.keys))
             raise MLLMError(
-                f"This CLIP is {found!r}, expected a multimodal LLM: {', '.join(CLIP_FAMILIES)} (Qwen2.5-VL 7B as in"
-                " Qwen-Image, or OmniGen2's Qwen2.5 3B, text only). Load one with the host's Load CLIP node (type"
-                " qwen_image or omnigen2), or load a Hugging Face folder with Load MLLM."
+                f"This CLIP is {found!r}, expected an LLM: {known}. Load the text encoder of one of these models with"
+                f" the host's Load CLIP node and its type: {titles()}. Or load a Hugging Face folder with Load MLLM."
             )
-        super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size), family)
+        family, drop = encoder.family, encoder.drop_leading_template
+        super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size, drop), family)
         self.clip, self.patcher, self.key = clip, clip.patcher, key
+        self.encoder, self.stock, self.prefix = encoder, encoder.stock, encoder.prefix
+        self.template = encoder.template or family.template
+        self.default_size = encoder.default_size or family.default_size
         self.vision: Any = family.vision
         self.visual: Any = getattr(inner.transformer, "visual", None)
         self.reads_images = self.reads_images and self.visual is not None
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
-        if not text:
-            return []
-        return [token for token, *_ in self.clip.tokenize(text, llama_template="{}")[self.key][0]]
+        return [int(token) for token in self._tokens(text)] if text else []
 
-    @torch.no_grad()
-    def run(self, text, images, size, tiles, wanted):  # noqa: D102
-        resized = [to_area(image, size)[None] for image in images]
-        extra: dict[str, Any] = {"images": resized} if self.reads_images else {}
-        # The text carries its template; a tokenizer that adds one anyway gets an empty one.
-        chunks = self.clip.tokenize(text, llama_template="{}", **extra)[self.key]
+    def _tokens(self, text: str, **images: Any) -> list[Any]:
+        """The host's tokens of a text that carries its template."""
+        # a tokenizer that adds a template anyway gets an empty one; thinking: Qwen3-VL's appends to it otherwise
+        chunks = self.clip.tokenize(text, llama_template="{}", thinking=True, **images)[self.key]
         if len(chunks) != 1:
             raise MLLMError(
                 f"{self.info.name} cut the prompt into {len(chunks)} pieces, expected one. Shorten the prompt."
             )
+        return [token for token, *_ in chunks[0]]
+
+    @torch.no_grad()
+    def run(self, text, images, size, tiles, wanted):  # noqa: D102
+        resized = [self.encoder.resize(image, size)[None] for image in images]
+        tokens = self._tokens(text, **({"images": resized} if self.reads_images else {}))
         # Emphasis as in (word:1.2) is a blend on the last layer only: read the words, leave their weights out.
-        tokens = [token for token, *_ in chunks[0]]
         pairs = [[(token, 1.0) for token in tokens]]
         grids = [qwen_grid(image.shape[1], image.shape[2], self.vision) for image in resized]
+        states, mask = self._states(pairs, grids, wanted)
+        tokens = [None if isinstance(token, dict) or torch.is_tensor(token) else int(token) for token in tokens]
+        return states, tokens, mask, grids
 
-        encoder = self.clip.cond_stage_model
+    def _states(self, pairs: list, grids: list, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Hidden states (1, M, T, C) of the layers `wanted`, by the host's forward, and the mask (1, T)."""
+        encoder, top = self.clip.cond_stage_model, self.info.layers
         inner = getattr(encoder, self.key)
         encoder.reset_clip_options()
+        normed, hooks, raw = inner.layer_norm_hidden_state, [], []
         tower: Any = type(self.visual)
-        hook = None
-        if resized and window_ordered(tower):
-            hook = self.visual.register_forward_hook(to_raster)
+        if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
+            hooks.append(self.visual.register_forward_hook(to_raster))
+        if wanted[-1] > top:
+            norm = inner.transformer.model.norm
+            hooks.append(norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
         try:
             load_text_encoder(self.clip, {self.key: pairs})
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
             inner.layer = "all"  # last: set_clip_options may put it back
+            inner.layer_norm_hidden_state = False  # it would norm every layer
             out = inner.encode_token_weights(pairs)
         finally:
             encoder.reset_clip_options()
-            if hook is not None:
+            inner.layer_norm_hidden_state = normed
+            for hook in hooks:
                 hook.remove()
         states = out[0]
-        if states.ndim != 4 or states.shape[1] != self.info.layers + 1:
+        if states.ndim != 4 or states.shape[1] != top + 1:
             raise MLLMError(
-                f"{self.info.name} gave hidden states {tuple(states.shape)}, expected (1, {self.info.layers + 1},"
+                f"{self.info.name} gave hidden states {tuple(states.shape)}, expected (1, {top + 1},"
                 f" tokens, {self.info.width}). A node has probably replaced its forward."
             )
-        states = states[:, list(wanted)]
-        tokens = [None if isinstance(token, dict) or torch.is_tensor(token) else int(token) for token in tokens]
+        if raw:
+            states = torch.cat((states, raw[0][:, None].to(states)), dim=1)
         mask = out[2].get("attention_mask") if len(out) > 2 else None
         mask = torch.ones(states.shape[0], states.shape[2]) if mask is None else mask
-        return states, tokens, mask.bool().to(states.device), grids
+        return states[:, list(wanted)], mask.bool().to(states.device)
 
 
 def to_raster(visual, args, tokens: Tensor) -> Tensor:
@@ -100,7 +115,7 @@ def to_raster(visual, args, tokens: Tensor) -> Tensor:
 
 @lru_cache
 def window_ordered(tower: type) -> bool:
-    """Whether the host's vision tower returns its tokens in window order (before 0.19) and not row by row.
+    """Whether the host's vision tower returns its tokens in window order (Qwen2.5-VL's before 0.19) and not row by row.
 
     Found by trying: a tower without blocks is one map per token, so its output shows the order. A version number or
     the source text would be wrong on forks and backports. Raises MLLMError for another order.

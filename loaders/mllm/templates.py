@@ -2,33 +2,48 @@
 
 from dataclasses import dataclass
 
+CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+
 
 @dataclass(frozen=True)
 class Template:
     """A family's chat template."""
 
-    system: str
+    system: str  # "" = none
     system_images: str | None = None  # system prompt where there are images, if another
+    system_empty: str | None = None  # where there are no images and no words, if another
     image: str = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # for each image; {} = its number, from 1
     tail: str = "<|im_end|>\n<|im_start|>assistant\n"
+    around: str = CHATML_SYSTEM  # what stands around a system prompt
+    turn: str = "<|im_start|>user\n"  # opens the user's turn
+    whole: str = "<|im_start|>"  # a prompt without images that starts so is kept as it is; "" = none is
 
     def text(self, prompt: str, images: int = 0, system_prompt: str | None = None) -> str:
-        """The whole text, with one placeholder per image; a prompt that starts with <|im_start|> is kept as it is."""
-        if not images and prompt.startswith("<|im_start|>"):
+        """The whole text, with one placeholder per image."""
+        if not images and self.whole and prompt.startswith(self.whole):
             return prompt
-        system = system_prompt or (self.system_images if images and self.system_images else self.system)
+        system = self.system
+        if images and self.system_images is not None:
+            system = self.system_images
+        elif not images and not prompt.strip() and self.system_empty is not None:
+            system = self.system_empty
+        system = system_prompt or system
+        opening = self.around.format(system) if system else ""
         pictures = "".join(self.image.format(number) for number in range(1, images + 1))
-        return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{pictures}{prompt}{self.tail}"
+        return f"{opening}{self.turn}{pictures}{prompt}{self.tail}"
 
 
 # Word for word the host's: its Qwen-Image text encoder without images, its TextEncodeQwenImageEditPlus with images.
-QWEN_IMAGE = Template(
-    system="Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of"
-    " the objects and background:",
-    system_images="Describe the key features of the input image (color, shape, size, texture, objects, background),"
-    " then explain how the user's text instruction should alter or modify the image. Generate a new image that meets"
-    " the user's requirements while maintaining consistency with the original input where appropriate.",
+_DESCRIBE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the"
+    " objects and background:"
 )
+_EDIT = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how"
+    " the user's text instruction should alter or modify the image. Generate a new image that meets the user's"
+    " requirements while maintaining consistency with the original input where appropriate."
+)
+QWEN_IMAGE = Template(system=_DESCRIBE, system_images=_EDIT)
 # The host's OmniGen2 text encoder. Its stock model keeps every token.
 OMNIGEN2 = Template(
     system="You are a helpful assistant that generates high-quality images based on user instructions.",
@@ -38,3 +53,17 @@ OMNIGEN2 = Template(
 _TASK = "Read the reference images and the text together, and picture the subjects of the images as the text describes."
 QWEN3_VL = Template(system=_TASK)
 INTERNVL = Template(system=_TASK, image="Image-{}: <img><IMG_CONTEXT></img>\n")
+
+# Word for word the host's, of its text encoders of these names
+_BARE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+KREA2 = Template(system=_DESCRIBE)  # the host has no edit node for it; its images are numbered as Qwen-Image's
+MAGE_FLOW = Template(system=_DESCRIBE, system_images=_EDIT, image="Image {}: " + _BARE_IMAGE)
+BOOGU = Template(
+    system="You are a helpful assistant that generates high-quality images based on user instructions. The instructions"
+    " are as follows.",
+    system_images=_EDIT,
+    system_empty=_EDIT,
+    image=_BARE_IMAGE,
+    tail="<|im_end|>\n",
+)
+JOYIMAGE = Template(system=f" \\n{_DESCRIBE}", image=_BARE_IMAGE)

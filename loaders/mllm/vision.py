@@ -43,6 +43,15 @@ def to_area(image: Tensor, side: int) -> Tensor:
     return F.interpolate(image[None].movedim(-1, 1), size=size, mode="area").movedim(1, -1)[0]
 
 
+def to_long_edge(image: Tensor, side: int) -> Tensor:
+    """Scales (H, W, 3) to at most `side` px on its longer edge, as the host's TextEncodeMageFlowEdit does."""
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = tuple(max(1, round(length * scale)) for length in image.shape[:2])
+    return F.interpolate(image[None].movedim(-1, 1), size=size, mode="bicubic").movedim(1, -1)[0]
+
+
 def qwen_grid(height: int, width: int, vision: Vision, least: int = 3136, most: int = 12845056) -> ImageGrid:
     """Token grid of an image of height x width px: sides to the nearest whole token, `least` to `most` px in all.
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 from subject_dla.loaders import backbones
+from subject_dla.loaders.mllm import encoders
 from subject_dla.tests.method.test_layout import BELOW, ROOT
 from subject_dla.training import recipe
 from subject_dla.training.dit import memory
@@ -61,6 +62,11 @@ def test_links_lead_to_files():
 def test_settings_memory_and_families():
     for page, text in ((TRAINING, memory.fits()), (TRAINING, recipe.template()), (BACKBONES, backbones.table())):
         assert text.strip() in page, f"this is missing or has changed:\n{text}"
+
+
+def test_text_encoders():
+    text = (ROOT / "web" / "docs" / "SubjectMLLMFromCLIP.md").read_text("utf-8")
+    assert encoders.table() in text, f"this is missing or has changed:\n{encoders.table()}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("*.toml")), ids=lambda path: path.stem)

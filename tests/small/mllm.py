@@ -57,7 +57,7 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
             "hidden_size": width, "initializer_range": 0.02, "intermediate_size": 2 * width,
             "max_position_embeddings": 262144, "num_attention_heads": heads, "num_hidden_layers": layers,
             "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "rope_theta": 5000000, "use_cache": True,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": _mrope(width // heads, (4, 2, 2)),
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": _mrope(width // heads, (24, 20, 20)),
                              "rope_type": "default"}, "vocab_size": 151936,
         },
         "vision_config": {

@@ -1,0 +1,103 @@
+"""One record for each of the host's text encoders that holds an LLM: what is behind a CLIP socket."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...common.markdown import markdown
+from ...dla.features import StockContext
+from . import templates
+from .families import FAMILIES, MLLMFamily
+from .templates import Template
+from .vision import to_area, to_long_edge
+
+
+@dataclass(frozen=True)
+class HostEncoder:
+    """One text encoder of the host. The tests compare each record with the host's own encode nodes.
+
+    Source: the host's comfy/text_encoders, read at 0.3.75 and 0.33.0.
+    """
+
+    title: str  # for people: the stock model, and the LLM
+    kind: str  # type of the host's Load CLIP; "" = any without a record of its own
+    family: MLLMFamily
+    keys: tuple[str, ...]  # names under which the host's class holds the LLM
+    host_class: str = ""  # its name; "" = every other class that holds such an LLM
+    template: Template | None = None  # None = the family's
+    stock: StockContext = StockContext()
+    drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
+    prefix: int | None = None  # tokens dropped, where the host counts them instead of looking for the turn
+    default_size: int = 0  # px, as in MLLMFamily; 0 = the family's
+    resize: Callable[[Tensor, int], Tensor] = to_area  # of an image (H, W, 3) to a size in px
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the host's encoder reads images; some leave the vision tower of their LLM out."""
+        return self.family.vision is not None
+
+
+_QWEN3_VL_4B, _QWEN3_VL_8B = ("qwen3vl_4b",), ("qwen3vl_8b",)
+_VL, _VL3 = FAMILIES["qwen2_5_vl"], FAMILIES["qwen3_vl"]
+_WHOLE = StockContext(always_masked=True)
+
+ENCODERS = (
+    HostEncoder("Qwen-Image (Qwen2.5-VL 7B)", "qwen_image", _VL, ("qwen25_7b",)),
+    HostEncoder(
+        "OmniGen2 (Qwen2.5 3B)", "omnigen2", FAMILIES["qwen2_5"], ("qwen25_3b",),
+        stock=_WHOLE, drop_leading_template=False,
+    ),
+    HostEncoder(
+        "Krea 2 (Qwen3-VL 4B)", "krea2", _VL3, _QWEN3_VL_4B, "Krea2TEModel", templates.KREA2,
+        StockContext((2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)),
+    ),
+    HostEncoder(
+        "Mage-Flow (Qwen3-VL 4B)", "mage", _VL3, _QWEN3_VL_4B, "MageFlowTEModel", templates.MAGE_FLOW,
+        resize=to_long_edge,
+    ),
+    HostEncoder(
+        "Boogu (Qwen3-VL 8B)", "boogu", _VL3, _QWEN3_VL_8B, "BooguTEModel", templates.BOOGU, _WHOLE,
+        drop_leading_template=False,
+    ),
+    HostEncoder(
+        "JoyImage (Qwen3-VL 8B)", "joyimage", _VL3, _QWEN3_VL_8B, "JoyImageTEModel", templates.JOYIMAGE,
+        StockContext(normed=False, always_masked=True), prefix=34, default_size=1024,
+    ),
+    # the LLM of no DiT: the template is that of Load MLLM, so that a DLA reads either
+    HostEncoder(
+        "Qwen3-VL", "", _VL3, _QWEN3_VL_4B + _QWEN3_VL_8B,
+        stock=StockContext(normed=False, always_masked=True), drop_leading_template=False,
+    ),
+)  # fmt: skip
+
+
+def encoder_of(module: Any) -> HostEncoder | None:
+    """The record of a CLIP's text encoder; None where it holds no LLM that this pack knows."""
+    classes = {base.__name__ for base in type(module).__mro__}
+    found = [encoder for encoder in ENCODERS if getattr(module, "clip", None) in encoder.keys]
+    named = [encoder for encoder in found if encoder.host_class in classes]
+    return next(iter(named + [encoder for encoder in found if not encoder.host_class]), None)
+
+
+def titles() -> str:
+    """Types and names of all text encoders, those that read text alone marked."""
+    found = [(encoder.kind or "any", encoder.title, ", text only" * (not encoder.reads_images)) for encoder in ENCODERS]
+    return "; ".join(f"{kind}: {title}{limit}" for kind, title, limit in found)
+
+
+def table() -> str:
+    """The text encoders as a markdown table, for the help of MLLM from CLIP."""
+    rows = [("model and LLM", "type in Load CLIP", "reads images", "context without a DLA", "tokens")]
+    for encoder in ENCODERS:
+        stock = encoder.stock
+        context = "last layer" if stock.layers == (-1,) else f"layers {', '.join(map(str, stock.layers))} side by side"
+        rows.append((
+            encoder.title,
+            f"`{encoder.kind}`" if encoder.kind else "any other",
+            "yes" if encoder.reads_images else "no, text only",
+            context + ", before the norm" * (not stock.normed),
+            ("the user's turn" if encoder.drop_leading_template else "all") + ", padding too" * stock.padding,
+        ))  # fmt: skip
+    return markdown(rows)

@@ -1,0 +1,157 @@
+"""The host's text encoders as MLLMs: the same features as transformers on the same weights, and without a DLA exactly
+the context that the host's own encode nodes give."""
+
+import importlib
+from types import SimpleNamespace
+
+import comfy.sd
+import comfy.text_encoders.llama as llama
+import pytest
+import torch
+from safetensors.torch import load_file
+from subject_dla.dla.ablation import ablate
+from subject_dla.loaders.conditioning import aggregate_conditioning
+from subject_dla.loaders.mllm import mllm_from_clip
+from subject_dla.loaders.mllm.encoders import ENCODERS
+from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.tests.small.mllm import build_qwen3vl
+
+WIDTH, LAYERS = 256, 4
+SIZES = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "intermediate_size": 2 * WIDTH, "lm_head": False}  # fmt: skip
+# of each host class: module under comfy.text_encoders, options of its makers, tokenizer, the host's config class, and
+# how many layers the small one has: those that are read one by one must be there
+MADE_BY = {
+    "Krea2TEModel": ("krea2", {}, "Krea2Tokenizer", "Qwen3VL_4BConfig", 36),
+    "MageFlowTEModel": ("mage_flow", {}, "MageFlowTokenizer", "Qwen3VL_4BConfig", LAYERS),
+    "BooguTEModel": ("boogu", {}, "BooguTokenizer", "Qwen3VL_8BConfig", LAYERS),
+    "JoyImageTEModel": ("joyimage", {}, "JoyImageTokenizer", "Qwen3VL_8BConfig", LAYERS),
+    "Qwen3VLTEModel": ("qwen3vl", {"model_type": "qwen3vl_4b"}, "tokenizer", "Qwen3VL_4BConfig", LAYERS),
+}
+PROMPTS = ["a red fox,\n\nasleep", "", "\nbegins with a line break", "(weighted:1.4) {braces}"]
+
+
+def picture(height, width, seed=0):
+    return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+IMAGES = [picture(300, 500), picture(640, 400, 1)]  # two aspect ratios, neither of whole tokens
+
+
+def shrink(monkeypatch, config, layers):
+    """A config class of the host, small; `__defaults__` are those of its generated constructor."""
+    made = getattr(llama, config, None)
+    if made is None:
+        pytest.skip("not on this host")
+    defaults = dict(zip(made.__dataclass_fields__, made.__init__.__defaults__, strict=True))
+    small = {name: value for name, value in (SIZES | {"num_hidden_layers": layers}).items() if name in defaults}
+    monkeypatch.setattr(made.__init__, "__defaults__", tuple((defaults | small).values()))
+
+
+def shrink_qwen3vl(monkeypatch):
+    module = importlib.import_module("comfy.text_encoders.qwen3vl")
+    small = {"hidden_size": 32, "intermediate_size": 48, "depth": 3, "deepstack_visual_indexes": [0, 1]}
+    for name in module.QWEN3VL_VISION:
+        monkeypatch.setitem(module.QWEN3VL_VISION, name, small)
+    for name, value in {"num_heads": 2, "num_position_embeddings": 64}.items():
+        monkeypatch.setitem(module.QWEN3VL_VISION_COMMON, name, value)
+
+
+def build_clip(monkeypatch, host_class, folder=None):
+    """A small CLIP of that class of the host, with a folder's weights or random ones."""
+    name, options, tokenizer, config, layers = MADE_BY[host_class]
+    try:
+        module = importlib.import_module(f"comfy.text_encoders.{name}")
+    except ImportError:
+        pytest.skip("not on this host")
+    shrink(monkeypatch, config, layers)
+    if "VL" in config:
+        shrink_qwen3vl(monkeypatch)
+    tokenizer = getattr(module, tokenizer)
+    tokenizer = tokenizer(**options) if tokenizer.__name__ == "tokenizer" else tokenizer
+    clip = comfy.sd.CLIP(
+        SimpleNamespace(clip=module.te(**options), tokenizer=tokenizer, params={}),
+        model_options={"dtype": torch.float32},
+    )
+    inner = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
+    if folder is None:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in inner.transformer.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * (0.05 if parameter.ndim > 1 else 0.5)
+        return clip
+    weights = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
+        for key, value in load_file(folder / "model.safetensors").items()
+        if key != "lm_head.weight"
+    }
+    missing, unexpected = inner.transformer.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    return clip
+
+
+@pytest.fixture(scope="module")
+def qwen3vl(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders") / "qwen3vl"
+    return build_qwen3vl(root, width=WIDTH, layers=LAYERS, heads=2, kv_heads=1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
+def test_qwen3_vl_gives_the_features_of_its_folder(monkeypatch, qwen3vl, images):
+    """Every layer with DeepStack's additions, every token, and the same account of what each token is."""
+    mllm, other = mllm_from_clip(build_clip(monkeypatch, "Qwen3VLTEModel", qwen3vl)), load_folder(qwen3vl)
+    assert mllm.info.family == "qwen3_vl" and mllm.reads_images
+    first, second = (source.encode("a red fox,\n\nasleep", images, image_size=256) for source in (mllm, other))
+    assert first.layers == (*second.layers, LAYERS + 1) and first.prefix == second.prefix
+    assert first.grids == second.grids
+    for name in ("modality", "image_index", "attention_mask"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    torch.testing.assert_close(first.hidden_states[:, :-1], second.hidden_states, atol=1e-3, rtol=1e-3)
+    norm = other.backbone.model.language_model.norm
+    torch.testing.assert_close(norm(first.layer(LAYERS + 1)), first.layer(LAYERS), atol=1e-3, rtol=1e-3)
+    gone = ablate(first, text=[LAYERS])  # the last layer is ablated with and without its norm
+    assert torch.equal(gone.layer(LAYERS) == 0, gone.layer(LAYERS + 1) == 0)
+
+
+# the host's edit nodes: module under comfy_extras, class
+EDITS = {
+    "BooguTEModel": ("nodes_boogu", "TextEncodeBooguEdit"),
+    "MageFlowTEModel": ("nodes_mage", "TextEncodeMageFlowEdit"),
+    "JoyImageTEModel": ("nodes_joyimage", "TextEncodeJoyImageEdit"),
+}
+
+
+def stock(host_class, clip, prompt, images):
+    """What the host's own edit node or, without images, its CLIP Text Encode gives."""
+    if not images:
+        return importlib.import_module("nodes").CLIPTextEncode().encode(clip, prompt)[0]
+    module, name = EDITS[host_class]
+    node, options = getattr(importlib.import_module(f"comfy_extras.{module}"), name), {"vae": None}
+    if name == "TextEncodeBooguEdit":
+        options["negative_prompt"] = ""
+    sockets = {f"image_{number}": image[None] for number, image in enumerate(images, 1)}
+    return node.execute(clip, prompt, images=sockets, **options).result[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("host_class", list(MADE_BY))
+def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, count):
+    """Bit for bit, and the mask: which layers, which norm, how they are joined, which tokens are dropped."""
+    if count and host_class not in EDITS:
+        pytest.skip("the host has no edit node for it")
+    clip = build_clip(monkeypatch, host_class)
+    mllm = mllm_from_clip(clip)
+    images = [picture(1024, 1024)][:count] if host_class == "JoyImageTEModel" else IMAGES[:count]  # one that it keeps
+    for prompt in PROMPTS:
+        if host_class == "Qwen3VLTEModel":  # read with the template of Load MLLM
+            prompt = mllm.template.text(prompt)
+        ((tokens, values),) = stock(host_class, clip, prompt, images)
+        ((mine, found),) = aggregate_conditioning(mllm.encode(prompt, images))
+        assert mine.shape == tokens.shape == (1, tokens.shape[1], mllm.context_width)
+        assert torch.equal(mine, tokens), prompt
+        masks = [entry.get("attention_mask") for entry in (values, found)]
+        assert (masks[0] is None) == (masks[1] is None)
+        assert masks[0] is None or torch.equal(*masks)
+
+
+def test_every_encoder_is_compared_with_its_host():
+    assert {encoder.host_class for encoder in ENCODERS if encoder.host_class} <= set(MADE_BY)

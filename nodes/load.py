@@ -58,7 +58,7 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
                     "clip",
                     tooltip=(
                         "From the host's Load CLIP, with the type of the model that will sample: qwen_image, krea2,"
-                        " boogu, joyimage or mage (read images); omnigen2 (text only)."
+                        " boogu, joyimage or mage (read images); flux2, lumina2 or omnigen2 (text only)."
                     ),
                 )
             ],

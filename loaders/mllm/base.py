@@ -133,10 +133,14 @@ class MLLM(ABC):
 
     def _turn(self, tokens: Sequence[int | None]) -> int:
         """Tokens before the user's turn. Vision markers are text, as the stock conditioning keeps them."""
-        # As the host's Qwen-Image text encoder counts what it drops: all before the second <|im_start|>, and the header
-        # where it follows as three tokens of its own. Where there is no system prompt, the turn is at the first.
         header = self.tokenize(self.template.turn)
-        start = [i for i, token in enumerate(tokens) if token == header[0]][: 2 if self.template.system else 1]
+        if self.info.drop_leading_template:
+            # as the host's Qwen-Image text encoder counts what it drops: all before the second <|im_start|>, and the
+            # header where it follows as three tokens of its own
+            start = [i for i, token in enumerate(tokens) if token == header[0]][:2]
+        else:
+            opening = header[:2]  # its line break may be one token with a prompt's
+            start = [i for i in range(len(tokens)) if list(tokens[i : i + len(opening)]) == opening][:1]
         prefix = start[-1] if start else 0
         if list(tokens[prefix : prefix + len(header)]) == header and len(tokens) > prefix + len(header):
             prefix += len(header)

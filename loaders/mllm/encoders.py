@@ -42,6 +42,7 @@ class HostEncoder:
 _QWEN3_VL_4B, _QWEN3_VL_8B = ("qwen3vl_4b",), ("qwen3vl_8b",)
 _VL, _VL3 = FAMILIES["qwen2_5_vl"], FAMILIES["qwen3_vl"]
 _WHOLE = StockContext(always_masked=True)
+_IDEOGRAM = StockContext((1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 36), interleaved=True, always_masked=True)
 
 ENCODERS = (
     HostEncoder("Qwen-Image (Qwen2.5-VL 7B)", "qwen_image", _VL, ("qwen25_7b",)),
@@ -64,6 +65,22 @@ ENCODERS = (
     HostEncoder(
         "JoyImage (Qwen3-VL 8B)", "joyimage", _VL3, _QWEN3_VL_8B, "JoyImageTEModel", templates.JOYIMAGE,
         StockContext(normed=False, always_masked=True), prefix=34, default_size=1024,
+    ),
+    HostEncoder(
+        "FLUX.2 Klein (Qwen3 4B, 8B)", "flux2", FAMILIES["qwen3"], ("qwen3_4b", "qwen3_8b"), "Flux2TEModel",
+        stock=StockContext((9, 18, 27), padding=True, always_masked=True), drop_leading_template=False,
+    ),
+    HostEncoder(
+        "Z-Image (Qwen3 4B)", "lumina2", FAMILIES["qwen3"], ("qwen3_4b",), "ZImageTEModel", templates.Z_IMAGE,
+        StockContext((-2,), always_masked=True), drop_leading_template=False,
+    ),
+    HostEncoder(
+        "FLUX.2 dev (Mistral3 24B)", "flux2", FAMILIES["mistral3"], ("mistral3_24b",),
+        stock=StockContext((10, 20, 30), always_masked=True), drop_leading_template=False,
+    ),
+    HostEncoder(
+        "Ideogram 4 (Qwen3-VL 8B)", "ideogram4", _VL3, _QWEN3_VL_8B, "Ideogram4Qwen3VLTEModel", templates.IDEOGRAM4,
+        _IDEOGRAM, drop_leading_template=False,
     ),
     # the LLM of no DiT: the template is that of Load MLLM, so that a DLA reads either
     HostEncoder(
@@ -92,7 +109,8 @@ def table() -> str:
     rows = [("model and LLM", "type in Load CLIP", "reads images", "context without a DLA", "tokens")]
     for encoder in ENCODERS:
         stock = encoder.stock
-        context = "last layer" if stock.layers == (-1,) else f"layers {', '.join(map(str, stock.layers))} side by side"
+        context = {(-1,): "last layer", (-2,): "last layer but one"}.get(stock.layers)
+        context = context or f"layers {', '.join(map(str, stock.layers))} side by side"
         rows.append((
             encoder.title,
             f"`{encoder.kind}`" if encoder.kind else "any other",

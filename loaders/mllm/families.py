@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo
 from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
-from .templates import INTERNVL, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
+from .templates import FLUX2, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
 from .vision import Vision
 
 
@@ -35,6 +35,8 @@ FAMILIES = {
             "internvl", INTERNVL, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), "<IMG_CONTEXT>", 448, True, mrope=False
         ),
         MLLMFamily("qwen2_5", OMNIGEN2, None),
+        MLLMFamily("qwen3", KLEIN, None),
+        MLLMFamily("mistral3", FLUX2, None),
     )
 }
 FOLDER_FAMILIES = sorted(name for name, family in FAMILIES.items() if family.vision)  # read from Hugging Face folders

@@ -4,6 +4,7 @@ Only the socket's public interface is used (`load_model`, `tokenize`, `cond_stag
 whatever a loader put behind it.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -39,12 +40,20 @@ class ClipMLLM(MLLM):
         self.encoder, self.stock, self.prefix = encoder, encoder.stock, encoder.prefix
         self.template = encoder.template or family.template
         self.default_size = encoder.default_size or family.default_size
+        if getattr(model, "norm", None) is None:  # pruned: the last layer is as it is
+            self.stock = replace(self.stock, normed=True)
         self.vision: Any = family.vision
         self.visual: Any = getattr(inner.transformer, "visual", None)
         self.reads_images = self.reads_images and self.visual is not None
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
-        return [int(token) for token in self._tokens(text)] if text else []
+        tokenizer = getattr(self.clip.tokenizer, self.key, None)
+        tokens = self._tokens(text) if text else []
+        while tokens and tokens[0] in (getattr(tokenizer, "start_token", None), getattr(tokenizer, "pad_token", None)):
+            del tokens[0]
+        while tokens and tokens[-1] == getattr(tokenizer, "pad_token", None):
+            del tokens[-1]
+        return [int(token) for token in tokens]
 
     def _tokens(self, text: str, **images: Any) -> list[Any]:
         """The host's tokens of a text that carries its template."""

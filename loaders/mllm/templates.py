@@ -66,4 +66,15 @@ BOOGU = Template(
     image=_BARE_IMAGE,
     tail="<|im_end|>\n",
 )
+KLEIN = Template(system="", tail="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", whole="")
+Z_IMAGE = Template(system="", whole="")
+FLUX2 = Template(
+    system="You are an AI that reasons about image descriptions. You give structured responses focusing on object"
+    " relationships, object\nattribution and actions without speculation.",
+    around="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]",
+    turn="[INST]",
+    tail="[/INST]",
+    whole="",
+)
+IDEOGRAM4 = Template(system="")
 JOYIMAGE = Template(system=f" \\n{_DESCRIBE}", image=_BARE_IMAGE)

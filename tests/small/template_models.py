@@ -93,12 +93,17 @@ def qwen3_vl(kind: str, width: int, layers: int) -> dict[str, torch.Tensor]:
 def mistral() -> dict[str, torch.Tensor]:
     """Mistral3-24B without its last ten layers, as for FLUX.2, with a tokenizer of single bytes."""
     weights = language_model("Mistral3Small24B", hidden_size=5120, num_hidden_layers=30, final_norm=False)
+    return weights | {"tekken_model": mistral_tokenizer()}
+
+
+def mistral_tokenizer() -> torch.Tensor:
+    """A tokenizer file for it, of single bytes."""
     special = [{"rank": rank, "token_str": text} for rank, text in enumerate(["<unk>", "<s>", *MISTRAL_SPECIAL])]
     special += [{"rank": rank, "token_str": f"<{rank}>"} for rank in range(len(special), 20)]
     vocabulary = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
     config = {"default_num_special_tokens": 20, "default_vocab_size": 276, "pattern": r"\s+|\S+"}
     text = json.dumps({"config": config, "vocab": vocabulary, "special_tokens": special})
-    return weights | {"tekken_model": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def klein(width: int) -> dict[str, torch.Tensor]:

@@ -31,11 +31,13 @@ def read_header(path: str) -> DiTHeader:
     """
     tensors = _file_header(path).tensors
     for prefix in PREFIXES[::-1]:
-        if backbone := backbone_of_keys(set(tensors), prefix):
+        if backbone := backbone_of_keys({key: tensor.shape for key, tensor in tensors.items()}, prefix):
             layer = tensors.get(f"{prefix}{backbone.context_layer}.weight")
+            stack = tensors.get(f"{prefix}{backbone.stacked_by}.weight") if backbone.stacked_by else None
             # packed 4-bit weights are whole numbers with half the columns
             plain = layer is not None and layer.dtype in FILE_DTYPES and FILE_DTYPES[layer.dtype].is_floating_point
-            return DiTHeader(backbone, layer.shape[1] if layer and plain else None)
+            width = layer.shape[1] * (stack.shape[1] if stack else 1) if layer and plain else None
+            return DiTHeader(backbone, width)
     return DiTHeader()
 
 
@@ -128,10 +130,17 @@ def dit_of(model: Any) -> Any:
 
 def context_width(model: Model) -> int | None:
     """Width of the context tokens that a MODEL reads, in channels; None where it cannot be known."""
-    layer, backbone = dit_of(model.model), backbone_of(model)
-    for name in backbone.context_layer.split(".") if backbone else ():
-        layer = getattr(layer, name, None)  # nn.Sequential, too, has its parts under "0", "1", …
-    width = getattr(layer, "in_features", None)
+    module, backbone = dit_of(model.model), backbone_of(model)
+    width = _columns(module, backbone.context_layer) if backbone else None
+    if width is not None and backbone and backbone.stacked_by:
+        width *= _columns(module, backbone.stacked_by) or 1
     if width is None:
         width = (getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}).get("context_in_dim")
     return width
+
+
+def _columns(module: Any, path: str) -> int | None:
+    """What a linear map at a dotted path reads, in channels."""
+    for name in path.split("."):
+        module = getattr(module, name, None)  # nn.Sequential, too, has its parts under "0", "1", …
+    return getattr(module, "in_features", None)

@@ -1,5 +1,6 @@
 """Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
 
+import logging
 from math import isfinite, sqrt
 from typing import Any
 
@@ -7,7 +8,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .backbones import backbone_of
+from .backbones import backbone_of, titles
 from .conditioning import ReferenceSettings, add_references, reference_latents
 from .dit import dit_of
 from .host import mentions
@@ -15,7 +16,13 @@ from .images import collect_images
 from .protocols import VAE, Model
 
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
+UNKNOWN_FAMILY = (
+    "Add Identity: this pack does not know the diffusion model %s (it knows %s). Whether it reads reference latents, "
+    "at which size and how placed, is not known: compare pictures with and without them. Only strengths 0 and 1 work."
+)
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
+
+log = logging.getLogger(__name__)
 
 
 def add_identity(
@@ -43,6 +50,8 @@ def add_identity(
     if not (isfinite(strength) and strength >= 0):
         raise ValueError(f"The reference's strength is {strength}, expected a finite number >= 0.")
     backbone = backbone_of(model)
+    if backbone is None:
+        log.warning(UNKNOWN_FAMILY, type(dit_of(model.model)).__name__, titles())
     method = reference_method(model, placement)
     side = backbone.token_side if backbone else 16
     images = collect_images(image)
@@ -83,7 +92,8 @@ def reference_method(model: Model, placement: str) -> str | None:
         return None
     diffusion_model = dit_of(model.model)
     known = backbone is None or method in backbone.placements
-    if not known or not mentions(diffusion_model, method):
+    unnamed = backbone is not None and method == backbone.unnamed_placement
+    if not known or not (unnamed or mentions(diffusion_model, method)):
         remedy = "Choose another placement, update ComfyUI, or load the model with ComfyUI's own loader."
         if backbone and not backbone.placements:
             remedy = f"Choose auto: {backbone.title} places references itself."

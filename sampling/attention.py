@@ -90,6 +90,16 @@ class Regions(NamedTuple):
     references: list[slice]  # each reference's tokens
     log_weight: Tensor  # (conditions, references, image tokens) float32, ln of how much it is read; -inf = not at all
 
+    def without(self, tokens: slice) -> "Regions":
+        """The same among the tokens that are left without some."""
+        image, *references = (
+            slice(span.start - (tokens.stop - tokens.start), span.stop - (tokens.stop - tokens.start))
+            if span.start >= tokens.stop
+            else span
+            for span in (self.image, *self.references)
+        )
+        return Regions(image, references, self.log_weight)
+
 
 class KeyStrengthAttention:
     """An `optimized_attention_override` that applies the key strengths of one model call.
@@ -103,10 +113,13 @@ class KeyStrengthAttention:
         repeats: Pictures per condition in the call's batch, which is ordered "(condition picture)".
         device: Of the call.
         previous: Another override that the model has already; it runs around the host's kernel.
-        regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens.
+        regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens, or the
+            keys alone hold the references, last (a cache of the host's).
+        context: The context's tokens, of a family that has attention of the others alone, too; None = it has not.
 
     Attributes:
         applied: Number of joint attention calls so far; a compiled model is not counted.
+        contextless: Whether calls without the context are counted, too.
         reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
 
@@ -117,15 +130,17 @@ class KeyStrengthAttention:
         device: torch.device,
         previous: Callable | None = None,
         regions: Regions | None = None,
+        context: slice | None = None,
     ):
-        self.keys = log_strength.shape[1]
         self.previous = previous
         self.applied, self.reached = 0, False
-        self._parts = [_Part(log_strength, repeats, device)]
-        self._order: Tensor | None = None  # of the queries among those of the parts
-        if regions is not None:
-            self._parts = _parts(log_strength, repeats, device, regions)
-            self._order = torch.cat([part.queries for part in self._parts if part.queries is not None]).argsort()
+        self.contextless = context is not None
+        self._calls = {log_strength.shape[1]: _Call(log_strength, repeats, device, regions)}
+        if context is not None:
+            rest = torch.ones(log_strength.shape[1], dtype=torch.bool)
+            rest[context] = False
+            regions = regions and regions.without(context)
+            self._calls[int(rest.sum())] = _Call(log_strength[:, rest], repeats, device, regions)
 
     def __call__(
         self,
@@ -141,7 +156,8 @@ class KeyStrengthAttention:
         if self.previous is not None:
             attention = _through(self.previous, attention)
         queries, keys = (x.shape[2] if kwargs.get("skip_reshape") else x.shape[1] for x in (q, k))
-        if keys != self.keys or (self._order is not None and queries != keys):
+        call = self._calls.get(keys)
+        if call is None or not call.takes(queries):
             return attention(q, k, v, heads, mask=mask, **kwargs)
 
         self.reached = True
@@ -150,8 +166,37 @@ class KeyStrengthAttention:
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
-        outputs = [part.attend(attention, q, k, v, heads, mask, **kwargs) for part in self._parts]
-        return outputs[0] if self._order is None else torch.cat(outputs, -2).index_select(-2, self._order)
+        return call.attend(attention, q, k, v, heads, mask, **kwargs)
+
+
+class _Call:
+    """What attention calls over a number of keys do."""
+
+    def __init__(self, log_strength: Tensor, repeats: int, device: torch.device, regions: Regions | None):
+        # by number of queries; the order is that of the queries among the parts'
+        self._parts: dict[int, list[_Part]] = {}
+        self._order: dict[int, Tensor] = {}
+        self._whole = _Part(log_strength, repeats, device) if regions is None else None
+        if regions is None:
+            return
+        keys = log_strength.shape[1]
+        counts = [keys]
+        if regions.references[-1].stop == keys and regions.image.stop <= regions.references[0].start:
+            counts.append(regions.references[0].start)  # the host keeps the references' keys: no queries of theirs
+        for count in counts:
+            parts = self._parts[count] = _parts(log_strength, repeats, device, regions, count)
+            self._order[count] = torch.cat([part.queries for part in parts if part.queries is not None]).argsort()
+
+    def takes(self, queries: int) -> bool:
+        """Whether it can do a call with so many queries."""
+        return self._whole is not None or queries in self._parts
+
+    def attend(self, attention: Callable, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of all queries; q: (b, h, n, d)."""
+        if self._whole is not None:
+            return self._whole.attend(attention, q, *args, **kwargs)
+        outputs = [part.attend(attention, q, *args, **kwargs) for part in self._parts[q.shape[2]]]
+        return torch.cat(outputs, -2).index_select(-2, self._order[q.shape[2]])
 
 
 class _Part:
@@ -198,12 +243,12 @@ class _Part:
         return attention_with_key_bias(attention, q, k, v, heads, self.bias, self.query_bias, mask=mask, **kwargs)
 
 
-def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions) -> list[_Part]:
-    """Queries that read the same references in every condition, those at soft edges apart.
+def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions, count: int) -> list[_Part]:
+    """The first `count` queries, by what references they read in every condition, those at soft edges apart.
 
     Where these are more than MOST_PARTS, there are two: queries that read everything, and others with a bias.
     """
-    weight = torch.zeros(*regions.log_weight.shape[:2], log_strength.shape[1])
+    weight = torch.zeros(*regions.log_weight.shape[:2], count)
     weight[..., regions.image] = regions.log_weight
     for closed in (weight.isneginf(), torch.zeros_like(weight, dtype=torch.bool)):
         soft = ((weight < 0) & ~closed).flatten(0, 1).any(0)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from ..loaders.backbones import backbone_of, titles
-from ..loaders.conditioning import Condition, ReferenceSettings, reference_latents, reference_settings
+from ..loaders.conditioning import METHOD, Condition, ReferenceSettings, reference_latents, reference_settings
 from ..loaders.dit import context_width, dit_of
 from ..loaders.protocols import Model
 from .reference_stages import RunSchedule
@@ -45,6 +45,19 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
             raise ValueError(
                 f"{backbone.title} takes at most {most} reference latents, but the {name} condition has "
                 f"{len(references)}. Remove {len(references) - most} of them."
+            )
+        if (
+            backbone
+            and backbone.needs_placement
+            and references
+            and any(reference for _, reference in stages.variants())
+            and not condition.get(METHOD)
+            and model.get_model_object("diffusion_model.default_ref_method") is None
+        ):
+            raise ValueError(
+                f"{backbone.title} reads reference latents only where a condition says how to place them, and the "
+                f"{name} condition does not: they would have no effect. Add FluxKontextMultiReferenceLatentMethod with "
+                f"{backbone.default_placement} behind the nodes that add them, or add them with Add Identity."
             )
         for settings in reference_settings(condition, len(references)):
             if not backbone and settings not in (ReferenceSettings(0.0), ReferenceSettings(1.0)):

@@ -65,7 +65,8 @@ def check_applied(
         options: The call's `transformer_options`.
         warn: Takes the text about blocks that another extension replaced, which may be meant.
     """
-    blocks = sum(len(getattr(dit_of(model), name, ())) for name in backbone.joint_blocks)
+    lists = backbone.joint_blocks + backbone.contextless_blocks * override.contextless
+    blocks = sum(len(getattr(dit_of(model), name, ())) for name in lists)
     applied = override.applied
     whole = blocks and applied and applied % blocks == 0  # a wrapper may run the model more than once
     if whole or (override.reached and not applied):  # compiled

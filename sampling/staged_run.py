@@ -150,12 +150,15 @@ class StagedRun:
                     "tile batch size to 1, or remove it."
                 )
             regions = None
+            spans = token_spans(backbone.token_order, tokens, x.shape, backbone.patch_size, shapes)
             if weights.any():
-                spans = token_spans(backbone.token_order, tokens, x.shape, backbone.patch_size, shapes)
-                regions = Regions(*spans, weights)
+                regions = Regions(*spans[1:], weights)
             override = None
             if logs.any() or regions is not None:
-                override = KeyStrengthAttention(logs, len(x) // len(uuids), x.device, regions=regions)
+                # without references there is nothing to do in these, and refiners of the image have as many keys
+                contextless = spans[0] if backbone.contextless_blocks and shapes else None
+                repeats = len(x) // len(uuids)
+                override = KeyStrengthAttention(logs, repeats, x.device, regions=regions, context=contextless)
             self._overrides[key] = override
         return self._overrides[key]
 

@@ -62,8 +62,8 @@ def key_strengths(
 
 def token_spans(
     order: Sequence[str], context: int, image_shape: tuple[int, ...], patch: int, references: Sequence[tuple[int, ...]]
-) -> tuple[slice, list[slice]]:
-    """The noisy image, and each reference latent, among the tokens of joint attention; see `key_strengths`.
+) -> tuple[slice, slice, list[slice]]:
+    """The context, the noisy image and each reference latent among the tokens of joint attention; see `key_strengths`.
 
     Args:
         order: As there.
@@ -77,7 +77,8 @@ def token_spans(
     parts = [(name, count) for name in order for count in groups[name]]
     ends = pairwise(accumulate((count for _, count in parts), initial=0))
     spans = [(name, slice(*span)) for (name, _), span in zip(parts, ends)]
-    return next(span for name, span in spans if name == "image"), [span for name, span in spans if name == "reference"]
+    context_span, image = (next(span for name, span in spans if name == group) for group in ("context", "image"))
+    return context_span, image, [span for name, span in spans if name == "reference"]
 
 
 def region_log_weight(

@@ -3,7 +3,7 @@
 Adding a family is adding a file. A model of a family that is not here gets None: strengths 0 and 1 only, no training.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -27,9 +27,9 @@ def backbone_of(model: Model) -> Backbone | None:
     return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_config(config))
 
 
-def backbone_of_keys(keys: set[str], prefix: str = "") -> Backbone | None:
-    """Family of a state dict by keys that only it has, as the host detects it."""
-    return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_keys(keys, prefix))
+def backbone_of_keys(shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> Backbone | None:
+    """Family of a state dict by its keys, and the shapes of their tensors, as the host detects it."""
+    return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_keys(shapes, prefix))
 
 
 def titles(backbones: Iterable[Backbone] | None = None) -> str:
@@ -43,7 +43,9 @@ def table() -> str:
     rows = [
         [
             f"{b.title} (`{b.name}`)",
-            f"{b.context_width} wide, `{b.context_layer}`" + ", counted by its mask" * b.counts_context,
+            f"{b.context_width} wide, `{b.context_layer}`"
+            + f" (`{b.stacked_by}`)" * bool(b.stacked_by)
+            + ", counted by its mask" * b.counts_context,
             ", ".join(b.token_order),
             f"{b.latent_channels} channels, {b.latent_downscale} px, patches of {b.patch_size}",
             f"{', '.join(b.placements) or 'its own'}; auto: {b.default_placement or 'its own'}",
@@ -57,4 +59,4 @@ def table() -> str:
 
 def _most_specific(backbones: Iterable[Backbone]) -> Backbone | None:
     """A family that is a kind of another one, run by the same class of the host, states more conditions than it."""
-    return max(backbones, key=lambda b: (len(b.config), len(b.keys) + len(b.absent_keys)), default=None)
+    return max(backbones, key=lambda b: (len(b.config), len(b.keys) + len(b.absent_keys) + len(b.rows)), default=None)

@@ -58,16 +58,21 @@ class Backbone:
     host_class: str  # in comfy.model_base; for loaders of other packs that leave the config empty
     keys: tuple[str, ...]  # state dict keys that a file of the family has
     absent_keys: tuple[str, ...] = ()  # and those that it has not
+    rows: Mapping[str, int] = field(default_factory=dict)  # of weights, where the keys are another family's, too
     context_layer: str = "txt_in"  # path of the linear map that reads the context tokens
+    stacked_by: str = ""  # of the map over the layers of the MLLM that a context token holds; "" = one layer or fused
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
     joint_blocks: tuple[str, ...] = ("double_blocks", "single_blocks")  # module lists; a block has one joint attention
+    contextless_blocks: tuple[str, ...] = ()  # those of them that have one of the image and the references beside it
     latent_channels: int = 16
     latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side
     patch_size: int = 2  # latent elements per token and side
     placements: tuple[str, ...] = ()  # the `reference_latents_method`s that its newest host reads
     default_placement: str | None = None  # None: the model's own
+    unnamed_placement: str | None = None  # the one that the host's class takes every name for that is not in its source
+    needs_placement: bool = False  # reads references only where a placement is set
     most_references: int | None = None
     counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
     takes_guidance: bool = False  # distilled guidance
@@ -79,10 +84,11 @@ class Backbone:
         """Pixels per token and side, of the picture and of references."""
         return self.latent_downscale * self.patch_size
 
-    def has_keys(self, keys: set[str], prefix: str = "") -> bool:
-        """Whether a state dict with these keys may be of this family."""
-        found, strange = ([prefix + key in keys for key in some] for some in (self.keys, self.absent_keys))
-        return all(found) and not any(strange)
+    def has_keys(self, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> bool:
+        """Whether a state dict with these keys, and shapes of their tensors, may be of this family."""
+        found, strange = ([prefix + key in shapes for key in some] for some in (self.keys, self.absent_keys))
+        fits = all(tuple(shapes.get(prefix + key, ()))[:1] == (rows,) for key, rows in self.rows.items())
+        return all(found) and not any(strange) and fits
 
     def has_config(self, config: Mapping[str, Any]) -> bool:
         """Whether the host's `unet_config` is of this family."""

@@ -13,7 +13,16 @@ from subject_dla.sampling.reference_stages import RunSchedule
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.host.test_guider import seen_by
 from subject_dla.tests.host.test_parity import Subject, skip_what_the_host_lacks
-from subject_dla.tests.host.test_regions import LEFT, MASKS, REGIONS, STRENGTHS, context_of, dense, with_settings
+from subject_dla.tests.host.test_regions import (
+    LEFT,
+    MASKS,
+    REGIONS,
+    STRENGTHS,
+    by_keys,
+    context_of,
+    dense,
+    with_settings,
+)
 from subject_dla.tests.host.test_regions import textbook as dense_textbook
 from subject_dla.tests.small.dit import FAMILIES, tiny, tiny_flux
 
@@ -103,7 +112,7 @@ def test_each_reference_follows_its_own_against_textbook_attention_set_by_hand_a
             products = [reference * strength * factor for strength, factor in zip(strengths, factors)]
             log_or_removed = (context, *(max(p, 1e-300) for p in products))
             bias = dense(subject, context_of(subject, 9), regions, log_or_removed, masks)
-            biases[index, len(bias)] = bias.masked_fill(bias < log(1e-200), -inf)
+            biases.update(by_keys(subject, index, bias.masked_fill(bias < log(1e-200), -inf)))
 
     clone = dense_textbook(subject.model, biases)
 
@@ -118,7 +127,7 @@ def test_each_reference_follows_its_own_against_textbook_attention_set_by_hand_a
 
 
 def test_the_last_reference_off_is_the_host_without_it_where_its_position_moves_no_other(subject):
-    if subject.backbone.name == "omnigen2":
+    if subject.backbone.name in ("omnigen2", "boogu"):
         pytest.skip("places the picture behind the references")
     pair = subject.condition(9, 2), subject.condition(9, 3)
     scheduled = [with_settings(c, **{STAGES: [None, OFF]}) for c in pair]

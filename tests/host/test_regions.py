@@ -94,9 +94,19 @@ def context_of(subject, tokens):
     return 512 if subject.backbone.name == "flux2" else tokens  # the host fills it up
 
 
+def by_keys(subject, index, bias):
+    """A condition's bias for each of its attention calls, by (its index, keys)."""
+    calls = {(index, len(bias)): bias}
+    if subject.backbone.contextless_blocks:
+        rest = bias[context_of(subject, 9) :, context_of(subject, 9) :]
+        calls[index, len(rest)] = rest
+    return calls
+
+
 def of_host(subject, biases, *arguments, **options):
     """The host's run, with textbook attention."""
-    found, subject.model = subject.model, textbook(subject.model, {(i, len(bias)): bias for i, bias in biases})
+    calls = {key: found for index, bias in biases for key, found in by_keys(subject, index, bias).items()}
+    found, subject.model = subject.model, textbook(subject.model, calls)
     try:
         return subject.host(*arguments, **options)
     finally:

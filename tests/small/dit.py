@@ -1,6 +1,7 @@
 """Random DiTs in the host's own layouts, of full width and one layer or tiny, through its own detection and loaders."""
 
 from dataclasses import fields
+from importlib import import_module
 
 import torch
 
@@ -26,7 +27,19 @@ CONFIGS = {  # of full width and one layer
         txt_ids_dims=[3],
     ),
     "longcat_image": FLUX | dict(vec_in_dim=None, context_in_dim=3584, guidance_embed=False, txt_ids_dims=[1, 2]),
+    "krea2": dict(layers=1),
+    "mage_flow": dict(num_layers=1),
+    "joyimage": dict(num_layers=1),
+    "boogu": dict(num_layers=1, num_double_stream_layers=1, num_refiner_layers=1),
 }  # fmt: skip
+CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
+    "qwen_image": "qwen_image.model.QwenImageTransformer2DModel",
+    "omnigen2": "omnigen.omnigen2.OmniGen2Transformer2DModel",
+    "krea2": "krea2.model.SingleStreamDiT",
+    "mage_flow": "mage_flow.model.MageFlowTransformer2DModel",
+    "joyimage": "joyimage.model.JoyImageTransformer3DModel",
+    "boogu": "boogu.model.BooguTransformer2DModel",
+}
 FAMILIES = tuple(CONFIGS)
 TINY = {
     "flux": dict(
@@ -39,25 +52,27 @@ TINY = {
         hidden_size=48, num_attention_heads=2, num_kv_heads=1, axes_dim_rope=[8] * 3, text_feat_dim=24, multiple_of=8,
         num_layers=2, num_refiner_layers=1,
     ),
+    "krea2": dict(features=32, heads=2, kvheads=1, layers=2, txtdim=8, txtlayers=3, txtheads=2, txtkvheads=2),
+    "mage_flow": dict(num_attention_heads=2, num_layers=2),
+    "joyimage": dict(hidden_size=256, num_attention_heads=2, text_dim=24, num_layers=2),
+    "boogu": dict(
+        hidden_size=48, num_attention_heads=2, num_kv_heads=1, axes_dim_rope=[8] * 3, instruction_feat_dim=24,
+        multiple_of=8, num_layers=1, num_double_stream_layers=2, num_refiner_layers=1,
+    ),
 }  # fmt: skip
 
 
 def build(family: str, sizes=(), dtype=torch.bfloat16, operations=None) -> torch.nn.Module:
     """The host's own class, on the meta device."""
     import comfy.ldm.flux.model
-    import comfy.ldm.omnigen.omnigen2
-    import comfy.ldm.qwen_image.model
     import comfy.ops
 
     config = CONFIGS[family] | dict(sizes)
     # hosts before FLUX-like models with text positions don't know the parameter
     if "txt_ids_dims" not in {field.name for field in fields(comfy.ldm.flux.model.FluxParams)}:
         config.pop("txt_ids_dims", None)
-    classes = {
-        "qwen_image": comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
-        "omnigen2": comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel,
-    }
-    model = classes.get(family, comfy.ldm.flux.model.Flux)
+    module, name = CLASSES.get(family, "flux.model.Flux").rsplit(".", 1)
+    model = getattr(import_module(f"comfy.ldm.{module}"), name)
     return model(**config, device="meta", dtype=dtype, operations=operations or comfy.ops.disable_weight_init)
 
 
@@ -70,13 +85,13 @@ def on_this_host(family: str) -> bool:
 
 def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    out = {}
+    out, one = {}, "krea2" not in type(model).__module__  # which adds one to its scales itself
     for key, value in model.state_dict().items():
         deviation = spread if value.ndim > 1 else 0.1
         # a processor draws a thousand million normal numbers in half a minute: large matrices repeat some
         drawn = torch.empty(min(value.numel(), 2**22 + 15), dtype=dtype).normal_(0, deviation, generator=generator)
         weights = drawn.repeat(-(-value.numel() // drawn.numel()))[: value.numel()].reshape(value.shape)
-        out[key] = weights + 1 if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales are near one
+        out[key] = weights + one if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales: near one
     return out
 
 

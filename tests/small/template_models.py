@@ -64,15 +64,6 @@ def qwen_layered(**sizes) -> dict[str, torch.Tensor]:
     return known("qwen_image", use_additional_t_cond=True, **sizes)
 
 
-def host_class(module: str, name: str, **sizes) -> dict[str, torch.Tensor]:
-    """Weights of a DiT by the host's class."""
-    import comfy.ops
-
-    with torch.device("meta"):
-        model = of_host(module, name)(**sizes, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
-    return random_like(model.state_dict())
-
-
 def language_model(name: str, **sizes) -> dict[str, torch.Tensor]:
     """A text encoder of the host, by its class or, for Qwen3-VL, its type."""
     import comfy.ops
@@ -184,10 +175,10 @@ KINDS = {  # folder of models -> kind -> what makes its weights
         "qwen_image": partial(known, "qwen_image", **HEADS),
         "qwen_layered": partial(qwen_layered, **HEADS),
         "omnigen2": partial(known, "omnigen2", hidden_size=240, num_attention_heads=2, num_kv_heads=1),
-        "krea2": partial(host_class, "ldm.krea2.model", "SingleStreamDiT", **KREA),
-        "boogu": partial(host_class, "ldm.boogu.model", "BooguTransformer2DModel", **BOOGU),
-        "mage_flow": partial(host_class, "ldm.mage_flow.model", "MageFlowTransformer2DModel", **HEADS),
-        "joyimage": partial(host_class, "ldm.joyimage.model", "JoyImageTransformer3DModel", hidden_size=256, **HEADS),
+        "krea2": partial(known, "krea2", **KREA),
+        "boogu": partial(known, "boogu", **BOOGU),
+        "mage_flow": partial(known, "mage_flow", **HEADS),
+        "joyimage": partial(known, "joyimage", hidden_size=256, **HEADS),
     },
     "text_encoders": {
         "t5xxl": lambda: random_like(text_encoder_shapes("t5xxl")),

@@ -182,6 +182,13 @@ def test_full_width(monkeypatch, family):
     skip_what_the_host_lacks(family)
     subject = Subject(family, load(family, monkeypatch), side=4)
     assert context_width(subject.model) == subject.backbone.context_width
+    check_identities(subject)
+    del subject
+    gc.collect()
+
+
+def check_identities(subject):
+    """Everything on and references off are the host's pictures, and a context that is off leaves nothing of it."""
     run = {"cfg": 1.0, "steps": 1}
     with_references, without = subject.condition(6, 2), subject.condition(6, 2, False)
     ours, bare = (subject.host(some, some, **run) for some in (with_references, without))
@@ -191,5 +198,3 @@ def test_full_width(monkeypatch, family):
     assert not torch.equal(ours, bare)
     off = [subject.staged(preset("vae_only"), subject.condition(*sizes), None, **run) for sizes in ((6, 2), (3, 9))]
     assert off[0].isfinite().all() and torch.equal(*off)
-    del subject
-    gc.collect()

@@ -95,7 +95,7 @@ def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torc
     return out
 
 
-def load(family: str, monkeypatch):
+def load(family: str, monkeypatch, sizes=()):
     """MODEL of full width and one layer, through the host's own detection and loader."""
     import comfy.model_detection as detection
     import comfy.sd
@@ -109,7 +109,7 @@ def load(family: str, monkeypatch):
         return config
 
     monkeypatch.setattr(detection, "detect_unet_config", shortened)
-    return comfy.sd.load_diffusion_model_state_dict(_random(build(family), torch.bfloat16))
+    return comfy.sd.load_diffusion_model_state_dict(_random(build(family, sizes), torch.bfloat16))
 
 
 def tiny(family: str, seed: int = 0, **sizes):

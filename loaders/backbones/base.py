@@ -19,7 +19,8 @@ class DiTSizes:
     single: int = 0  # FLUX's single blocks
     refiners: int = 0  # OmniGen2's, of each of three kinds
     head: int = 128  # channels of one attention head
-    streams: int = 2  # 2: image and context tokens each have maps of their own and a GELU MLP; 1: one SwiGLU block
+    streams: int = 2  # 2: image and context tokens each have maps of their own; 1: one block for all, a SwiGLU MLP
+    gated: bool = False  # 2 streams: a SwiGLU MLP in place of one with GELU
     fused_qkv: bool = False  # one map makes queries, keys and values
 
 
@@ -43,6 +44,7 @@ class Training:
     mllm: MLLMSizes  # what the family is trained with
     blocks: tuple[str, ...]  # module lists that hold the transformer blocks, those without joint attention too
     lora_targets: str  # regular expression of the names of attention's linear maps
+    context_width: int = 0  # of the release, channels; 0 = the family's
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Backbone:
     needs_placement: bool = False  # reads references only where a placement is set
     most_references: int | None = None
     counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
+    pads_context: bool = False  # the host pads it on the left, so that a token's position depends on their number
     takes_guidance: bool = False  # distilled guidance
     context_off_tokens: int = 1  # left of a context that is off, since hosts fail on none; attention skips their keys
     training: Training | None = field(default=None, compare=False)  # None: not trained here

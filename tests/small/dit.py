@@ -41,12 +41,14 @@ CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "boogu": "boogu.model.BooguTransformer2DModel",
 }
 FAMILIES = tuple(CONFIGS)
+# FLUX.2 Klein 4B's widths; ComfyUI 0.3.75 takes its number of heads for dev's
+KLEIN = dict(hidden_size=3072, num_heads=24, context_in_dim=7680, guidance_embed=False, depth_single_blocks=1)
 TINY = {
     "flux": dict(
         hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], context_in_dim=24, vec_in_dim=8, depth=2, depth_single_blocks=1
     ),
     "longcat_image": dict(hidden_size=32, num_heads=2, axes_dim=[4, 6, 6], depth=2),
-    "flux2": dict(hidden_size=64, num_heads=2, axes_dim=[8] * 4, context_in_dim=24),
+    "flux2": dict(hidden_size=64, num_heads=2, axes_dim=[8] * 4, context_in_dim=24, depth_single_blocks=1),
     "qwen_image": dict(num_attention_heads=2, joint_attention_dim=24, num_layers=2),
     "omnigen2": dict(
         hidden_size=48, num_attention_heads=2, num_kv_heads=1, axes_dim_rope=[8] * 3, text_feat_dim=24, multiple_of=8,
@@ -93,6 +95,13 @@ def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torc
         weights = drawn.repeat(-(-value.numel() // drawn.numel()))[: value.numel()].reshape(value.shape)
         out[key] = weights + one if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales: near one
     return out
+
+
+def load_klein():
+    """MODEL of Klein's width with one block of each kind."""
+    from ...loaders.dit import build_dit
+
+    return build_dit(_random(build("flux2", KLEIN), torch.bfloat16), KLEIN, {}, "Klein")
 
 
 def load(family: str, monkeypatch, sizes=()):

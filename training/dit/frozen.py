@@ -99,7 +99,8 @@ class FrozenDiT:
             tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
         else:
             tokens, mask = context.tokens, context.attention_mask
-        if mask is not None and self.family.counts_context and not bool(mask.all()):  # one number for the whole batch
+        one_number = self.family.counts_context or self.family.pads_context  # of tokens, for the whole batch
+        if mask is not None and one_number and not bool(mask.all()):
             rows = [slice(i, i + 1) for i in range(batch)]
             vectors = [None if pooled is None else pooled[i] for i in rows]
             parts = zip(rows, map(context.row, range(batch)), vectors)

@@ -77,8 +77,10 @@ def blocks(dit: DiTSizes, context: int, image: int, reference: int, lora: bool) 
         if lora:  # else image and reference refiners have nothing to learn behind them
             out += [Block(dit.refiners, n, n, **kind) for n in (image, reference) if n]
         return out
-    # norm, q, k and (fused, FLUX) v; q, k, v, output, norm, GELU's input
-    kind = dict(after=4 * d + d + m, gradients=2 * m + 2 * d, mlp=((d, m), (m, d)), streams=2, lora_inputs=d)
+    # norm, q, k and (fused, FLUX) v; q, k, v, output, norm, GELU's input, or both maps' outputs and SiLU's
+    first, acted = (2 * m, m) if dit.gated else (m, 0)
+    kind = dict(after=4 * d + d + first + acted, gradients=2 * first + 2 * d, streams=2, lora_inputs=d)
+    kind |= dict(mlp=((d, first), (m, d)))
     if dit.fused_qkv:
         kind |= dict(before=d + 3 * d, attention=((d, 3 * d), (d, d)))
     else:
@@ -86,8 +88,9 @@ def blocks(dit: DiTSizes, context: int, image: int, reference: int, lora: bool) 
     # in the first block, image tokens meet the context only in attention
     out = [Block(1, tokens, context, **kind), Block(dit.blocks - 1, tokens, tokens, **kind)]
     if dit.single:  # norm, then one map makes q, k, v and the MLP's; values are not copied
-        wide = dict(before=d + 3 * d + m, after=3 * d, gradients=3 * m + 4 * d, streams=1, lora_inputs=2 * d + m)
-        out.append(Block(dit.single, tokens, tokens, attention=((d, 3 * d + m), (d + m, d)), mlp=(), **wide))
+        wide = dict(before=d + 3 * d + first, after=3 * d + acted, streams=1, lora_inputs=2 * d + m)
+        wide |= dict(gradients=m + 2 * first + 4 * d, mlp=())
+        out.append(Block(dit.single, tokens, tokens, attention=((d, 3 * d + first), (d + m, d)), **wide))
     return out
 
 
@@ -153,7 +156,8 @@ def estimate(
     token = backbone.token_side
     image, reference = (wide // token) * (high // token), references * (reference_side // token) ** 2
     if dla_parameters is None:  # with this pack's defaults
-        config = DLAConfig(MLLMInfo("", "", layers, mllm_width), backbone.context_width)
+        width = backbone.training.context_width or backbone.context_width
+        config = DLAConfig(MLLMInfo("", "", layers, mllm_width), width)
         dla_parameters = sum(p.numel() for p in DualLayerAggregator(config, device="meta").parameters())
 
     kinds = [b for b in blocks(dit, context_tokens, image, reference, lora_rank > 0) if b.count > 0]

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..loaders.backbones import TRAINED, titles
 from ..training.inputs import BESIDE, NONE, TRAINING_STAGES, fingerprint_source, list_sources
 from . import files
 from .schema import DLA, MLLM, advanced, schema
@@ -22,7 +23,7 @@ class SubjectTrainDLA(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip=(
-                    "FLUX.1, Qwen-Image or OmniGen2, from Load Diffusion Model. It is not changed.")),
+                    f"{titles(TRAINED)}, from Load Diffusion Model. It is not changed.")),
                 io.Vae.Input("vae", tooltip="The diffusion model's VAE. It is not changed."),
                 MLLM.Input("mllm", tooltip="From Load MLLM or MLLM from CLIP. It is not changed."),
                 io.Combo.Input("data", options=list_sources(), tooltip=(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..dla.config import MODALITIES, POOLINGS, TEMPLATES, DLAConfig
 from ..dla.features import MLLMInfo
+from ..loaders.backbones import TRAINED, titles
 from .flow import TIMES, WEIGHTINGS
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -36,15 +37,15 @@ def option(default: Any, help: str, *, low=None, high=None, among: tuple = ()):
 class Models:
     """File names as the host lists them. A node has sockets instead."""
 
-    diffusion_model: str = option("", "FLUX.1, Qwen-Image or OmniGen2, under models/diffusion_models")
+    diffusion_model: str = option("", f"{titles(TRAINED)}; under models/diffusion_models")
     weight_dtype: str = option("default", "storage of the DiT's weights", among=("default", "fp8_e4m3fn", "fp8_e5m2"))
     vae: str = option("", "under models/vae")
     mllm: str = option("", "a Hugging Face folder under models/mllm")
     mllm_weight_dtype: str = option(
         "default", "storage of the MLLM's", among=("default", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp32")
     )
-    text_encoder: str = option("", "in place of mllm: the host's Qwen2.5-VL, under models/text_encoders")
-    text_encoder_type: str = option("qwen_image", "its type in the host's Load CLIP")
+    text_encoder: str = option("", "in place of mllm: the host's text encoder, under models/text_encoders")
+    text_encoder_type: str = option("qwen_image", "its type in the host's Load CLIP; see MLLM from CLIP")
     clip: str = option("", "FLUX.1: CLIP-L under models/text_encoders, for the pooled vector; empty = zeros")
     t5: str = option("", "FLUX.1: the T5 that the host loads beside it")
 
@@ -114,7 +115,7 @@ class Training:
     times: str = option("logit_normal", "distribution of flow times before the shift", among=TIMES)
     shift: float = option(0.0, "t -> s t / (1 + (s - 1) t); 0 = the DiT's own", low=0, high=1000)
     weighting: str = option("none", "of the loss over flow time", among=WEIGHTINGS)
-    guidance: float = option(1.0, "FLUX.1-dev's guidance while training, as UNO", low=0, high=100)
+    guidance: float = option(1.0, "guidance of FLUX.1-dev and FLUX.2-dev while training, as UNO", low=0, high=100)
     checkpointing: bool = option(True, "compute each block again in the backward pass, for memory")
     mixed_precision: str = option(
         "none", "bf16: products in bf16 whatever the weights' type; for processors that have them", among=PRECISIONS

@@ -11,11 +11,14 @@ from ...common.markdown import markdown
 from ..protocols import Model
 from .base import Backbone, DiTSizes, MLLMSizes, Training
 
-__all__ = ["BACKBONES", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"]
+__all__ = [
+    "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"
+]  # fmt: skip
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
 _FOUND = (module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE"))
 BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _FOUND}
+TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 
 
 def backbone_of(model: Model) -> Backbone | None:

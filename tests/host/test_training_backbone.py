@@ -7,11 +7,11 @@ import comfy.sd
 import pytest
 import torch
 from subject_dla.dla.context import Context
-from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.loaders.backbones import BACKBONES, TRAINED
 from subject_dla.loaders.dit import load_dit
 from subject_dla.sampling.guider import StagedGuider
 from subject_dla.sampling.stages import preset
-from subject_dla.tests.small.dit import load, load_klein, tiny, tiny_flux
+from subject_dla.tests.small.dit import load_trained, tiny, tiny_flux
 from subject_dla.tests.small.training import small_family
 from subject_dla.training.dit.frozen import FrozenDiT, GradientError
 from subject_dla.training.dit.lora import LoRA
@@ -55,7 +55,7 @@ class Problem:
         return [tokens.grad] + [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
-FAMILIES = [name for name, backbone in BACKBONES.items() if backbone.training]
+FAMILIES = [backbone.name for backbone in TRAINED]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -84,7 +84,7 @@ def test_gradient_of_the_context(problem, checkpointing):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_of_the_context_at_full_width(monkeypatch, family):
     with torch.inference_mode():
-        model = load_klein() if family == "flux2" else load(family, monkeypatch)
+        model = load_trained(family, monkeypatch)
     batch = 1 if BACKBONES[family].pads_context else 2  # a context of 512 tokens takes its time
     test_gradient_of_the_context(Problem(model, family, side=8, batch=batch), True)
     del model

@@ -5,7 +5,7 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
-from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.loaders.backbones import BACKBONES, TRAINED
 from subject_dla.tests.small import dit
 from subject_dla.tests.small.dit import KLEIN
 from subject_dla.training.dit import memory
@@ -13,7 +13,7 @@ from subject_dla.training.dit.checkpointing import in_place, recomputed
 from subject_dla.training.dit.lora import LoRA
 from torch.profiler import ProfilerActivity, profile
 
-FAMILIES = [name for name, backbone in BACKBONES.items() if backbone.training]
+FAMILIES = [backbone.name for backbone in TRAINED]
 DEEP = {
     "flux": {"depth": 19, "depth_single_blocks": 38}, "qwen_image": {"num_layers": 60},
     "omnigen2": {"num_layers": 32, "num_refiner_layers": 2}, "flux2": {"depth": 5, "depth_single_blocks": 20},
@@ -173,7 +173,7 @@ def test_a_card_is_given_only_what_fits_it():
     words = {"bf16": 2, "fp8": 1}
     for line in large.splitlines()[2:]:
         name, trained, side, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        family = next(b for b in BACKBONES.values() if b.training and b.training.release == name)
+        family = next(b for b in TRAINED if b.training.release == name)
         rank = int(trained.partition("LoRA ")[2] or 0)
         for card, cell in zip(memory.CARDS, cells):
             settings = {"weight_bytes": 1, "optimizer": "adamw8bit"}  # where nothing fits, not even this does

@@ -97,13 +97,6 @@ def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torc
     return out
 
 
-def load_klein():
-    """MODEL of Klein's width with one block of each kind."""
-    from ...loaders.dit import build_dit
-
-    return build_dit(_random(build("flux2", KLEIN), torch.bfloat16), KLEIN, {}, "Klein")
-
-
 def load(family: str, monkeypatch, sizes=()):
     """MODEL of full width and one layer, through the host's own detection and loader."""
     import comfy.model_detection as detection
@@ -119,6 +112,15 @@ def load(family: str, monkeypatch, sizes=()):
 
     monkeypatch.setattr(detection, "detect_unet_config", shortened)
     return comfy.sd.load_diffusion_model_state_dict(_random(build(family, sizes), torch.bfloat16))
+
+
+def load_trained(family: str, monkeypatch):
+    """As `load`, of the widths of the release that is trained: FLUX.2 Klein 4B's."""
+    from ...loaders.dit import build_dit
+
+    if family != "flux2":
+        return load(family, monkeypatch)
+    return build_dit(_random(build("flux2", KLEIN), torch.bfloat16), KLEIN, {}, "Klein")
 
 
 def tiny(family: str, seed: int = 0, **sizes):

@@ -2,8 +2,8 @@
 
     nox -s bench -- training [--steps 60]
 
-- gradients of a DLA's parameters, through one-layer full-width FLUX, Qwen-Image and OmniGen2, against central
-  differences in fp32, along a random direction in every parameter: |differences - gradients| / |differences|
+- gradients of a DLA's parameters, through one-layer full-width DiTs of every family that is trained, against
+  central differences in fp32, along a random direction in every parameter: |differences - gradients| / |differences|
 - a run of the small family stopped at three places and resumed, against the run that was not stopped
 - its loss at start and end, in training and held out
 - peak memory of a step through a FLUX of twelve blocks and 1,000 tokens, with and without checkpointing
@@ -21,6 +21,7 @@ import pytest
 
 from ...common.bootstrap import start_host
 from ...common.console import say
+from ...loaders.backbones import TRAINED
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
 
     start_host(os.environ["COMFYUI_PATH"])  # on the CPU: gradients are compared in fp32
     errors = {}
-    for family in ("flux", "qwen_image", "omnigen2"):
+    for family in (backbone.name for backbone in TRAINED):
         errors[family] = gradient_error(family)
         say(f"{family}: gradients differ from finite differences by {errors[family]:.2e}")
     with tempfile.TemporaryDirectory() as folder:
@@ -54,11 +55,11 @@ def gradient_error(family: str) -> float:
     import torch
 
     from ...dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
-    from ...tests.small.dit import load
+    from ...tests.small.dit import load_trained
     from ...training.dit.frozen import FrozenDiT
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        backbone = FrozenDiT(load(family, monkeypatch))
+        backbone = FrozenDiT(load_trained(family, monkeypatch))
     backbone.load()
     draw = torch.Generator().manual_seed(0)
 

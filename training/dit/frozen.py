@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...dla.context import Context
 from ...loaders import host
-from ...loaders.backbones import BACKBONES, backbone_of, titles
+from ...loaders.backbones import TRAINED, backbone_of, titles
 from ...loaders.conditioning import values_of
 from ...loaders.dit import context_width, dit_of
 from ...sampling.attention import KeyStrengthAttention
@@ -32,9 +32,8 @@ class FrozenDiT:
     def __init__(self, model, checkpointing: bool = True):
         backbone = backbone_of(model)
         if backbone is None or backbone.training is None:
-            known = titles(backbone for backbone in BACKBONES.values() if backbone.training)
             raise ValueError(
-                f"Training needs {known} as ComfyUI runs them; this model is "
+                f"Training needs {titles(TRAINED)} as ComfyUI runs them; this model is "
                 f"{type(dit_of(model.model)).__name__}. Load one of these with Load Diffusion Model."
             )
         self.family = backbone

@@ -21,7 +21,7 @@ from ...common.markdown import markdown
 from ...dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from ...dla.config import DLAConfig
 from ...dla.features import MLLMInfo
-from ...loaders.backbones import BACKBONES, Backbone, DiTSizes, MLLMSizes
+from ...loaders.backbones import TRAINED, Backbone, DiTSizes, MLLMSizes
 
 GIB = 2**30
 # CUDA context, the kernels' own buffers and what the allocator cannot use: our guess.
@@ -33,7 +33,6 @@ CARDS = (24, 48, 80)
 # Paged ones may move them to the host's memory when there is need; they are counted as if they stayed.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
-TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 STORAGES = {2: "bf16", 1: "fp8"}  # of the frozen DiT's weights, by bytes
 
 

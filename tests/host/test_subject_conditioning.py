@@ -12,7 +12,7 @@ from subject_dla.loaders.host import fit_latent
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.subject_conditioning import canvas_size
 from subject_dla.nodes import SubjectExtension
-from subject_dla.tests.small.dit import FAMILIES, on_this_host, tiny
+from subject_dla.tests.small.dit import FAMILIES, TinyVAE, on_this_host, tiny
 from subject_dla.tests.small.mllm import build_qwen25vl
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
@@ -20,22 +20,6 @@ WIDTH = 64  # of the MLLM
 CONTEXT = {"flux": 24, "longcat_image": 3584, "flux2": 24, "qwen_image": 24, "omnigen2": 24, "krea2": 24,
            "mage_flow": 2560, "joyimage": 24, "boogu": 24}  # fmt: skip
 STOCK = {"qwen_image": {"joint_attention_dim": WIDTH}, "flux2": {"context_in_dim": WIDTH}}  # without a DLA
-
-
-class TinyVAE:
-    """Latents of a family's form, from the pixels alone; counts what it encodes."""
-
-    def __init__(self, backbone):
-        self.backbone, self.encoded = backbone, 0
-
-    def spacial_compression_encode(self):
-        return self.backbone.latent_downscale
-
-    def encode(self, pixels):
-        self.encoded += 1
-        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self.backbone.latent_downscale)
-        latent = small.repeat(1, -(-self.backbone.latent_channels // 3), 1, 1)[:, : self.backbone.latent_channels]
-        return latent.unsqueeze(2) if self.backbone.latent_dimensions == 3 else latent
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import torch
 from subject_dla.loaders.backbones import BACKBONES, TRAINED
 from subject_dla.tests.small import dit
 from subject_dla.tests.small.dit import KLEIN
-from subject_dla.training.dit import memory
+from subject_dla.training.dit import flops, memory
 from subject_dla.training.dit.checkpointing import in_place, recomputed
 from subject_dla.training.dit.lora import LoRA
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES = [backbone.name for backbone in TRAINED]
 DEEP = {
@@ -143,6 +145,21 @@ def test_peak_of_forward_and_backward_pass(family, checkpointing):
     parts = estimated(family, module, 16, checkpointing, **shape)
     step_alone = sum(parts[name] for name in ("activations", "one block again", "gradients in a block"))
     assert 0.95 < step_alone / peak < 1.2
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_count_of_operations_is_that_of_torch(family, checkpointing):
+    module, training = build(family, NARROW[family]), BACKBONES[family].training
+    blocks = [block for name in training.blocks for block in getattr(module, name)]
+    lora = LoRA(module, BACKBONES[family], 1)
+    lora.attach()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no others on the CPU
+        with recomputed(blocks, lora.inside) if checkpointing else in_place():
+            run(family, module).square().mean().backward()
+    settings = {"resolution": SIDE * 16, "reference_side": REFERENCE * 16, "context_tokens": TOKENS}
+    settings |= {"sizes": training.measure(module), "checkpointing": checkpointing}
+    assert flops.flops(BACKBONES[family], **settings) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,10 +20,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, load_dla, save_dla
+from subject_dla.loaders.backbones import TRAINED
 from subject_dla.loaders.dla import load_dla as load_node_dla
 from subject_dla.loaders.host import load_vae
 from subject_dla.loaders.mllm import load_mllm
-from subject_dla.tests.small.dit import tiny_flux
+from subject_dla.tests.small.dit import TinyVAE, tiny, tiny_flux
 from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
 from subject_dla.training.build import make_optimizer
@@ -135,6 +137,29 @@ def stop_at(*steps):
             raise Stop
 
     return callback
+
+
+@pytest.mark.parametrize("backbone", TRAINED, ids=lambda backbone: backbone.name)
+def test_a_run_of_each_family(workspace, monkeypatch, backbone):
+    """With held-out losses and sample pictures, stopped and resumed; prompts of a batch differ in length."""
+    with torch.inference_mode():
+        monkeypatch.setattr(workspace.loaded, "model", tiny(backbone.name))
+    monkeypatch.setattr(workspace.loaded, "vae", TinyVAE(backbone))
+    name, watch = f"of-{backbone.name}", {"validate_every": STEPS, "sample_every": STEPS}
+    watch |= {"validation_examples": 1, "samples": 1, "sample_steps": 2}
+    settings = {"run": watch, "cache": f"cache-{backbone.name}"}
+    with passes() as seen:
+        with pytest.raises(Stop):
+            workspace.train(name, stop_at(2), **settings)
+        begun, _ = workspace.end(name)
+        result = workspace.train(name, **settings)
+    assert set(seen) == {"mllm", "vae", "both"} and result.history.step == len(result.history.losses) == STEPS
+    assert all(map(math.isfinite, result.history.losses))
+    trained, _ = workspace.end(name)
+    for part in ("dla.safetensors", "lora.safetensors"):
+        assert any(not torch.equal(value, trained[part][key]) for key, value in begun[part].items())
+    assert load_dla(workspace.files(name)[0]).config.dit == backbone.name
+    assert len(list((workspace.folder / name / "samples").iterdir())) == 2
 
 
 def test_stopped_after_every_step_it_is_the_whole_run(workspace, whole):

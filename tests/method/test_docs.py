@@ -9,7 +9,7 @@ from subject_dla.loaders import backbones
 from subject_dla.loaders.mllm import encoders
 from subject_dla.tests.method.test_layout import BELOW, ROOT
 from subject_dla.training import recipe
-from subject_dla.training.dit import memory
+from subject_dla.training.dit import flops, memory
 
 TEXT, TRAINING, BACKBONES, EVIDENCE = (
     (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("architecture", "training", "backbones", "evidence")
@@ -60,8 +60,20 @@ def test_links_lead_to_files():
 
 
 def test_settings_memory_and_families():
-    for page, text in ((TRAINING, memory.fits()), (TRAINING, recipe.template()), (BACKBONES, backbones.table())):
+    training = memory.fits(), flops.compare(), recipe.template()
+    for page, text in (*((TRAINING, text) for text in training), (BACKBONES, backbones.table())):
         assert text.strip() in page, f"this is missing or has changed:\n{text}"
+
+
+def test_help_of_train_dla():
+    text = (ROOT / "web" / "docs" / "SubjectTrainDLA.md").read_text("utf-8")
+    assert backbones.titles(backbones.TRAINED) in text
+    for backbone in backbones.TRAINED:
+        row = [f"{backbone.training.release} bf16 / fp8"]
+        for rank in (0, 16, 512):
+            steps = memory.steps_of(backbone, 512, rank)
+            row.append(" / ".join(f"{steps[weight, 'adamw', True].total / memory.GIB:.0f}" for weight in (2, 1)))
+        assert f"| {' | '.join(row)} |" in text
 
 
 def test_text_encoders():

@@ -135,3 +135,25 @@ def tiny(family: str, seed: int = 0, **sizes):
 def tiny_flux(context_width: int = 24, seed: int = 0, **sizes):
     """A tiny FLUX.1 with its context's width chosen."""
     return tiny("flux", seed, context_in_dim=context_width, **sizes)
+
+
+class TinyVAE:
+    """Latents of a family's form, from the pixels alone; counts what it encodes."""
+
+    def __init__(self, backbone):
+        self.backbone, self.encoded = backbone, 0
+        self.first_stage_model = torch.nn.Module()  # without weights
+
+    def spacial_compression_encode(self):
+        return self.backbone.latent_downscale
+
+    def encode(self, pixels):
+        self.encoded += 1
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self.backbone.latent_downscale)
+        latent = small.repeat(1, -(-self.backbone.latent_channels // 3), 1, 1)[:, : self.backbone.latent_channels]
+        return latent.unsqueeze(2) if self.backbone.latent_dimensions == 3 else latent
+
+    def decode(self, latent):
+        small = latent[:, :, 0] if latent.ndim == 5 else latent
+        large = torch.nn.functional.interpolate(small[:, :3], scale_factor=self.backbone.latent_downscale)
+        return large.movedim(1, -1).clamp(0, 1)

@@ -34,6 +34,7 @@ CARDS = (24, 48, 80)
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
 STORAGES = {2: "bf16", 1: "fp8"}  # of the frozen DiT's weights, by bytes
+Settings = tuple[int, str, bool]  # bytes of a weight, optimizer, checkpointing
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ def activations(dit: DiTSizes, context: int, image: int, reference: int, rank: i
     return ends + sum(b.count * b.saved(rank) for b in blocks(dit, context, image, reference, rank > 0))
 
 
+def token_counts(backbone: Backbone, size: tuple[int, int], references: int, reference_side: int) -> tuple[int, int]:
+    """Image tokens and reference tokens, for a target of (width, height) px and square references."""
+    (wide, high), token = size, backbone.token_side
+    return (wide // token) * (high // token), references * (reference_side // token) ** 2
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on the device at the peak of a training step, by part."""
@@ -152,8 +159,7 @@ def estimate(
     dit = sizes or backbone.training.sizes
     layers, mllm_width = mllm or (backbone.training.mllm.layers, backbone.training.mllm.width)
     wide, high = resolution if isinstance(resolution, tuple) else (resolution, resolution)
-    token = backbone.token_side
-    image, reference = (wide // token) * (high // token), references * (reference_side // token) ** 2
+    image, reference = token_counts(backbone, (wide, high), references, reference_side)
     if dla_parameters is None:  # with this pack's defaults
         width = backbone.training.context_width or backbone.context_width
         config = DLAConfig(MLLMInfo("", "", layers, mllm_width), width)
@@ -218,27 +224,38 @@ def fits(
     cards = [["DiT", "trained", "px", *(f"{card} GB" for card in CARDS)]]
     for backbone, rank, resolution in product(families, ranks, resolutions):
         head = [backbone.training.release, f"DLA, LoRA {rank}" if rank else "DLA", str(resolution)]
-        step = partial(estimate, backbone, resolution=resolution, lora_rank=rank)
-        steps = {
-            (weight, optimizer, again): step(weight_bytes=weight, optimizer=optimizer, checkpointing=again)
-            for weight, optimizer, again in product(STORAGES, OPTIMIZER_NAMES, (False, True))
-        }
+        steps = steps_of(backbone, resolution, rank)
         cells = [
             " / ".join(f"{steps[weight, optimizer, again].total / GIB:.0f}" for again in (True, False))
             for weight, optimizer in product(STORAGES, OPTIMIZER_NAMES)
         ]
         encodes = encoding(backbone.training.mllm, steps[2, "adamw", True])
         sizes.append([*head, *cells, f"{encodes / GIB:.0f}"])
-        cards.append([*head, *(_first_that_fits(steps, backbone.training.mllm, card) for card in CARDS)])
+        fitting = [(card, first_that_fits(steps, card)) for card in CARDS]
+        mllm = backbone.training.mllm
+        cards.append(
+            [*head, *("no" if key is None else in_words(key, steps[key], mllm, card) for card, key in fitting)]
+        )
     return f"{markdown(sizes)}\n\n{markdown(cards)}\n"
 
 
-def _first_that_fits(steps: dict[tuple, Estimate], mllm: MLLMSizes, card: int) -> str:
-    """The settings nearest to full precision, then to no checkpointing, that fit a card."""
-    usable = card * GIB * USABLE
-    for (weight, optimizer, again), step in steps.items():
-        if step.total <= usable:
-            words = [STORAGES[weight], OPTIMIZER_NAMES[optimizer], *(["checkpointing"] if again else [])]
-            words += ["features cached"] if encoding(mllm, step) > usable else []
-            return ", ".join(words)
-    return "no"
+def steps_of(backbone: Backbone, resolution: int, rank: int) -> dict[Settings, Estimate]:
+    """Memory of a step by its settings, those nearest to full precision first, then without checkpointing."""
+    step = partial(estimate, backbone, resolution=resolution, lora_rank=rank)
+    return {
+        (weight, optimizer, again): step(weight_bytes=weight, optimizer=optimizer, checkpointing=again)
+        for weight, optimizer, again in product(STORAGES, OPTIMIZER_NAMES, (False, True))
+    }
+
+
+def first_that_fits(steps: dict[Settings, Estimate], card: int) -> Settings | None:
+    """The first settings that fit a card of so many GB; None where none do."""
+    return next((settings for settings, step in steps.items() if step.total <= card * GIB * USABLE), None)
+
+
+def in_words(settings: Settings, step: Estimate, mllm: MLLMSizes, card: int) -> str:
+    """Settings for people, with what the MLLM then needs."""
+    weight, optimizer, again = settings
+    words = [STORAGES[weight], OPTIMIZER_NAMES[optimizer], *(["checkpointing"] if again else [])]
+    words += ["features cached"] if encoding(mllm, step) > card * GIB * USABLE else []
+    return ", ".join(words)

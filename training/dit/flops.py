@@ -1,0 +1,66 @@
+"""The arithmetic of a training pass, and what it says of passes per hour. Computed from the models' structure.
+
+Counted are the linear maps of the blocks and their attention, in the DiT alone: forward, backward to the activations
+(weights are frozen) and, with checkpointing, forward again. A LoRA's own maps, norms, casts, the DLA, MLLM and VAE are
+left out. Passes per hour are in proportion to its inverse where two DiTs use a device equally well.
+"""
+
+from ...common.markdown import markdown
+from ...loaders.backbones import TRAINED, Backbone, DiTSizes
+from .memory import GIB, blocks, first_that_fits, in_words, steps_of, token_counts
+
+FLASH_BACKWARD = 5 / 2  # of attention's forward pass: five matrix products in place of two, scores computed again
+
+
+def flops(
+    backbone: Backbone,
+    *,
+    sizes: DiTSizes | None = None,
+    resolution: int = 512,
+    references: int = 1,
+    reference_side: int = 512,
+    context_tokens: int = 512,
+    checkpointing: bool = True,
+) -> float:
+    """Floating point operations of a training pass of one example through the DiT.
+
+    Args:
+        backbone: One of TRAINED.
+        sizes: Of the DiT; None = of the family's release.
+        resolution: Side of the target, a square, px.
+        references: Their number.
+        reference_side: Of each, squares, px.
+        context_tokens: Prompt and image tokens of the MLLM.
+        checkpointing: Whether blocks are computed again in the backward pass.
+    """
+    dit = sizes or backbone.training.sizes
+    image, reference = token_counts(backbone, (resolution, resolution), references, reference_side)
+    again, linear, attention = int(checkpointing), 0, 0
+    for block in blocks(dit, context_tokens, image, reference, lora=True):
+        maps = sum(i * o for i, o in block.attention + block.mlp)  # those that one token meets
+        linear += block.count * 2 * maps * block.tokens
+        attention += block.count * 4 * block.tokens**2 * dit.width
+    return linear * (2 + again) + attention * (1 + FLASH_BACKWARD + again)
+
+
+def compare(card: int = 24, rank: int = 128, resolution: int = 512) -> str:
+    """A markdown table: what each family takes on one card, with the settings nearest to full precision that fit it.
+
+    Args:
+        card: Its nominal memory, GB.
+        rank: Of the LoRA.
+        resolution: Side of the target, px.
+    """
+    first, baseline = TRAINED[0].training.release, 0.0
+    rows = [("DiT", "MLLM", f"settings on {card} GB", "GiB", "TFLOP a pass", f"passes per hour, {first} = 1")]
+    for backbone in TRAINED:
+        steps, mllm = steps_of(backbone, resolution, rank), backbone.training.mllm
+        settings = first_that_fits(steps, card)
+        cells = "no", "-", "-", "-"
+        if settings is not None:
+            count, step = flops(backbone, resolution=resolution, checkpointing=settings[2]), steps[settings]
+            baseline = baseline or count
+            words = in_words(settings, step, mllm, card)
+            cells = words, f"{step.total / GIB:.0f}", f"{count / 1e12:.0f}", f"{baseline / count:.1f}"
+        rows.append((backbone.training.release, mllm.name, *cells))
+    return markdown(rows)

@@ -18,7 +18,7 @@ from .features import Features, Grids, Modality, StockContext
 class Context:
     """Context tokens for a DiT, compacted: dropped tokens are left out, shorter prompts are padded on the right."""
 
-    tokens: Tensor  # (B, T', context width) floating, zeros at padding
+    tokens: Tensor  # (B, T', context width) floating, zeros at padding, or what a stock context holds there
     attention_mask: Tensor  # (B, T') bool, False = padding
     modality: Tensor  # (B, T') uint8, Modality; TEMPLATE at padding
     image_index: Tensor  # (B, T') int16, 0-based reference image of an image token, -1 for other tokens

@@ -57,8 +57,9 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     tooltip=(
-                        "From the host's Load CLIP, with the type of the model that will sample: qwen_image, krea2,"
-                        " boogu, joyimage or mage (read images); flux2, lumina2 or omnigen2 (text only)."
+                        "From the host's Load CLIP, with the type of the model that will sample: qwen_image,"
+                        " longcat_image, krea2, boogu, joyimage or mage (read images); flux2, lumina2 or omnigen2"
+                        " (text only)."
                     ),
                 )
             ],

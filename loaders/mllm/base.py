@@ -24,7 +24,9 @@ class MLLM(ABC):
 
     patcher: Any
     stock = StockContext()  # the context that its own DiT reads
-    prefix: int | None = None  # see HostEncoder
+    prefix: int | None = None  # this and the next: see HostEncoder
+    most_images: int | None = None
+    starts = 0  # tokens before the text that the tokenizer adds
 
     def __init__(self, info: MLLMInfo, family: MLLMFamily):
         self.info, self.family, self.template = info, family, family.template
@@ -68,6 +70,11 @@ class MLLM(ABC):
             raise MLLMError(
                 f"{self.info.name} reads text only, but {len(images)} image(s) are connected. Disconnect them (this"
                 " model gets its references as VAE latents, with Add Identity), or load a multimodal one: Load MLLM."
+            )
+        if self.most_images is not None and len(images) > self.most_images:
+            raise MLLMError(
+                f"{self.info.name} reads {self.most_images} image(s) at most in this text encoder's template, but"
+                f" {len(images)} are connected. Connect fewer; the others go to Add Identity alone."
             )
         if image_size and not 28 <= image_size <= 4096:
             raise MLLMError(f"image_size is {image_size}, expected 0 (default, {default}) or 28 to 4096 px.")
@@ -134,6 +141,8 @@ class MLLM(ABC):
     def _turn(self, tokens: Sequence[int | None]) -> int:
         """Tokens before the user's turn. Vision markers are text, as the stock conditioning keeps them."""
         header = self.tokenize(self.template.turn)
+        if not header:
+            return self.starts
         if self.info.drop_leading_template:
             # as the host's Qwen-Image text encoder counts what it drops: all before the second <|im_start|>, and the
             # header where it follows as three tokens of its own

@@ -25,18 +25,21 @@ class HostEncoder:
     kind: str  # type of the host's Load CLIP; "" = any without a record of its own
     family: MLLMFamily
     keys: tuple[str, ...]  # names under which the host's class holds the LLM
-    host_class: str = ""  # its name; "" = every other class that holds such an LLM
+    host_class: str = ""  # how its name begins; "" = every other class that holds such an LLM
     template: Template | None = None  # None = the family's
     stock: StockContext = StockContext()
     drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
     prefix: int | None = None  # tokens dropped, where the host counts them instead of looking for the turn
+    text_only: bool = False  # whether images are refused although the LLM reads them
+    cut_tail: bool = False  # whether the stock model drops the template's tail, too
+    most_images: int | None = None  # that its template has room for
     default_size: int = 0  # px, as in MLLMFamily; 0 = the family's
     resize: Callable[[Tensor, int], Tensor] = to_area  # of an image (H, W, 3) to a size in px
 
     @property
     def reads_images(self) -> bool:
-        """Whether the host's encoder reads images; some leave the vision tower of their LLM out."""
-        return self.family.vision is not None
+        """Whether images are read; a loaded encoder may lack its vision tower."""
+        return self.family.vision is not None and not self.text_only
 
 
 _QWEN3_VL_4B, _QWEN3_VL_8B = ("qwen3vl_4b",), ("qwen3vl_8b",)
@@ -79,22 +82,39 @@ ENCODERS = (
         stock=StockContext((10, 20, 30), always_masked=True), drop_leading_template=False,
     ),
     HostEncoder(
-        "Ideogram 4 (Qwen3-VL 8B)", "ideogram4", _VL3, _QWEN3_VL_8B, "Ideogram4Qwen3VLTEModel", templates.IDEOGRAM4,
+        "Ideogram 4 (Qwen3-VL 8B)", "ideogram4", _VL3, _QWEN3_VL_8B, "Ideogram4", templates.IDEOGRAM4,
         _IDEOGRAM, drop_leading_template=False,
     ),
-    # the LLM of no DiT: the template is that of Load MLLM, so that a DLA reads either
+    HostEncoder(
+        "LongCat-Image (Qwen2.5-VL 7B)", "longcat_image", _VL, ("qwen25_7b",), "LongCatImageTEModel", templates.LONGCAT,
+        StockContext(padding=True), cut_tail=True, most_images=1, default_size=1024,
+    ),
+    HostEncoder(
+        "Lumina 2 (Gemma 2 2B)", "lumina2", FAMILIES["gemma2"], ("gemma2_2b",),
+        stock=StockContext((-2,), always_masked=True), drop_leading_template=False,
+    ),
+    HostEncoder(
+        "Gemma 3 4B", "lumina2", FAMILIES["gemma3"], ("gemma3_4b", "gemma3_4b_vision"),
+        stock=StockContext((-2,), always_masked=True), drop_leading_template=False,
+    ),
+    # the LLMs of no DiT: template and dropped tokens are those of Load MLLM, so that a DLA reads either
+    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), drop_leading_template=False),
+    HostEncoder(  # 0.33.0 rotates image tokens otherwise than transformers, so that features differ
+        "Qwen3.5", "", FAMILIES["qwen3_5"], ("qwen35_08b", "qwen35_2b", "qwen35_4b", "qwen35_9b", "qwen35_27b"),
+        stock=StockContext((-2,), always_masked=True), text_only=True,
+    ),
     HostEncoder(
         "Qwen3-VL", "", _VL3, _QWEN3_VL_4B + _QWEN3_VL_8B,
-        stock=StockContext(normed=False, always_masked=True), drop_leading_template=False,
+        stock=StockContext(normed=False, always_masked=True),
     ),
 )  # fmt: skip
 
 
 def encoder_of(module: Any) -> HostEncoder | None:
     """The record of a CLIP's text encoder; None where it holds no LLM that this pack knows."""
-    classes = {base.__name__ for base in type(module).__mro__}
+    classes = [base.__name__ for base in type(module).__mro__]
     found = [encoder for encoder in ENCODERS if getattr(module, "clip", None) in encoder.keys]
-    named = [encoder for encoder in found if encoder.host_class in classes]
+    named = [e for e in found if e.host_class and any(name.startswith(e.host_class) for name in classes)]
     return next(iter(named + [encoder for encoder in found if not encoder.host_class]), None)
 
 
@@ -109,13 +129,13 @@ def table() -> str:
     rows = [("model and LLM", "type in Load CLIP", "reads images", "context without a DLA", "tokens")]
     for encoder in ENCODERS:
         stock = encoder.stock
-        context = {(-1,): "last layer", (-2,): "last layer but one"}.get(stock.layers)
-        context = context or f"layers {', '.join(map(str, stock.layers))} side by side"
+        joined = f"layers {', '.join(map(str, stock.layers))} side by side"
+        context = joined if len(stock.layers) > 1 else "last layer" + " but one" * (stock.layers == (-2,))
         rows.append((
             encoder.title,
             f"`{encoder.kind}`" if encoder.kind else "any other",
             "yes" if encoder.reads_images else "no, text only",
             context + ", before the norm" * (not stock.normed),
-            ("the user's turn" if encoder.drop_leading_template else "all") + ", padding too" * stock.padding,
+            ("the user's turn" if encoder.drop_leading_template else "all") + ", and padding" * stock.padding,
         ))  # fmt: skip
     return markdown(rows)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo
 from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
-from .templates import FLUX2, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
+from .templates import FLUX2, GEMMA, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
 from .vision import Vision
 
 
@@ -37,6 +37,10 @@ FAMILIES = {
         MLLMFamily("qwen2_5", OMNIGEN2, None),
         MLLMFamily("qwen3", KLEIN, None),
         MLLMFamily("mistral3", FLUX2, None),
+        MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF)),
+        MLLMFamily("gemma2", GEMMA, None),
+        MLLMFamily("gemma3", GEMMA, None),
+        MLLMFamily("gemma4", GEMMA, None),
     )
 }
-FOLDER_FAMILIES = sorted(name for name, family in FAMILIES.items() if family.vision)  # read from Hugging Face folders
+FOLDER_FAMILIES = ["internvl", "qwen2_5_vl", "qwen3_vl"]  # read from Hugging Face folders

@@ -5,7 +5,7 @@ whatever a loader put behind it.
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,13 +38,15 @@ class ClipMLLM(MLLM):
         super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size, drop), family)
         self.clip, self.patcher, self.key = clip, clip.patcher, key
         self.encoder, self.stock, self.prefix = encoder, encoder.stock, encoder.prefix
+        self.most_images, self._model = encoder.most_images, model
+        self.starts = int(getattr(getattr(clip.tokenizer, key, None), "start_token", None) is not None)
         self.template = encoder.template or family.template
         self.default_size = encoder.default_size or family.default_size
         if getattr(model, "norm", None) is None:  # pruned: the last layer is as it is
             self.stock = replace(self.stock, normed=True)
         self.vision: Any = family.vision
         self.visual: Any = getattr(inner.transformer, "visual", None)
-        self.reads_images = self.reads_images and self.visual is not None
+        self.reads_images = encoder.reads_images and self.visual is not None
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
         tokenizer = getattr(self.clip.tokenizer, self.key, None)
@@ -73,6 +75,9 @@ class ClipMLLM(MLLM):
         pairs = [[(token, 1.0) for token in tokens]]
         grids = [qwen_grid(image.shape[1], image.shape[2], self.vision) for image in resized]
         states, mask = self._states(pairs, grids, wanted)
+        if self.encoder.cut_tail:
+            cut = tokens[::-1].index(self.tokenize("<|im_start|><|im_end|>")[1]) + 1
+            tokens, states, mask = tokens[:-cut], states[:, :, :-cut], mask[:, :-cut]
         tokens = [None if isinstance(token, dict) or torch.is_tensor(token) else int(token) for token in tokens]
         return states, tokens, mask, grids
 
@@ -86,8 +91,10 @@ class ClipMLLM(MLLM):
         if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
             hooks.append(self.visual.register_forward_hook(to_raster))
         if wanted[-1] > top:
-            norm = inner.transformer.model.norm
-            hooks.append(norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
+            hooks.append(self._model.norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
+        if hasattr(self._model, "embed_tokens_per_layer"):  # Gemma 4, which the host encodes without their part
+            ids = torch.tensor([[token for token, _ in pairs[0]]])
+            hooks.append(self._model.register_forward_pre_hook(partial(_with_ids, ids), with_kwargs=True))
         try:
             load_text_encoder(self.clip, {self.key: pairs})
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
@@ -110,6 +117,11 @@ class ClipMLLM(MLLM):
         mask = out[2].get("attention_mask") if len(out) > 2 else None
         mask = torch.ones(states.shape[0], states.shape[2]) if mask is None else mask
         return states[:, list(wanted)], mask.bool().to(states.device)
+
+
+def _with_ids(ids: Tensor, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward hook that gives a decoder the tokens beside their embeddings."""
+    return args, kwargs | {"input_ids": ids.to(kwargs["embeds"].device)}
 
 
 def to_raster(visual, args, tokens: Tensor) -> Tensor:

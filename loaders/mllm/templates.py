@@ -16,11 +16,14 @@ class Template:
     tail: str = "<|im_end|>\n<|im_start|>assistant\n"
     around: str = CHATML_SYSTEM  # what stands around a system prompt
     turn: str = "<|im_start|>user\n"  # opens the user's turn
+    by_host: bool = False  # the host's tokenizer puts the template around the prompt, if the system prompt is its own
     whole: str = "<|im_start|>"  # a prompt without images that starts so is kept as it is; "" = none is
 
     def text(self, prompt: str, images: int = 0, system_prompt: str | None = None) -> str:
         """The whole text, with one placeholder per image."""
         if not images and self.whole and prompt.startswith(self.whole):
+            return prompt
+        if self.by_host and not system_prompt:
             return prompt
         system = self.system
         if images and self.system_images is not None:
@@ -77,4 +80,14 @@ FLUX2 = Template(
     whole="",
 )
 IDEOGRAM4 = Template(system="")
+GEMMA = Template(system="", around="", turn="", tail="", whole="")  # the prompt alone
+LONGCAT = Template(
+    system="As an image captioning expert, generate a descriptive text prompt based on an image content, suitable for"
+    " input to a text-to-image model.",
+    system_images="As an image editing expert, first analyze the content and attributes of the input image(s). Then,"
+    " based on the user's editing instructions, clearly and precisely determine how to modify the given image(s),"
+    " ensuring that only the specified parts are altered and all other aspects remain consistent with the original(s).",
+    image=_BARE_IMAGE,
+    by_host=True,  # it also pads the words, before the tail, and reads quoted ones letter by letter
+)
 JOYIMAGE = Template(system=f" \\n{_DESCRIBE}", image=_BARE_IMAGE)

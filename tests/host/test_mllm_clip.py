@@ -20,7 +20,7 @@ from subject_dla.loaders.mllm import mllm_from_clip
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.native import to_raster, window_ordered
-from subject_dla.tests.small.mllm import build_qwen25vl
+from subject_dla.tests.small.mllm import build_qwen25vl, shrink_qwen25vl_vision
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
          "intermediate_size": 512}  # fmt: skip
@@ -31,15 +31,7 @@ def shrink(monkeypatch):
     for config in (llama.Qwen25_7BVLI_Config, llama.Qwen25_3BConfig):
         defaults = dict(zip(config.__dataclass_fields__, config.__init__.__defaults__, strict=True))
         monkeypatch.setattr(config.__init__, "__defaults__", tuple((defaults | SMALL).values()))
-    original = qwen_vl.Qwen2VLVisionTransformer.__init__
-
-    def small(self, *args, **kwargs):
-        if kwargs.get("num_layers") != 0:
-            kwargs |= {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
-        original(self, *args, **kwargs)
-        self.fullatt_block_indexes = [1]
-
-    monkeypatch.setattr(qwen_vl.Qwen2VLVisionTransformer, "__init__", small)
+    shrink_qwen25vl_vision(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,16 @@
 the context that the host's own encode nodes give."""
 
 import importlib
+import io
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.sd
+import comfy.sd1_clip
 import comfy.text_encoders.llama as llama
 import pytest
 import torch
@@ -16,10 +23,14 @@ from subject_dla.loaders.mllm import mllm_from_clip
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.encoders import ENCODERS
 from subject_dla.loaders.mllm.huggingface import load_folder
-from subject_dla.tests.small.mllm import build_qwen3vl
+from subject_dla.loaders.mllm.templates import QWEN3_VL
+from subject_dla.loaders.mllm.vision import to_area
+from subject_dla.tests.small.mllm import build_qwen3vl, shrink_qwen25vl_vision
 from subject_dla.tests.small.template_models import mistral_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Qwen2Tokenizer
 
-WIDTH, LAYERS = 256, 4
+WIDTH, LAYERS, SIZE = 256, 4, 224
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1,
          "intermediate_size": 2 * WIDTH, "lm_head": False}  # fmt: skip
 # of each encoder: module under comfy.text_encoders, its function and options, tokenizer, the host's config class,
@@ -29,12 +40,18 @@ MADE_BY = {
     "MageFlowTEModel": ("mage_flow", "te", {}, "MageFlowTokenizer", "Qwen3VL_4BConfig", LAYERS),
     "BooguTEModel": ("boogu", "te", {}, "BooguTokenizer", "Qwen3VL_8BConfig", LAYERS),
     "JoyImageTEModel": ("joyimage", "te", {}, "JoyImageTokenizer", "Qwen3VL_8BConfig", LAYERS),
-    "Ideogram4Qwen3VLTEModel": ("ideogram4", "te_qwen3vl", {}, "Ideogram4Qwen3VLTokenizer", "Qwen3VL_8BConfig", 36),
+    "Ideogram 4": ("ideogram4", "te_qwen3vl", {}, "Ideogram4Qwen3VLTokenizer", "Qwen3VL_8BConfig", 36),
+    "Ideogram 4, text": ("ideogram4", "te", {}, "Ideogram4Tokenizer", "Qwen3_8BConfig", 36),
     "Klein 4B": ("flux", "klein_te", {"model_type": "qwen3_4b"}, "KleinTokenizer", "Qwen3_4BConfig", 36),
     "Klein 8B": ("flux", "klein_te", {"model_type": "qwen3_8b"}, "KleinTokenizer8B", "Qwen3_8BConfig", 36),
     "ZImageTEModel": ("z_image", "te", {}, "ZImageTokenizer", "Qwen3_4BConfig", LAYERS),
     "FLUX.2 dev": ("flux", "flux2_te", {}, "Flux2Tokenizer", "Mistral3Small24BConfig", 31),
     "FLUX.2 dev, pruned": ("flux", "flux2_te", {"pruned": True}, "Flux2Tokenizer", "Mistral3Small24BConfig", 30),
+    "LongCatImageTEModel": ("longcat_image", "te", {}, "LongCatImageTokenizer", "Qwen25_7BVLI_Config", LAYERS),
+    "Gemma 2": ("lumina2", "te", {"model_type": "gemma2_2b"}, "LuminaTokenizer", "Gemma2_2B_Config", LAYERS),
+    "Gemma 3": ("lumina2", "te", {"model_type": "gemma3_4b"}, "NTokenizer", "Gemma3_4B_Config", 6),
+    "Gemma 4": ("gemma4", "gemma4_te", {}, "Gemma4_E4B", "Gemma4Config", 12),
+    "Qwen3.5": ("qwen35", "te", {"model_type": "qwen35_2b"}, "tokenizer", None, LAYERS),
     "Qwen3VLTEModel": ("qwen3vl", "te", {"model_type": "qwen3vl_4b"}, "tokenizer", "Qwen3VL_4BConfig", LAYERS),
 }
 PROMPTS = ["a red fox,\n\nasleep", "", "\nbegins with a line break", "(weighted:1.4) {braces}"]
@@ -53,7 +70,8 @@ def shrink(monkeypatch, config, layers):
     if made is None:
         pytest.skip("not on this host")
     defaults = dict(zip(made.__dataclass_fields__, made.__init__.__defaults__, strict=True))
-    small = {name: value for name, value in (SIZES | {"num_hidden_layers": layers}).items() if name in defaults}
+    sizes = SIZES | ({"vocab_size": 128} if config.startswith("Gemma") else {})
+    small = {name: value for name, value in (sizes | {"num_hidden_layers": layers}).items() if name in defaults}
     monkeypatch.setattr(made.__init__, "__defaults__", tuple((defaults | small).values()))
 
 
@@ -66,6 +84,31 @@ def shrink_qwen3vl(monkeypatch):
         monkeypatch.setitem(module.QWEN3VL_VISION_COMMON, name, value)
 
 
+def shrink_gemma4(monkeypatch, layers):
+    module = importlib.import_module("comfy.text_encoders.gemma4")
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size_per_layer_input": 16,
+             "num_kv_shared_layers": 6}  # fmt: skip
+    fields = module.Gemma4Config.__dataclass_fields__
+    defaults = dict(zip(fields, module.Gemma4Config.__init__.__defaults__, strict=True))
+    monkeypatch.setattr(module.Gemma4Config.__init__, "__defaults__", tuple((defaults | sizes).values()))
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    monkeypatch.setattr(module.Gemma4Config, "vision_config", module.GEMMA4_VISION_CONFIG | small | {"head_dim": 16})
+    monkeypatch.setattr(module.Gemma4Config, "audio_config", module.GEMMA4_AUDIO_CONFIG | small)
+
+
+def shrink_qwen35(monkeypatch, layers):
+    module = importlib.import_module("comfy.text_encoders.qwen35")
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
+    monkeypatch.setitem(module.QWEN35_MODELS, "qwen35_2b", small)
+    for name, value in QWEN35_VISION.items():
+        monkeypatch.setitem(module.QWEN35_VISION_DEFAULTS, name, value)
+
+
+QWEN35_VISION = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "depth": 2, "num_position_embeddings": 64}
+
+
 def build_clip(monkeypatch, name, folder=None):
     """A small CLIP of that encoder of the host, with a folder's weights or random ones."""
     name, function, options, tokenizer, config, layers = MADE_BY[name]
@@ -74,14 +117,22 @@ def build_clip(monkeypatch, name, folder=None):
         make, tokenizer = getattr(module, function), getattr(module, tokenizer)
     except (ImportError, AttributeError):
         pytest.skip("not on this host")
-    shrink(monkeypatch, config, layers)
-    if "VL" in config:
+    if config == "Gemma4Config":
+        shrink_gemma4(monkeypatch, layers)
+        options, tokenizer = {"model_class": module.Gemma4_E4B}, module.Gemma4_E4B.tokenizer
+    elif config is None:
+        shrink_qwen35(monkeypatch, layers)
+    else:
+        shrink(monkeypatch, config, layers)
+    if "Qwen3VL" in (config or ""):
         shrink_qwen3vl(monkeypatch)
+    if name == "LongCatImageTEModel":
+        shrink_qwen25vl_vision(monkeypatch)
     tokenizer = tokenizer(**options) if tokenizer.__name__ == "tokenizer" else tokenizer
-    target, files = SimpleNamespace(clip=make(**options), tokenizer=tokenizer, params={}), mistral_tokenizer()
+    target, files = SimpleNamespace(clip=make(**options), tokenizer=tokenizer, params={}), tokenizers()
     try:
-        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32}, tokenizer_data={"tekken_model": files})
-    except TypeError as error:  # 0.3.75 builds Mistral's tokenizer with a class that transformers 4.57 has changed
+        clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32}, tokenizer_data=files)
+    except TypeError as error:  # 0.3.75 builds Mistral's tokenizer with a class that transformers 5 has changed
         pytest.skip(f"not on this host: {error}")
     inner = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
     if folder is None:
@@ -97,6 +148,40 @@ def build_clip(monkeypatch, name, folder=None):
     missing, unexpected = inner.transformer.load_state_dict(weights, strict=False)
     assert not missing and not unexpected
     return clip
+
+
+@cache
+def tokenizers():
+    """Files that some tokenizers come in, as the host finds them in a text encoder's weights."""
+    import sentencepiece
+
+    model, words = io.BytesIO(), "a red fox asleep begins with line break weighted braces ( ) : { } 1 4 . ,"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 4), model_writer=model, vocab_size=60, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    spiece = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+    files = {"tekken_model": mistral_tokenizer(), "spiece_model": spiece}
+    letters = ["<pad>", "<eos>", "<bos>", *map(chr, range(32, 127))]
+    gemma4 = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    files["tokenizer_json"] = torch.tensor(list(gemma4.to_str().encode()), dtype=torch.uint8)
+    return files | {"qwen35_2b_tokenizer_class": qwen35_tokenizer}
+
+
+def qwen35_tokenizer(**options):
+    """The host's, with a vocabulary of its merges, since some copies lack it: other words, same markers."""
+    folder = Path(importlib.import_module("comfy.text_encoders.qwen35").__file__).with_name("qwen35_tokenizer")
+    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [line.replace(" ", "") for line in lines if " " in line]
+    words = list(dict.fromkeys(words))
+    words += [f"<unused {number}>" for number in range(248044 - len(words))]
+    with TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        Path(copy, "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}), "utf-8")
+        return comfy.sd1_clip.SDTokenizer(
+            copy, tokenizer_class=Qwen2Tokenizer, has_start_token=False, has_end_token=False, pad_to_max_length=False,
+            pad_with_end=False, max_length=99999999, min_length=1, pad_token=248044, **options,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +209,7 @@ def test_qwen3_vl_gives_the_features_of_its_folder(monkeypatch, qwen3vl, images)
 
 # the host's edit nodes: module under comfy_extras, class
 EDITS = {
+    "LongCatImageTEModel": (None, "TextEncodeQwenImageEdit"),
     "BooguTEModel": ("nodes_boogu", "TextEncodeBooguEdit"),
     "MageFlowTEModel": ("nodes_mage", "TextEncodeMageFlowEdit"),
     "JoyImageTEModel": ("nodes_joyimage", "TextEncodeJoyImageEdit"),
@@ -135,6 +221,8 @@ def stock(host_class, clip, prompt, images):
     if not images:
         return importlib.import_module("nodes").CLIPTextEncode().encode(clip, prompt)[0]
     module, name = EDITS[host_class]
+    if module is None:  # as that node, but for its size of a megapixel, which takes minutes here
+        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt, images=[to_area(images[0], SIZE)[None]]))
     node, options = getattr(importlib.import_module(f"comfy_extras.{module}"), name), {"vae": None}
     if name == "TextEncodeBooguEdit":
         options["negative_prompt"] = ""
@@ -143,19 +231,25 @@ def stock(host_class, clip, prompt, images):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("host_class", list(MADE_BY))
+@pytest.mark.parametrize("host_class", [name for name in MADE_BY if name != "Gemma 4"])  # of which it hands over all
 def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, count):
     """Bit for bit, and the mask: which layers, which norm, how they are joined, which tokens are dropped."""
     if count and host_class not in EDITS:
         pytest.skip("the host has no edit node for it")
     clip = build_clip(monkeypatch, host_class)
     mllm = mllm_from_clip(clip)
+    if mllm.most_images is not None and count > mllm.most_images:
+        with pytest.raises(MLLMError, match="reads 1 image"):
+            mllm.encode("a fox", IMAGES[:count])
+        return
     images = [picture(1024, 1024)][:count] if host_class == "JoyImageTEModel" else IMAGES[:count]  # one that it keeps
-    for prompt in PROMPTS:
-        if host_class == "Qwen3VLTEModel":  # read with the template of Load MLLM
+    size = SIZE if host_class == "LongCatImageTEModel" else 0
+    for prompt in PROMPTS[:3] if host_class.startswith("Gemma") else PROMPTS:  # with emphasis it blends its layer
+        keep = "keep" if mllm.template == QWEN3_VL else "auto"
+        if keep == "keep":  # read with the template of Load MLLM
             prompt = mllm.template.text(prompt)
         ((tokens, values),) = stock(host_class, clip, prompt, images)
-        ((mine, found),) = aggregate_conditioning(mllm.encode(prompt, images))
+        ((mine, found),) = aggregate_conditioning(mllm.encode(prompt, images, image_size=size), template=keep)
         assert mine.shape == tokens.shape == (1, tokens.shape[1], mllm.context_width)
         assert torch.equal(mine, tokens), prompt
         masks = [entry.get("attention_mask") for entry in (values, found)]
@@ -164,6 +258,18 @@ def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, cou
 
 
 TEXT_ONLY = {
+    "Gemma 2": ("Gemma2Model", "Gemma2Config", {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None}),
+    "Gemma 3": (
+        "Gemma3TextModel",
+        "Gemma3TextConfig",
+        {
+            "query_pre_attn_scalar": 256,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "Klein 4B": ("Qwen3Model", "Qwen3Config", {}),
     "Klein 8B": ("Qwen3Model", "Qwen3Config", {}),
     "ZImageTEModel": ("Qwen3Model", "Qwen3Config", {}),
@@ -182,7 +288,9 @@ def test_text_encoders_give_the_features_of_transformers(monkeypatch, name):
     model = getattr(clip.cond_stage_model, key).transformer.model
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps", "rope_theta", "head_dim")  # fmt: skip
-    config = {size: getattr(model.config, size) for size in sizes} | more
+    config = {size: getattr(model.config, size) for size in sizes if size not in ("rope_theta", *more)} | more
+    if "rope_parameters" not in more:
+        config["rope_theta"] = model.config.rope_theta
     other = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
     other.load_state_dict(model.state_dict())
     ids = torch.tensor([mllm.tokenize(mllm.template.text("a red fox"))])
@@ -198,5 +306,49 @@ def test_text_encoders_give_the_features_of_transformers(monkeypatch, name):
         mllm.encode("a red fox", IMAGES)
 
 
+@torch.no_grad()
+def test_qwen3_5_gives_the_features_of_transformers(monkeypatch):
+    """Its layers of linear attention too. Images are refused: the host rotates them otherwise than transformers."""
+    transformers = importlib.import_module("transformers")
+    clip = build_clip(monkeypatch, "Qwen3.5")
+    mllm = mllm_from_clip(clip)
+    model = clip.cond_stage_model.qwen35_2b.transformer.model
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+             "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+             "linear_value_head_dim", "rms_norm_eps", "layer_types")  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
+    config = {size: getattr(model.config, size) for size in sizes}
+    other = transformers.Qwen3_5TextModel(transformers.Qwen3_5TextConfig(**config, rope_parameters=rope)).eval()
+    other.load_state_dict(model.state_dict())
+    ids = torch.tensor([mllm.tokenize(mllm.template.text("a red fox"))])
+    states = torch.stack(other(ids, output_hidden_states=True).hidden_states, dim=1)
+    torch.testing.assert_close(mllm.encode("a red fox").hidden_states, states, atol=1e-3, rtol=1e-3)
+    with pytest.raises(MLLMError, match="reads text only, but 2 image"):
+        mllm.encode("a red fox", IMAGES)
+
+
+@torch.no_grad()
+def test_gemma_4_gives_the_features_of_transformers(monkeypatch):
+    """With the embeddings that each layer has of each token, which the host leaves out where it encodes a prompt."""
+    transformers = importlib.import_module("transformers")
+    clip = build_clip(monkeypatch, "Gemma 4")
+    mllm = mllm_from_clip(clip)
+    model = clip.cond_stage_model.gemma4.transformer.model
+    for layer in model.layers:
+        layer.layer_scalar.fill_(0.9)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+             "num_key_value_heads", "hidden_size_per_layer_input", "num_kv_shared_layers", "rms_norm_eps",
+             "global_head_dim")  # fmt: skip
+    config = {size: getattr(model.config, size) for size in sizes} | {"vocab_size_per_layer_input": 128}
+    other = transformers.Gemma4TextModel(transformers.Gemma4TextConfig(**config)).eval()
+    kept = {key: value for key, value in model.state_dict().items() if key in other.state_dict()}
+    missing, unexpected = other.load_state_dict(kept, strict=False)
+    assert not unexpected and not missing
+    ids = torch.tensor([[2, *mllm.tokenize("a red fox")]])
+    states = torch.stack(other(ids, output_hidden_states=True).hidden_states, dim=1)
+    torch.testing.assert_close(mllm.encode("a red fox").hidden_states, states, atol=1e-3, rtol=1e-3)
+
+
 def test_every_encoder_is_compared_with_its_host():
-    assert {encoder.host_class for encoder in ENCODERS if encoder.host_class} <= {*MADE_BY, "Flux2TEModel"}
+    named = {encoder.host_class for encoder in ENCODERS if encoder.host_class}
+    assert named <= {*MADE_BY, "Flux2TEModel", "Ideogram4"}

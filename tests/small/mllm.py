@@ -217,3 +217,18 @@ def _name(dtype):
 
 def _write(path, value):
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def shrink_qwen25vl_vision(monkeypatch) -> None:
+    """The host's own vision tower of Qwen2.5-VL, as small as that of `build_qwen25vl`."""
+    import comfy.text_encoders.qwen_vl as qwen_vl
+
+    original = qwen_vl.Qwen2VLVisionTransformer.__init__
+
+    def small(self, *args, **kwargs):
+        if kwargs.get("num_layers") != 0:
+            kwargs |= {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}
+        original(self, *args, **kwargs)
+        self.fullatt_block_indexes = [1]
+
+    monkeypatch.setattr(qwen_vl.Qwen2VLVisionTransformer, "__init__", small)

@@ -66,7 +66,7 @@ class SubjectConditioning(io.ComfyNode):
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip="A DLA for this MLLM and your DiT. Without one, the MLLM's last layer is the context.",
+                    tooltip="A DLA for this MLLM and your DiT. Without one, the context is that of the MLLM's own text encoder.",
                 ),
                 io.Conditioning.Input(
                     "pooled_from",

@@ -26,6 +26,7 @@ class MLLM(ABC):
     stock = StockContext()  # the context that its own DiT reads
     prefix: int | None = None  # this and the next: see HostEncoder
     most_images: int | None = None
+    drop_header = True
     starts = 0  # tokens before the text that the tokenizer adds
 
     def __init__(self, info: MLLMInfo, family: MLLMFamily):
@@ -151,6 +152,8 @@ class MLLM(ABC):
             opening = header[:2]  # its line break may be one token with a prompt's
             start = [i for i in range(len(tokens)) if list(tokens[i : i + len(opening)]) == opening][:1]
         prefix = start[-1] if start else 0
+        if not self.drop_header:
+            return prefix
         if list(tokens[prefix : prefix + len(header)]) == header and len(tokens) > prefix + len(header):
             prefix += len(header)
         return prefix

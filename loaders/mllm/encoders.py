@@ -29,6 +29,7 @@ class HostEncoder:
     template: Template | None = None  # None = the family's
     stock: StockContext = StockContext()
     drop_leading_template: bool = True  # whether the stock model drops what precedes the user's turn before its DiT
+    drop_header: bool = True  # and the line that opens that turn with it
     prefix: int | None = None  # tokens dropped, where the host counts them instead of looking for the turn
     text_only: bool = False  # whether images are refused although the LLM reads them
     cut_tail: bool = False  # whether the stock model drops the template's tail, too
@@ -52,6 +53,10 @@ ENCODERS = (
     HostEncoder(
         "OmniGen2 (Qwen2.5 3B)", "omnigen2", FAMILIES["qwen2_5"], ("qwen25_3b",),
         stock=_WHOLE, drop_leading_template=False,
+    ),
+    HostEncoder(  # images as tokens of its own; as reference latents the stock model drops their tokens
+        "Qwen-Image 2.1 (Qwen3-VL 8B)", "qwen_image", _VL3, _QWEN3_VL_8B, "QwenImage21TEModel",
+        templates.QWEN_IMAGE_2_1, StockContext(normed=False), drop_header=False, default_size=1024,
     ),
     HostEncoder(
         "Krea 2 (Qwen3-VL 4B)", "krea2", _VL3, _QWEN3_VL_4B, "Krea2TEModel", templates.KREA2,

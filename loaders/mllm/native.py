@@ -38,6 +38,7 @@ class ClipMLLM(MLLM):
         super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size, drop), family)
         self.clip, self.patcher, self.key = clip, clip.patcher, key
         self.encoder, self.stock, self.prefix = encoder, encoder.stock, encoder.prefix
+        self.drop_header = encoder.drop_header
         self.most_images, self._model = encoder.most_images, model
         self.starts = int(getattr(getattr(clip.tokenizer, key, None), "start_token", None) is not None)
         self.template = encoder.template or family.template

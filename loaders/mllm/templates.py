@@ -13,6 +13,8 @@ class Template:
     system_images: str | None = None  # system prompt where there are images, if another
     system_empty: str | None = None  # where there are no images and no words, if another
     image: str = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # for each image; {} = its number, from 1
+    between: str = ""  # between two images
+    empty: str = ""  # in place of a prompt of no words
     tail: str = "<|im_end|>\n<|im_start|>assistant\n"
     around: str = CHATML_SYSTEM  # what stands around a system prompt
     turn: str = "<|im_start|>user\n"  # opens the user's turn
@@ -32,8 +34,8 @@ class Template:
             system = self.system_empty
         system = system_prompt or system
         opening = self.around.format(system) if system else ""
-        pictures = "".join(self.image.format(number) for number in range(1, images + 1))
-        return f"{opening}{self.turn}{pictures}{prompt}{self.tail}"
+        pictures = self.between.join(self.image.format(number) for number in range(1, images + 1))
+        return f"{opening}{self.turn}{pictures}{prompt or self.empty}{self.tail}"
 
 
 # Word for word the host's: its Qwen-Image text encoder without images, its TextEncodeQwenImageEditPlus with images.
@@ -59,6 +61,9 @@ INTERNVL = Template(system=_TASK, image="Image-{}: <img><IMG_CONTEXT></img>\n")
 
 # Word for word the host's, of its text encoders of these names
 _BARE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_IMAGE_2_1 = Template(
+    system="Comprehend and analyze the provided prompt.", image="<image{}>" + _BARE_IMAGE, between=" ", empty=" "
+)
 KREA2 = Template(system=_DESCRIBE)  # the host has no edit node for it; its images are numbered as Qwen-Image's
 MAGE_FLOW = Template(system=_DESCRIBE, system_images=_EDIT, image="Image {}: " + _BARE_IMAGE)
 BOOGU = Template(

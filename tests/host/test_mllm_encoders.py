@@ -36,6 +36,7 @@ SIZES = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads
 # of each encoder: module under comfy.text_encoders, its function and options, tokenizer, the host's config class,
 # and how many layers the small one has: those that are read one by one must be there
 MADE_BY = {
+    "QwenImage21TEModel": ("qwen_image21", "te", {}, "QwenImage21Tokenizer", "Qwen3VL_8BConfig", LAYERS),
     "Krea2TEModel": ("krea2", "te", {}, "Krea2Tokenizer", "Qwen3VL_4BConfig", 36),
     "MageFlowTEModel": ("mage_flow", "te", {}, "MageFlowTokenizer", "Qwen3VL_4BConfig", LAYERS),
     "BooguTEModel": ("boogu", "te", {}, "BooguTokenizer", "Qwen3VL_8BConfig", LAYERS),
@@ -209,6 +210,7 @@ def test_qwen3_vl_gives_the_features_of_its_folder(monkeypatch, qwen3vl, images)
 
 # the host's edit nodes: module under comfy_extras, class
 EDITS = {
+    "QwenImage21TEModel": ("nodes_qwen", "TextEncodeQwenImage21"),
     "LongCatImageTEModel": (None, "TextEncodeQwenImageEdit"),
     "BooguTEModel": ("nodes_boogu", "TextEncodeBooguEdit"),
     "MageFlowTEModel": ("nodes_mage", "TextEncodeMageFlowEdit"),
@@ -218,7 +220,7 @@ EDITS = {
 
 def stock(host_class, clip, prompt, images):
     """What the host's own edit node or, without images, its CLIP Text Encode gives."""
-    if not images:
+    if not images and host_class != "QwenImage21TEModel":  # whose node alone takes a space for an empty prompt
         return importlib.import_module("nodes").CLIPTextEncode().encode(clip, prompt)[0]
     module, name = EDITS[host_class]
     if module is None:  # as that node, but for its size of a megapixel, which takes minutes here
@@ -226,6 +228,8 @@ def stock(host_class, clip, prompt, images):
     node, options = getattr(importlib.import_module(f"comfy_extras.{module}"), name), {"vae": None}
     if name == "TextEncodeBooguEdit":
         options["negative_prompt"] = ""
+    if name == "TextEncodeQwenImage21":
+        options |= {"negative_prompt": "", "resolution": 256}
     sockets = {f"image_{number}": image[None] for number, image in enumerate(images, 1)}
     return node.execute(clip, prompt, images=sockets, **options).result[0]
 
@@ -243,7 +247,9 @@ def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, cou
             mllm.encode("a fox", IMAGES[:count])
         return
     images = [picture(1024, 1024)][:count] if host_class == "JoyImageTEModel" else IMAGES[:count]  # one that it keeps
-    size = SIZE if host_class == "LongCatImageTEModel" else 0
+    if host_class == "QwenImage21TEModel":  # which keeps pictures of such sizes
+        images = [picture(256, 256), picture(256, 256, 1)][:count]
+    size = 256 if host_class == "QwenImage21TEModel" else SIZE if host_class == "LongCatImageTEModel" else 0
     for prompt in PROMPTS[:3] if host_class.startswith("Gemma") else PROMPTS:  # with emphasis it blends its layer
         keep = "keep" if mllm.template == QWEN3_VL else "auto"
         if keep == "keep":  # read with the template of Load MLLM

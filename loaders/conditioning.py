@@ -19,6 +19,8 @@ from ..dla.features import Features
 from .backbones import BACKBONES, Backbone
 
 LATENTS, METHOD, POOLED, MASK = "reference_latents", "reference_latents_method", "pooled_output", "attention_mask"
+# Z-Image Omni's, one for each reference: SigLIP's features, and captions, which may be more
+ALIGNED = VISION, CAPTIONS = "clip_vision_outputs", "reference_latents_text_embeds"
 Condition = dict[str, Any]
 
 
@@ -146,11 +148,17 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
     """
     condition = dict(condition)
     latents = reference_latents(condition)
-    found = zip(latents, reference_settings(condition, len(latents)))
-    on = [(latent, settings) for latent, settings in found if reference and settings.strength > 0]
+    found = [*zip(latents, reference_settings(condition, len(latents)))]
+    off = {index for index, (_, settings) in enumerate(found) if not reference or settings.strength == 0}
+    on = [one for index, one in enumerate(found) if index not in off]
     for key in () if on else (LATENTS, METHOD, *SETTINGS):
         condition.pop(key, None)
     condition |= _reference_values(on) if on else {}
+    for key in ALIGNED if off else ():
+        if condition.get(key) is not None:
+            condition[key] = [value for index, value in enumerate(condition[key]) if index not in off]
+    if not context:
+        condition.pop(CAPTIONS, None)
     if not context and condition.get("cross_attn") is not None:
         tokens = condition["cross_attn"][:, : backbone.context_off_tokens if backbone else 1]
         condition["cross_attn"] = tokens if backbone else torch.zeros_like(tokens)

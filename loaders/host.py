@@ -60,6 +60,12 @@ def mentions(module: nn.Module, method: str) -> bool:
     return source is not None and f'"{method}"' in inspect.getsource(source)
 
 
+def reads_references(module: nn.Module) -> bool:
+    """Whether the file of the host's class knows reference latents; one that does not ignores them."""
+    source = sys.modules.get(type(module).__module__)
+    return source is not None and "ref_latents" in inspect.getsource(source)
+
+
 def load_vae(name: str) -> VAE:
     """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), by the host's Load VAE."""
     import nodes

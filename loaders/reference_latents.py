@@ -11,14 +11,18 @@ from torch import Tensor
 from .backbones import backbone_of, titles
 from .conditioning import ReferenceSettings, add_references, reference_latents
 from .dit import dit_of
-from .host import mentions
+from .host import mentions, reads_references
 from .images import collect_images
 from .protocols import VAE, Model
 
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
 UNKNOWN_FAMILY = (
-    "Add Identity: this pack does not know the diffusion model %s (it knows %s). Whether it reads reference latents, "
-    "at which size and how placed, is not known: compare pictures with and without them. Only strengths 0 and 1 work."
+    "Add Identity: this pack does not know the diffusion model %s (it knows %s). At which size it "
+    "wants reference latents, and how placed, is not known: compare pictures. Only strengths 0 and 1 work."
+)
+NO_REFERENCES = (
+    "Add Identity: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they will have no "
+    "effect. Update ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
 
@@ -50,8 +54,11 @@ def add_identity(
     if not (isfinite(strength) and strength >= 0):
         raise ValueError(f"The reference's strength is {strength}, expected a finite number >= 0.")
     backbone = backbone_of(model)
-    if backbone is None:
-        log.warning(UNKNOWN_FAMILY, type(dit_of(model.model)).__name__, titles())
+    diffusion_model = dit_of(model.model)
+    if not reads_references(diffusion_model):
+        log.warning(NO_REFERENCES, type(diffusion_model).__name__)
+    elif backbone is None:
+        log.warning(UNKNOWN_FAMILY, type(diffusion_model).__name__, titles())
     method = reference_method(model, placement)
     side = backbone.token_side if backbone else 16
     images = collect_images(image)

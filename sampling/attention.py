@@ -92,13 +92,13 @@ class Regions(NamedTuple):
 
     def without(self, tokens: slice) -> "Regions":
         """The same among the tokens that are left without some."""
-        image, *references = (
-            slice(span.start - (tokens.stop - tokens.start), span.stop - (tokens.stop - tokens.start))
-            if span.start >= tokens.stop
-            else span
-            for span in (self.image, *self.references)
-        )
-        return Regions(image, references, self.log_weight)
+
+        def moved(span: slice) -> slice:
+            by = tokens.stop - tokens.start if span.start >= tokens.stop else 0
+            return slice(span.start - by, span.stop - by)
+
+        left = [i for i, span in enumerate(self.references) if span.stop <= tokens.start or span.start >= tokens.stop]
+        return Regions(moved(self.image), [moved(self.references[i]) for i in left], self.log_weight[:, left])
 
 
 class KeyStrengthAttention:
@@ -115,11 +115,11 @@ class KeyStrengthAttention:
         previous: Another override that the model has already; it runs around the host's kernel.
         regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens, or the
             keys alone hold the references, last (a cache of the host's).
-        context: The context's tokens, of a family that has attention of the others alone, too; None = it has not.
+        joint_only: Tokens in a row that other attention calls of the model leave out; None = it has no such calls.
 
     Attributes:
         applied: Number of joint attention calls so far; a compiled model is not counted.
-        contextless: Whether calls without the context are counted, too.
+        contextless: Whether calls without those tokens are counted, too.
         reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
 
@@ -130,16 +130,16 @@ class KeyStrengthAttention:
         device: torch.device,
         previous: Callable | None = None,
         regions: Regions | None = None,
-        context: slice | None = None,
+        joint_only: slice | None = None,
     ):
         self.previous = previous
         self.applied, self.reached = 0, False
-        self.contextless = context is not None
+        self.contextless = joint_only is not None
         self._calls = {log_strength.shape[1]: _Call(log_strength, repeats, device, regions)}
-        if context is not None:
+        if joint_only is not None:
             rest = torch.ones(log_strength.shape[1], dtype=torch.bool)
-            rest[context] = False
-            regions = regions and regions.without(context)
+            rest[joint_only] = False
+            regions = regions and regions.without(joint_only)
             self._calls[int(rest.sum())] = _Call(log_strength[:, rest], repeats, device, regions)
 
     def __call__(

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..loaders.backbones import backbone_of
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
+from ..loaders.host import reads_references
 from .conditions import check_conditions, check_guidance
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
@@ -33,6 +34,10 @@ APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 NO_REFERENCES = (
     "Apply Stages: no condition has a reference latent, so the schedule's VAE strengths have no effect. Add one with "
     "ReferenceLatent, Add Identity or Subject Conditioning; TextEncodeQwenImageEditPlus adds one if it has a VAE."
+)
+IGNORED = (
+    "Apply Stages: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: those of the "
+    "conditions have no effect. Update ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 
 log = logging.getLogger(__name__)
@@ -95,6 +100,8 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     conditions = [*chain.from_iterable(guider.conds.values())]
     if {key.reference for key in stages.keyframes} not in ({0}, {1}) and not any(map(reference_latents, conditions)):
         log.warning(NO_REFERENCES)
+    if any(map(reference_latents, conditions)) and not reads_references(dit_of(guider.model_patcher.model)):
+        log.warning(IGNORED, type(dit_of(guider.model_patcher.model)).__name__)
     schedule = RunSchedule.of(stages, conditions)
     check_caches(guider.model_options, schedule.all)
     sigmas = [float(s) for s in sigmas]

@@ -8,13 +8,13 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from ..loaders.backbones import Backbone
+from ..loaders.backbones import Backbone, Part
 from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
 from .other_patches import check_applied, restart_cache
 from .reference_stages import Moment, RunSchedule
-from .tokens import grid, key_strengths, patch_size, reference_log_strength, region_log_weight, token_spans
+from .tokens import grid, key_strengths, patch_size, region_log_weight, spans, token_parts
 
 EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
 
@@ -117,7 +117,9 @@ class StagedRun:
             )
         override = None
         if backbone is not None:
-            override = self._override(backbone, x, c_crossattn, inputs.get("ref_latents") or [], options)
+            lists = {name: found for name, found in inputs.items() if isinstance(found, list)}
+            shapes = {name: tuple(tensor.shape[1:] for tensor in found) for name, found in lists.items()}
+            override = self._override(backbone, x, c_crossattn, shapes, dit_of(executor.class_obj), options)
         if backbone is None or override is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
         override.applied, override.reached = 0, False
@@ -128,18 +130,18 @@ class StagedRun:
         return out
 
     def _override(
-        self, backbone: Backbone, x: Tensor, context: Tensor | None, latents: list[Tensor], options: dict
+        self, backbone: Backbone, x: Tensor, context: Tensor | None, shapes: dict[str, Any], module: Any, options: dict
     ) -> KeyStrengthAttention | None:
         """The attention override of a call, or None where every key keeps its weight (the host's untouched path)."""
         uuids = tuple(options.get("uuids", ()))
         if not all(uuid in self._conditions for uuid in uuids):
             self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
         tokens = 0 if context is None else context.shape[1]
-        shapes = tuple(latent.shape[1:] for latent in latents)
         strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
-        key = (strengths, uuids, x.shape, tokens, shapes, x.device)
+        key = (strengths, uuids, x.shape, tokens, tuple(sorted(shapes.items())), x.device)
         if key not in self._overrides:
-            found = [self._settings(backbone, self._conditions.get(u), tokens, x.shape, shapes) for u in uuids]
+            parts, count = token_parts(backbone, module, tokens, x.shape, shapes), len(shapes.get("ref_latents", ()))
+            found = [self._settings(backbone, self._conditions.get(uuid), parts, count, x.shape) for uuid in uuids]
             logs, weights = (torch.stack(rows) for rows in zip(*found))
             differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
             if len(x) != len(uuids) * self._batch and differ:
@@ -149,35 +151,37 @@ class StagedRun:
                     "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
                     "tile batch size to 1, or remove it."
                 )
+            placed = [*zip(parts, spans(parts))]
             regions = None
-            spans = token_spans(backbone.token_order, tokens, x.shape, backbone.patch_size, shapes)
             if weights.any():
-                regions = Regions(*spans[1:], weights)
+                image = next(span for part, span in placed if part.group == "image")
+                of = [(part.reference, span) for part, span in placed if part.group == "reference"]
+                regions = Regions(image, [span for _, span in of], weights[:, [index for index, _ in of]])
             override = None
             if logs.any() or regions is not None:
                 # without references there is nothing to do in these, and refiners of the image have as many keys
-                contextless = spans[0] if backbone.contextless_blocks and shapes else None
+                left_out = [span for part, span in placed if part.joint_only and backbone.contextless_blocks and count]
+                joint_only = slice(left_out[0].start, left_out[-1].stop) if left_out else None
                 repeats = len(x) // len(uuids)
-                override = KeyStrengthAttention(logs, repeats, x.device, regions=regions, context=contextless)
+                override = KeyStrengthAttention(logs, repeats, x.device, regions=regions, joint_only=joint_only)
             self._overrides[key] = override
         return self._overrides[key]
 
     def _settings(
-        self, backbone: Backbone, condition: Condition | None, tokens: int, shape: tuple, latents: tuple
+        self, backbone: Backbone, condition: Condition | None, parts: list[Part], count: int, shape: tuple
     ) -> tuple[Tensor, Tensor]:
-        """What one condition asks of a call over a picture of `shape` and reference latents of these shapes.
+        """What one condition asks of a call over a picture of `shape`, with `count` references and these tokens.
 
         None is one of another extension, without stages.
         Log strengths (keys,), and log weights (references, image tokens) of the regions.
         """
-        patch, canvas = backbone.patch_size, self._canvas
+        canvas = self._canvas
         condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self._moment)
-        area, (frames, rows, columns) = area_of(condition, canvas), grid(shape, patch)
-        logs, weights = [], torch.zeros(len(latents), frames * rows * columns)
-        for index, settings in enumerate(reference_settings(condition, len(latents))):
-            strength = moment.strength(settings)
-            logs.append(reference_log_strength((1, *latents[index]), patch, strength, settings.mask))
-            if settings.region is None or logs[-1].isneginf().all():
+        area, image = area_of(condition, canvas), next(part.grid for part in parts if part.group == "image")
+        strengths, weights = [], torch.zeros(count, prod(image))
+        for index, settings in enumerate(reference_settings(condition, count)):
+            strengths.append((moment.strength(settings), settings.mask))
+            if settings.region is None or strengths[-1][0] == 0:
                 continue
             if (shape[-2], shape[-1]) != area[:2]:
                 raise ValueError(
@@ -185,8 +189,8 @@ class StagedRun:
                     f"{shape[-2]} where the condition covers {area[1]} x {area[0]}: another extension computes the "
                     "picture in tiles, and where a tile is cannot be known. Remove it, or the region."
                 )
-            weights[index] = region_log_weight(settings.region, canvas, area, frames, patch)
-        return key_strengths(backbone.token_order, tokens, moment.context, shape, patch, logs), weights
+            weights[index] = region_log_weight(settings.region, canvas, area, image[0], backbone.patch_size)
+        return key_strengths(parts, moment.context, strengths), weights
 
     def _warn(self, text: str) -> None:
         """Into the log, once in a run."""

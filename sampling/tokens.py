@@ -3,7 +3,7 @@
 Groups: the context (MLLM or text tokens), the noisy image, and every reference latent by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import ceil, inf, log, prod
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..loaders.backbones import Backbone, Part
 
 
 def grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
@@ -30,55 +32,60 @@ def log_strength(strength: float) -> float:
     return log(strength) if strength > 0 else -inf
 
 
-def reference_log_strength(shape: tuple[int, ...], patch: int, strength: float, mask: Tensor | None) -> Tensor:
-    """(tokens,) float32 for one reference latent of `shape`; mask (h, w) in 0..1 over its picture, any size."""
-    frames, rows, columns = grid(shape, patch)
-    if mask is None:
-        return torch.full((frames * rows * columns,), log_strength(strength))
-    weight = F.interpolate(mask.float()[None, None], size=(rows, columns), mode="area").flatten()
-    return (weight.clamp(0, 1) * strength).log().repeat(frames)  # log(0) = -inf: the token is removed
+def token_parts(
+    backbone: Backbone, module: Any, context: int, image_shape: tuple[int, ...], shapes: Mapping[str, Any]
+) -> list[Part]:
+    """The tokens of a joint attention call, in order.
+
+    Args:
+        backbone: The family's record.
+        module: The DiT.
+        context: Number of context tokens that the model is called with.
+        image_shape: Shape of the noisy latent, or of the area of it that the condition covers.
+        shapes: Of the tensors in the model's lists of inputs, without their batch, by the host's names; `ref_latents`
+            are the reference latents, (c, h, w) or (c, frames, h, w).
+    """
+    patch = backbone.patch_size
+    image, references = grid(image_shape, patch), [grid((1, *s), patch) for s in shapes.get("ref_latents", ())]
+    if backbone.token_parts is not None:
+        return backbone.token_parts(module, context, image, references, shapes)
+    groups = {
+        "context": [Part("context", context, joint_only=True)],
+        "image": [Part("image", prod(image), image)],
+        "reference": [Part("reference", prod(size), size, index) for index, size in enumerate(references)],
+    }
+    return [part for name in backbone.token_order for part in groups[name]]
 
 
-def key_strengths(
-    order: Sequence[str], context: int, mllm: float, image_shape: tuple[int, ...], patch: int, references: list[Tensor]
-) -> Tensor:
+def spans(parts: Sequence[Part]) -> list[slice]:
+    """Where each part lies among the tokens."""
+    return [slice(*ends) for ends in pairwise(accumulate((part.tokens for part in parts), initial=0))]
+
+
+def reference_log_strength(part: Part, strength: float, mask: Tensor | None) -> Tensor:
+    """(tokens,) float32 for one reference; mask (h, w) in 0..1 over its picture, any size, not of its padding."""
+    frames, rows, columns = part.grid
+    logs = torch.full((part.tokens,), log_strength(strength))
+    if mask is not None:
+        weight = F.interpolate(mask.float()[None, None], size=(rows, columns), mode="area").flatten()
+        # log(0) = -inf: the token is removed
+        logs[: frames * rows * columns] = (weight.clamp(0, 1) * strength).log().repeat(frames)
+    return logs
+
+
+def key_strengths(parts: Sequence[Part], mllm: float, references: Sequence[tuple[float, Tensor | None]]) -> Tensor:
     """(keys,) float32: what to add to the logits of each key of a joint attention call; -inf removes it.
 
     Args:
-        order: The family's order of the groups, see `Backbone.token_order`.
-        context: Number of context tokens as the DiT sees them.
-        mllm: Their strength.
-        image_shape: Shape of the noisy latent, or of the area of it that the condition covers.
-        patch: Latent elements per token and side.
-        references: (tokens,) log strength of each reference latent.
+        parts: The call's tokens.
+        mllm: Strength of the context.
+        references: Strength and mask of each reference.
     """
-    groups = {
-        "context": [torch.full((context,), log_strength(mllm))],
-        "image": [torch.zeros(prod(grid(image_shape, patch)))],
-        "reference": references,
+    logs = {
+        "context": lambda part: torch.full((part.tokens,), log_strength(mllm)),
+        "reference": lambda part: reference_log_strength(part, *references[part.reference]),
     }
-    return torch.cat([part for name in order for part in groups[name]])
-
-
-def token_spans(
-    order: Sequence[str], context: int, image_shape: tuple[int, ...], patch: int, references: Sequence[tuple[int, ...]]
-) -> tuple[slice, slice, list[slice]]:
-    """The context, the noisy image and each reference latent among the tokens of joint attention; see `key_strengths`.
-
-    Args:
-        order: As there.
-        context: As there.
-        image_shape: As there.
-        patch: As there.
-        references: Shape of each reference latent, (c, h, w) or (c, frames, h, w).
-    """
-    sizes = [prod(grid((1, *shape), patch)) for shape in references]
-    groups = {"context": [context], "image": [prod(grid(image_shape, patch))], "reference": sizes}
-    parts = [(name, count) for name in order for count in groups[name]]
-    ends = pairwise(accumulate((count for _, count in parts), initial=0))
-    spans = [(name, slice(*span)) for (name, _), span in zip(parts, ends)]
-    context_span, image = (next(span for name, span in spans if name == group) for group in ("context", "image"))
-    return context_span, image, [span for name, span in spans if name == "reference"]
+    return torch.cat([logs[part.group](part) if part.group in logs else torch.zeros(part.tokens) for part in parts])
 
 
 def region_log_weight(

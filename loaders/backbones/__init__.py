@@ -9,10 +9,11 @@ from pkgutil import iter_modules
 
 from ...common.markdown import markdown
 from ..protocols import Model
-from .base import Backbone, DiTSizes, MLLMSizes, Training
+from .base import Backbone, DiTSizes, MLLMSizes, Part, Training
 
 __all__ = [
-    "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Training", "backbone_of", "backbone_of_keys", "titles"
+    "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Part", "Training", "backbone_of", "backbone_of_keys",
+    "titles",
 ]  # fmt: skip
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))

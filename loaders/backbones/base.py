@@ -2,9 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 TOKEN_ORDER = ("context", "image", "reference")  # FLUX.1's, the most frequent one
+
+
+Grid = tuple[int, int, int]  # frames, rows and columns of tokens
+
+
+class Part(NamedTuple):
+    """Tokens in a row among the keys of joint attention."""
+
+    group: str  # of TOKEN_ORDER, or "other"
+    tokens: int  # those beyond the grid's are padding
+    grid: Grid = (0, 0, 0)  # of the image or a reference
+    reference: int = 0  # which one
+    joint_only: bool = False  # not in the attention of `contextless_blocks`
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,11 @@ class Backbone:
     stacked_by: str = ""  # of the map over the layers of the MLLM that a context token holds; "" = one layer or fused
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
+    # of a family whose token order does not say it all: from its module, the number of context tokens, the grids of the
+    # image and each reference, and the shapes of the model's lists of inputs without their batch
+    token_parts: Callable[[Any, int, Grid, list[Grid], Mapping[str, Any]], list[Part]] | None = None
     joint_blocks: tuple[str, ...] = ("double_blocks", "single_blocks")  # module lists; a block has one joint attention
-    contextless_blocks: tuple[str, ...] = ()  # those of them that have one of the image and the references beside it
+    contextless_blocks: tuple[str, ...] = ()  # whose blocks have, with references, one of these and the image alone
     latent_channels: int = 16
     latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side

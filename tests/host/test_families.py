@@ -2,12 +2,19 @@
 
 import gc
 import logging
+from math import log
+from types import SimpleNamespace
 
 import comfy_extras.nodes_flux as nodes_flux
 import pytest
 import torch
+from comfy.ldm.chroma.model import Chroma
+from comfy.ldm.flux.model import Flux
+from subject_dla.loaders import reference_latents
 from subject_dla.loaders.dit import context_width
+from subject_dla.loaders.host import reads_references
 from subject_dla.loaders.reference_latents import add_identity, reference_method
+from subject_dla.sampling import patch
 from subject_dla.sampling.patch import PREDICT_NOISE
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.host.test_parity import Subject, check_identities, skip_what_the_host_lacks
@@ -20,6 +27,7 @@ from subject_dla.tests.host.test_regions import (
     context_of,
     dense,
     textbook,
+    token_weights,
     with_settings,
 )
 from subject_dla.tests.host.test_subject_conditioning import TinyVAE, picture
@@ -84,6 +92,22 @@ def test_a_family_without_a_record_is_reported_where_references_are_added(monkey
         out = add_identity(bare, subject.model, vae, picture(64, 64))
     assert len(out[0][1]["reference_latents"]) == 1
     assert "does not know the diffusion model Flux" in caplog.text and "FLUX.2" in caplog.text
+
+
+def test_a_model_that_reads_no_references_is_reported_too(monkeypatch, caplog):
+    assert not reads_references(Chroma.__new__(Chroma)) and reads_references(Flux.__new__(Flux))
+    subject = Subject("flux", tiny_flux(24))
+    bare, full = subject.condition(9, 2, False), subject.condition(9, 2)
+    for module in (reference_latents, patch):
+        monkeypatch.setattr(module, "reads_references", lambda model: False)
+    with caplog.at_level(logging.WARNING):
+        add_identity(bare, subject.model, TinyVAE(subject.backbone), picture(64, 64))
+        assert "Flux, as this ComfyUI runs it, does not read reference latents" in caplog.text
+        caplog.clear()
+        subject.staged(preset("both"), bare, None, cfg=1.0)
+        assert not caplog.records
+        subject.staged(preset("both"), full, None, cfg=1.0)
+        assert "Apply Stages: the diffusion model Flux" in caplog.text
 
 
 @pytest.mark.parametrize("size", KLEIN)
@@ -161,3 +185,82 @@ def test_the_keys_that_are_kept_are_those_of_the_stage(cached):
     subject.model.add_wrapper_with_key(PREDICT_NOISE, "counted", counted)
     subject.staged(Stages((Keyframe(0, 1, 1), Keyframe(0.5, 1, 0.5)), "steps"), *pair, steps=4)
     assert [count > 0 for count in calls] == [False, True, False, True]
+
+
+VISION, CAPTIONS = "clip_vision_outputs", "reference_latents_text_embeds"
+SEEN = (3, 2), (2, 2)  # rows and columns of SigLIP's tokens of each reference
+CAPTION = 7, 4, 6  # tokens; one more than references, which 0.33.0 itself takes only in a batch of one
+
+
+def omni(subject, seed, captions=3):
+    """A condition as Z-Image Omni's encode node makes it."""
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(1, rows * columns, 12, generator=generator) for rows, columns in SEEN]
+    sizes = [[(3, rows * 16, columns * 16)] for rows, columns in SEEN]
+    outputs = [SimpleNamespace(last_hidden_state=s, image_sizes=size) for s, size in zip(states, sizes)]
+    captions = [torch.randn(1, tokens, 24, generator=generator) for tokens in CAPTION[:captions]]
+    return with_settings(subject.condition(9, seed), **{VISION: outputs, CAPTIONS: captions})
+
+
+def without_first(conditioning):
+    return [
+        [tokens, {key: found[1:] if isinstance(found, list) else found for key, found in values.items()}]
+        for tokens, values in conditioning
+    ]
+
+
+@pytest.mark.parametrize("batch, cfg, captions", [(1, 1.0, 3), (3, 2.5, 2)])
+def test_z_image_omni_with_siglip_and_captions(batch, cfg, captions):
+    subject = tiny_subject("z_image")
+    pair, bare = (
+        [omni(subject, seed, captions) for seed in (2, 3)],
+        [subject.condition(9, seed, False) for seed in (2, 3)],
+    )
+    run = {"batch": batch, "cfg": cfg}
+    whole = subject.host(*pair, **run)
+    assert torch.equal(subject.staged(preset("both"), *pair, **run), whole)
+    assert not torch.equal(whole, subject.host(*(subject.condition(9, seed) for seed in (2, 3)), **run))
+    assert torch.equal(subject.staged(preset("mllm_only"), *pair, **run), subject.host(*bare, **run))
+    off = [[with_settings(c, **{CAPTIONS: captions}) for c in pair] for captions in (pair[1][0][1][CAPTIONS], None)]
+    pictures = [subject.staged(preset("vae_only"), *conditions, **run) for conditions in off]
+    assert torch.equal(*pictures) and not torch.equal(pictures[0], whole)
+    gone = [with_settings(c, **{STRENGTHS: [0.0, 1.0]}) for c in pair]
+    second = subject.host(*map(without_first, pair), **run)
+    assert torch.equal(subject.staged(preset("both"), *gone, **run), second)
+
+
+@pytest.mark.parametrize("batch, cfg, captions", [(1, 1.0, 3), (3, 2.5, 2)])
+def test_z_image_omnis_strengths_masks_and_regions_are_textbook_attention(batch, cfg, captions):
+    """SigLIP's tokens of a reference follow its strength, mask and region; so do the blocks that refine the image."""
+    subject = tiny_subject("z_image")
+    bare = [omni(subject, seed, captions) for seed in (2, 3)]
+    masks, regions, strengths = [SOFT.T.contiguous(), None], [LEFT, SOFT], [0.5, 1.5]
+    pair = [with_settings(c, **{STRENGTHS: strengths, MASKS: masks, REGIONS: regions}) for c in bare]
+    ours = subject.staged(Stages((Keyframe(1, 0.6, 1),)), *pair, batch=batch, cfg=cfg)
+
+    grids = [*SEEN, *((h // 2, w // 2) for h, w in subject.references)]
+    context = 10 + 5 + 10 + 10 * (captions == 3)  # 7, 4, 9 and 6 tokens, padded to fives
+    columns, readers = [torch.full((context,), log(0.6))], []
+    for index, grid in enumerate(grids):
+        count, mask, strength = grid[0] * grid[1], masks[index % 2], strengths[index % 2]
+        logs = torch.full((count + -count % 5,), log(strength))
+        if mask is not None:
+            weight = torch.nn.functional.interpolate(mask[None, None], size=grid, mode="area").flatten()
+            logs[:count] = (strength * weight).log()
+        start = sum(map(len, columns))
+        readers.append((index % 2, slice(start, start + len(logs))))
+        columns.append(logs)
+        if index == 1:
+            columns.append(torch.zeros(5))  # the image's own, of padding
+    image = slice(sum(map(len, columns)), sum(map(len, columns)) + 16)
+    columns.append(torch.zeros(20))
+    columns = torch.cat(columns)
+    bias = columns.repeat(len(columns), 1)
+    for index, span in readers:
+        bias[image, span] += token_weights(subject, regions[index]).log()[:, None]
+    refined = bias[-45:, -45:]
+    calls = {(i, len(one)): one for one in (bias, refined) for i in (0, 1)}
+    assert len(bias) == context + 65
+    subject.model = textbook(subject.model, calls)
+    theirs = subject.host(*bare, batch=batch, cfg=cfg)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()

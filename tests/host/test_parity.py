@@ -38,6 +38,25 @@ class Subject:
     def tokens(self, h, w):
         return h * w // self.backbone.patch_size**2
 
+    def layout(self, context, height=None, width=None):
+        """(group, tokens) among the keys of joint attention; a reference by its index, padding and the like "other"."""
+        image, references = (height or self.side, width or self.side), [self.tokens(*size) for size in self.references]
+        if self.backbone.name == "z_image":
+
+            def padding(n):
+                return -n % 5
+
+            found = [
+                ("context", context + padding(context) + 5 * len(references)),
+                ("other", 5 * (len(references) + 1)),
+            ]
+            for index, n in enumerate(references):
+                found += [(index, n), (f"padding {index}", padding(n))]
+            return [*found, ("image", self.tokens(*image)), ("other", padding(self.tokens(*image)))]
+        parts = {"context": [("context", context)], "image": [("image", self.tokens(*image))]}
+        parts["reference"] = [*enumerate(references)]
+        return [part for name in self.backbone.token_order for part in parts[name]]
+
     def latent(self, h, w, batch=1, seed=1):
         x = torch.randn(batch, self.format.latent_channels, h, w, generator=torch.Generator().manual_seed(seed))
         return x.unsqueeze(2) if self.format.latent_dimensions == 3 else x
@@ -126,15 +145,15 @@ def test_strength_0_context_leaves_nothing_of_it_and_equals_the_host_without_its
     assert one.isfinite().all() and torch.equal(one, other)
     # equal to the host's own run on one context token (it takes no empty context) without its keys and values
     subject_model, removed = subject.model, []
-    context = 512 if subject.backbone.name == "flux2" else 1  # the host fills it up
+    layout = subject.layout(512 if subject.backbone.name == "flux2" else 1)  # the host fills it up
 
     def attention(func, q, k, v, heads, mask=None, **kwargs):
-        joint = context + sum(subject.tokens(*size) for size in ((8, 8), *subject.references))
+        joint = sum(count for _, count in layout)
         dim = 2 if kwargs.get("skip_reshape") else 1  # Qwen-Image on 0.3.64 passes (b, n, h d)
         if k.shape[dim] == joint:
             removed.append(1)
-            start = 0 if subject.backbone.token_order[-1] == "context" else context
-            k, v = (x.narrow(dim, start, joint - context) for x in (k, v))
+            kept = torch.cat([torch.full((count,), name != "context") for name, count in layout])
+            k, v = (x.index_select(dim, kept.nonzero().flatten()) for x in (k, v))
         return func(q, k, v, heads, mask=mask, **kwargs)
 
     try:

@@ -45,25 +45,25 @@ def token_weights(subject, region, area=(SIDE, SIDE, 0, 0)):
 
 def dense(subject, context, regions, strengths=(1, 1, 1), masks=(None, None), area=(SIDE, SIDE, 0, 0)):
     """(queries, keys) bias of one condition; strengths: of the context and each reference."""
-    counts = [subject.tokens(*size) for size in subject.references]
-    image = subject.tokens(*area[:2])
-    parts = []
-    for name in subject.backbone.token_order:
-        parts += {"context": [("context", context)], "image": [("image", image)]}.get(name, list(enumerate(counts)))
-    rows, columns = [], torch.cat([torch.full((count,), log(strengths[0])) if name == "context" else
-                                   torch.zeros(count) for name, count in parts])  # fmt: skip
+    parts = subject.layout(context, *area[:2])
+    columns = torch.cat([torch.full((count,), log(strengths[0])) if name == "context" else
+                         torch.zeros(count) for name, count in parts])  # fmt: skip
     ends = torch.tensor([0] + [count for _, count in parts]).cumsum(0).tolist()
     spans = {name: slice(*span) for (name, _), span in zip(parts, zip(ends, ends[1:]))}
+    rows = []
     for index, mask in enumerate(masks):
-        weight = torch.ones(counts[index])
+        weight = torch.ones(dict(parts)[index])
         if mask is not None:
             size = [length // subject.backbone.patch_size for length in subject.references[index]]
             weight = F.interpolate(mask[None, None], size=size, mode="area").flatten()
         columns[spans[index]] = (weight * strengths[1 + index]).log()
+        columns[spans.get(f"padding {index}", slice(0, 0))] = log(strengths[1 + index])
     rows = repeat(columns, "k -> q k", q=ends[-1]).clone()
     for index, region in enumerate(regions):
         if region is not None:
-            rows[spans["image"], spans[index]] += token_weights(subject, region, area).log()[:, None]
+            logs = token_weights(subject, region, area).log()[:, None]
+            for span in (spans[index], spans.get(f"padding {index}", slice(0, 0))):
+                rows[spans["image"], span] += logs
     return rows
 
 
@@ -99,8 +99,10 @@ def by_keys(subject, index, bias):
     """A condition's bias for each of its attention calls, by (its index, keys)."""
     calls = {(index, len(bias)): bias}
     if subject.backbone.contextless_blocks:
-        rest = bias[context_of(subject, 9) :, context_of(subject, 9) :]
-        calls[index, len(rest)] = rest
+        start = sum(
+            subject.layout(context_of(subject, 9))[i][1] for i in range(2 if subject.backbone.name == "z_image" else 1)
+        )
+        calls[index, len(bias) - start] = bias[start:, start:]
     return calls
 
 

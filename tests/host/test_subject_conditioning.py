@@ -18,7 +18,7 @@ from subject_dla.tests.small.mllm import build_qwen25vl
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 WIDTH = 64  # of the MLLM
 CONTEXT = {"flux": 24, "longcat_image": 3584, "flux2": 24, "qwen_image": 24, "omnigen2": 24, "krea2": 24,
-           "mage_flow": 2560, "joyimage": 24, "boogu": 24}  # fmt: skip
+           "mage_flow": 2560, "joyimage": 24, "boogu": 24, "z_image": 24}  # fmt: skip
 STOCK = {"qwen_image": {"joint_attention_dim": WIDTH}, "flux2": {"context_in_dim": WIDTH}}  # without a DLA
 
 

@@ -1,5 +1,6 @@
 """Random DiTs in the host's own layouts, of full width and one layer or tiny, through its own detection and loaders."""
 
+import inspect
 from dataclasses import fields
 from importlib import import_module
 
@@ -31,6 +32,12 @@ CONFIGS = {  # of full width and one layer
     "mage_flow": dict(num_layers=1),
     "joyimage": dict(num_layers=1),
     "boogu": dict(num_layers=1, num_double_stream_layers=1, num_refiner_layers=1),
+    "z_image": dict(
+        patch_size=2, in_channels=16, dim=3840, cap_feat_dim=2560, n_layers=1, n_refiner_layers=1, qk_norm=True,
+        n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512], rope_theta=256.0,
+        ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
+        siglip_feat_dim=1152,
+    ),
 }  # fmt: skip
 CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "qwen_image": "qwen_image.model.QwenImageTransformer2DModel",
@@ -39,6 +46,7 @@ CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "mage_flow": "mage_flow.model.MageFlowTransformer2DModel",
     "joyimage": "joyimage.model.JoyImageTransformer3DModel",
     "boogu": "boogu.model.BooguTransformer2DModel",
+    "z_image": "lumina.model.NextDiT",
 }
 FAMILIES = tuple(CONFIGS)
 # FLUX.2 Klein 4B's widths; ComfyUI 0.3.75 takes its number of heads for dev's
@@ -61,6 +69,10 @@ TINY = {
         hidden_size=48, num_attention_heads=2, num_kv_heads=1, axes_dim_rope=[8] * 3, instruction_feat_dim=24,
         multiple_of=8, num_layers=1, num_double_stream_layers=2, num_refiner_layers=1,
     ),
+    "z_image": CONFIGS["z_image"] | dict(  # padded to 5, so that no two groups have a number of tokens
+        dim=256, n_heads=2, n_kv_heads=2, cap_feat_dim=24, n_layers=2, siglip_feat_dim=12,
+        pad_tokens_multiple=5,
+    ),
 }  # fmt: skip
 
 
@@ -81,7 +93,10 @@ def build(family: str, sizes=(), dtype=torch.bfloat16, operations=None) -> torch
 def on_this_host(family: str) -> bool:
     """Whether the host has the family's class: older ones run LongCat-Image as another model, without an error."""
     import comfy.model_base
+    from comfy.ldm.lumina import model
 
+    if family == "z_image" and "ref_latents" not in inspect.getsource(model):
+        return False  # Z-Image without references
     return hasattr(comfy.model_base, BACKBONES[family].host_class)
 
 
@@ -108,6 +123,8 @@ def load(family: str, monkeypatch, sizes=()):
         config = original(*args, **kwargs)
         if config and config.get("image_model") == "omnigen2":
             config.update(num_layers=1, num_refiner_layers=1)
+        if config and config.get("image_model") == "lumina2":
+            config.update(n_refiner_layers=1)
         return config
 
     monkeypatch.setattr(detection, "detect_unet_config", shortened)

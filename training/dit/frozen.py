@@ -13,7 +13,7 @@ from ...loaders.backbones import TRAINED, backbone_of, titles
 from ...loaders.conditioning import values_of
 from ...loaders.dit import context_width, dit_of
 from ...sampling.attention import KeyStrengthAttention
-from ...sampling.tokens import key_strengths, reference_log_strength
+from ...sampling.tokens import key_strengths, token_parts
 from .checkpointing import in_place, recomputed
 from .lora import LoRA
 
@@ -135,10 +135,10 @@ class FrozenDiT:
         """(b, keys): keys taken out of attention, for a context that is off or padding; None where nothing is."""
         if mask is not None and bool(mask.all()):
             return None
-        patch = self.family.patch_size
-        references = [reference_log_strength(latent.shape, patch, 1.0, None) for latent in conds.get("ref_latents", [])]
+        latents = [latent.shape[1:] for latent in conds.get("ref_latents", [])]
         count, on = conds["c_crossattn"].shape[1], float(mask is not None)
-        logs = key_strengths(self.family.token_order, count, on, noisy.shape, patch, references)
+        parts = token_parts(self.family, None, count, noisy.shape, {"ref_latents": latents})
+        logs = key_strengths(parts, on, [(1.0, None)] * len(latents))
         logs = logs.repeat(noisy.shape[0], 1)
         if mask is not None:
             logs[:, :count].masked_fill_(~mask.cpu(), -torch.inf)

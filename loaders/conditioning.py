@@ -95,6 +95,11 @@ def reference_latents(values: Mapping[str, Any]) -> list[Tensor]:
     return list(values.get(LATENTS) or [])
 
 
+def reference_placement(values: Mapping[str, Any]) -> str | None:
+    """Placement of an entry's reference latents, also one that another node set; None = the model's own."""
+    return values.get(METHOD)
+
+
 def reference_settings(values: Mapping[str, Any], count: int) -> list[ReferenceSettings]:
     """The settings of each of an entry's `count` reference latents; the defaults for those of other nodes."""
     lists = [list(values.get(key) or ()) for key in SETTINGS]

@@ -66,6 +66,13 @@ def reads_references(module: nn.Module) -> bool:
     return source is not None and "ref_latents" in inspect.getsource(source)
 
 
+def show_on_node(text: str, node_id: str | None) -> None:
+    """Shows a text at the bottom of a node in the editor that queued it; without a server nothing happens."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id, sid=server.client_id)
+
+
 def load_vae(name: str) -> VAE:
     """VAE of a file under `models/vae` (or one of the host's tiny ones, e.g. "taef1"), by the host's Load VAE."""
     import nodes

@@ -1,6 +1,8 @@
 """Reference latents: the VAE's view of the subject, sized and placed as the DiT's family expects it."""
 
 import logging
+import re
+from collections.abc import Iterable
 from math import isfinite, sqrt
 from typing import Any
 
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .backbones import backbone_of, titles
-from .conditioning import ReferenceSettings, add_references, reference_latents
+from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
-from .host import mentions, reads_references
+from .host import mentions, reads_references, show_on_node
 from .images import collect_images
 from .protocols import VAE, Model
 
@@ -48,7 +50,7 @@ def add_identity(
     whose family decides the default size and placement, cannot do it.
 
     mask: (h, w) or (b, h, w), 1 = use. strength: multiplied into the schedule's. size: longest side of each reference,
-    px; 0 = the default. placement: `reference_latents_method`; "auto" = the default. region: (h, w) or (b, h, w) over
+    px; 0 = the default. placement: see reference_method. region: (h, w) or (b, h, w) over
     the canvas, 1 = image tokens there read the reference. stages: a schedule of its own, multiplied into the run's.
     """
     if not (isfinite(strength) and strength >= 0):
@@ -90,11 +92,16 @@ def add_identity(
 
 
 def reference_method(model: Model, placement: str) -> str | None:
-    """The host's `reference_latents_method`, None = the model's default. Hosts take one unknown to them for another."""
+    """The host's `reference_latents_method`, None = the model's default. Hosts take one unknown to them for another.
+
+    placement: the method, the title of one of the family's releases, or "auto" = the family's default.
+    """
     backbone = backbone_of(model)
     method: str | None = placement
     if placement == "auto":
         method = backbone.default_placement if backbone else None
+    elif backbone:
+        method = {release.title: release.placements[0] for release in backbone.releases}.get(placement, placement)
     if method is None:
         return None
     diffusion_model = dit_of(model.model)
@@ -109,6 +116,35 @@ def reference_method(model: Model, placement: str) -> str | None:
             f"and would silently place references elsewhere. {remedy}"
         )
     return method
+
+
+def report_placement(model: Model, conditioning: list, files: Iterable[str], node_id: str | None = None) -> None:
+    """Shows a CONDITIONING's placement on its node in the editor; warns, also in the log, where a file wants another.
+
+    It is shown where all is well, too: the editor takes no empty text, so that nothing else would clear a warning.
+
+    Args:
+        model: The DiT that will sample.
+        conditioning: With reference latents; without any, nothing is said.
+        files: Names of the files that the model is made of, the only sign of some releases.
+        node_id: Of the node in the queued graph; None = the log alone.
+    """
+    placed = [reference_placement(values) for _, values in conditioning if reference_latents(values)]
+    if not placed:
+        return
+    backbone, module = backbone_of(model), dit_of(model.model)
+    placement = placed[0] or getattr(getattr(module, "params", module), "default_ref_method", None)
+    name = placement or "the model's own"
+    warnings = [
+        f"by its name, {file!r} is for the placement {' or '.join(release.placements)} ({release.title}), but these"
+        f" references get {name}. Choose the placement {release.title!r}."
+        for file in files
+        for release in (backbone.releases if backbone else ())
+        if re.search(release.file_name, file.lower().replace("_", "-")) and placement not in release.placements
+    ]
+    for warning in warnings:
+        log.warning("Add Identity: %s", warning)
+    show_on_node("\n".join([f"Placement: {name}", *(f"Warning: {warning}" for warning in warnings)]), node_id)
 
 
 def reference_size(width: int, height: int, size: int = 0, uno: bool = False, grid: int = 16) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .queued_graph import model_files
 from .schema import DLA, MLLM, Features, Stages, advanced, schema
 
 SOCKETS = 5  # image inputs of a node; each may carry a batch
@@ -38,6 +39,9 @@ def in_order(name: str, sockets: dict) -> list:
 
 def reference_inputs(make) -> list:
     """How references go in; make(type, id, …) makes each input."""
+    from ..loaders.backbones import BACKBONES
+
+    releases = [release.title for backbone in BACKBONES.values() for release in backbone.releases]
     return [
         make(
             io.Float.Input,
@@ -66,15 +70,24 @@ def reference_inputs(make) -> list:
         make(
             io.Combo.Input,
             "placement",
-            options=["auto", "uxo", "offset", "index", "index_timestep_zero"],
+            options=["auto", *releases, "uxo", "offset", "index", "index_timestep_zero"],
             default="auto",
             tooltip=(
-                "Positions of the reference's tokens beside the picture's. auto: the family's own. uxo: the"
-                " diagonal of UNO and USO (FLUX.1 with such a LoRA, and the paper). offset, index: FLUX.1"
-                " Kontext's and Qwen-Image-Edit's. index_timestep_zero: Qwen-Image-Edit 2511."
+                "Positions of the reference's tokens beside the picture's. auto: the family's own; on FLUX.1 that"
+                " of UNO, USO and the paper, also for a Kontext file: choose Kontext then. Choose by the model's name"
+                " where it is listed; the last four are ComfyUI's names: uxo (UNO, USO), offset (Kontext), index"
+                " (also for Kontext; Qwen-Image-Edit), index_timestep_zero (Qwen-Image-Edit 2511)."
             ),
         ),
     ]
+
+
+def show_placement(node, model, conditioning) -> None:
+    """Shows the placement on the node, and warns where the names of the model's files want another."""
+    from ..loaders.reference_latents import report_placement
+
+    files = model_files(node.hidden, "model", chain=True)
+    report_placement(model, conditioning, files, node.hidden.unique_id if node.hidden else None)
 
 
 def region_input(name: str, reference: str):
@@ -280,6 +293,7 @@ class SubjectAddIdentity(io.ComfyNode):
                 "subject identity",
                 "ReferenceLatent",
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="From Aggregate Layers, CLIP Text Encode or another Add Identity."
@@ -320,7 +334,9 @@ class SubjectAddIdentity(io.ComfyNode):
     def execute(cls, conditioning, model, vae, image, mask=None, **settings) -> io.NodeOutput:
         from ..loaders.reference_latents import add_identity
 
-        return io.NodeOutput(add_identity(conditioning, model, vae, image, mask, **settings))
+        out = add_identity(conditioning, model, vae, image, mask, **settings)
+        show_placement(cls, model, out)
+        return io.NodeOutput(out)
 
 
 NODES = [SubjectPromptList, SubjectEncode, SubjectAggregateLayers, SubjectAddIdentity]

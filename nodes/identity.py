@@ -3,10 +3,10 @@
 from comfy_api.latest import io, ui
 
 from .files import save_reports
+from .queued_graph import model_files
 from .schema import CAPTION_TIP, NONE, advanced, output, schema
 
 ONE_EACH = " One per line, or a list: for each picture, or for each item of a list of batches, or one for all."
-MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
 class SubjectIdentityScores(io.ComfyNode):
@@ -128,20 +128,10 @@ class SubjectIdentityScores(io.ComfyNode):
         chosen = {**sockets, "dino_folder": dino_folder, "clip_folder": clip_folder}
         models = {name: values[0] for name, values in chosen.items() if values and values[0] not in (None, NONE)}
         texts = {"prompts": prompts, "subjects": subjects, "reference_subjects": reference_subjects}
-        files = {socket: cls._files(socket) for socket in sockets}
+        files = {socket: model_files(cls.hidden, socket) for socket in sockets}
         found = identity_scores(images, references, models, texts, files, ProgressBar)
         save_reports(filename_prefix[0], json=found.json)
         return io.NodeOutput(found.text, found.json, found.captions, ui=ui.PreviewText(found.text))
-
-    @classmethod
-    def _files(cls, socket: str) -> list[str]:
-        """The model files that the node at that socket names, from the queued graph; empty where it names none."""
-        hidden = cls.hidden
-        graph = (hidden.prompt if hidden else None) or {}
-        link = graph.get(str(hidden.unique_id), {}).get("inputs", {}).get(socket) if graph else None
-        source = graph.get(str(link[0]), {}) if isinstance(link, list) else {}
-        values = source.get("inputs", {}).values()
-        return [value for value in values if isinstance(value, str) and value.lower().endswith(MODEL_FILES)]
 
 
 NODES = [SubjectIdentityScores]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs, region_input
+from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs, region_input, show_placement
 from .schema import DLA, MLLM, advanced, output, schema
 
 
@@ -34,6 +34,7 @@ class SubjectConditioning(io.ComfyNode):
                 "multi reference",
                 "mllm to conditioning",
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -115,7 +116,9 @@ class SubjectConditioning(io.ComfyNode):
 
         sockets = [in_order(name, options) for name in ("image", "mask", "region")]
         others = {name: value for name, value in options.items() if not name.startswith(("image_", "mask_", "region_"))}
-        return io.NodeOutput(*subject_conditioning(model, vae, mllm, prompt, negative_prompt, *sockets, **others))
+        out = subject_conditioning(model, vae, mllm, prompt, negative_prompt, *sockets, **others)
+        show_placement(cls, model, out[0])
+        return io.NodeOutput(*out)
 
 
 NODES = [SubjectConditioning]

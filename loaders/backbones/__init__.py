@@ -9,11 +9,11 @@ from pkgutil import iter_modules
 
 from ...common.markdown import markdown
 from ..protocols import Model
-from .base import Backbone, DiTSizes, MLLMSizes, Part, Training
+from .base import Backbone, DiTSizes, MLLMSizes, Part, Release, Training
 
 __all__ = [
-    "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Part", "Training", "backbone_of", "backbone_of_keys",
-    "titles",
+    "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Part", "Release", "Training", "backbone_of",
+    "backbone_of_keys", "titles",
 ]  # fmt: skip
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
@@ -52,7 +52,8 @@ def table() -> str:
             + ", counted by its mask" * b.counts_context,
             ", ".join(b.token_order),
             f"{b.latent_channels} channels, {b.latent_downscale} px, patches of {b.patch_size}",
-            f"{', '.join(b.placements) or 'its own'}; auto: {b.default_placement or 'its own'}",
+            f"{', '.join(b.placements) or 'its own'}; auto: {b.default_placement or 'its own'}"
+            + "".join(f"; {release.title}: {release.placements[0]}" for release in b.releases),
             str(b.most_references or "-"),
             f"as {b.training.release}" if b.training else "no",
         ]

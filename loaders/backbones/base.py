@@ -61,6 +61,15 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Release:
+    """Weights of a family that were trained with a placement of their own, which at most the file's name says."""
+
+    title: str  # for people, and a choice of placement in saved workflows
+    file_name: str  # regular expression, searched in a file's name in lower case with "-" for "_"
+    placements: tuple[str, ...]  # that it reads as trained; the choice sets the first
+
+
+@dataclass(frozen=True)
 class Backbone:
     """One DiT family as the host runs it. The tests compare each record with the host's own classes.
 
@@ -91,6 +100,7 @@ class Backbone:
     default_placement: str | None = None  # None: the model's own
     unnamed_placement: str | None = None  # the one that the host's class takes every name for that is not in its source
     needs_placement: bool = False  # reads references only where a placement is set
+    releases: tuple[Release, ...] = ()  # whose placement may differ from the default
     most_references: int | None = None
     counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
     pads_context: bool = False  # the host pads it on the left, so that a token's position depends on their number

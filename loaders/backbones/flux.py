@@ -1,6 +1,6 @@
 """FLUX.1: dev, schnell, Kontext, and with UNO's or USO's LoRA."""
 
-from .base import Backbone, DiTSizes, MLLMSizes, Training
+from .base import Backbone, DiTSizes, MLLMSizes, Release, Training
 
 
 def measure(module) -> DiTSizes:
@@ -28,7 +28,11 @@ BACKBONE = Backbone(
     absent_keys=("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.in_proj.weight"),
     context_width=4096,
     placements=("offset", "index", "uxo", "index_timestep_zero"),
-    default_placement="uxo",  # the paper's; Kontext wants the host's own, offset, but no file says so
+    default_placement="uxo",  # the paper's
+    releases=(  # for one reference, offset and index are the same
+        Release("UNO, USO", r"\bu[ns]o\b", ("uxo",)),
+        Release("Kontext", "kontext", ("offset", "index")),
+    ),
     takes_guidance=True,
     training=Training(
         release="FLUX.1-dev",

@@ -1,6 +1,6 @@
 """Qwen-Image, Edit, 2509, 2511 and Layered."""
 
-from .base import Backbone, DiTSizes, MLLMSizes, Training
+from .base import Backbone, DiTSizes, MLLMSizes, Release, Training
 
 
 def measure(module) -> DiTSizes:
@@ -26,6 +26,7 @@ BACKBONE = Backbone(
     joint_blocks=("transformer_blocks",),
     latent_dimensions=3,
     placements=("index", "negative_index", "index_timestep_zero"),
+    releases=(Release("Qwen-Image-Edit 2511", r"(?<!\d)2511(?!\d)", ("index_timestep_zero",)),),
     training=Training(
         release="Qwen-Image",
         sizes=DiTSizes(3072, 12288, 3072, blocks=60, parameters=20_430_401_088),

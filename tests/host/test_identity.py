@@ -1,12 +1,16 @@
 """Reference images, and their latents: size, crop, placement, what travels beside them, against the host's encoding."""
 
+import sys
+from types import SimpleNamespace
+
 import comfy.sd
 import pytest
 import torch
 from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.loaders.images import collect_images
-from subject_dla.loaders.reference_latents import add_identity, reference_size, resize
-from subject_dla.tests.small.dit import tiny_flux
+from subject_dla.loaders.reference_latents import add_identity, reference_size, report_placement, resize
+from subject_dla.nodes.encode import SubjectAddIdentity
+from subject_dla.tests.small.dit import on_this_host, tiny, tiny_flux
 from subject_dla.tests.small.models import host_shapes, random_like
 
 WIDTH = 24
@@ -93,6 +97,7 @@ def test_each_picture_has_its_region_or_all_have_one(model, vae):
     (dict(region=torch.full((1, 64, 64), torch.inf)), ["region holds", "infinite"]),
     (dict(strength=float("nan")), ["strength is nan", ">= 0"]), (dict(strength=-1.0), ["strength is -1", ">= 0"]),
     (dict(placement="nowhere"), ["nowhere", "silently"]),
+    (dict(placement="Qwen-Image-Edit 2511"), ["Qwen-Image-Edit 2511", "silently"]),  # another family's
 ])  # fmt: skip
 def test_bad_references_are_refused_in_words(model, vae, change, words):
     given = dict(image=picture(64, 64), size=64) | change
@@ -107,6 +112,72 @@ def test_omnigen2_takes_five(model, vae, monkeypatch):
         add_identity(condition(), model, vae, picture(64, 64, 6), size=64)
     with pytest.raises(ValueError, match="OmniGen2 places references itself"):
         add_identity(condition(), model, vae, picture(64, 64), size=64, placement="uxo")
+
+
+@pytest.mark.parametrize("choice, method", [("UNO, USO", "uxo"), ("Kontext", "offset"), ("auto", "uxo")])
+def test_a_choice_by_the_models_name_is_its_placement(model, vae, choice, method):
+    out, expected = (
+        add_identity(condition(), model, vae, picture(64, 64), placement=p)[0][1] for p in (choice, method)
+    )
+    assert out["reference_latents_method"] == method
+    assert torch.equal(out["reference_latents"][0], expected["reference_latents"][0])
+
+
+KONTEXT, USO = "flux1-dev-kontext_fp8_scaled.safetensors", "uso-flux1-dit-lora-v1.safetensors"
+EDIT = "qwen_image_edit_{}_fp8mixed.safetensors"
+
+
+@pytest.mark.parametrize("family, method, files, wanted", [
+    ("flux", "uxo", [KONTEXT], [(KONTEXT, "offset or index", "'Kontext'")]), ("flux", "offset", [KONTEXT], []),
+    ("flux", "index", ["Flux/fluxKontext_v1.gguf"], []),
+    ("flux", "index_timestep_zero", [KONTEXT], [(KONTEXT, "offset", "index_timestep_zero")]),
+    ("flux", "offset", ["flux1-dev.safetensors", USO], [(USO, "placement uxo", "'UNO, USO'")]),
+    ("flux", "index", ["UNO/dit_lora.safetensors"], [("UNO/dit_lora", "placement uxo", "get index")]),
+    ("flux", "uxo", [USO, "flux1-dev.safetensors"], []),
+    ("flux", "offset", ["flux1-dev-unofficial.safetensors", "musou.safetensors"], []),
+    ("flux2", "offset", [USO], []), ("qwen_image", None, [EDIT.format(2509), USO], []),
+    ("qwen_image", None, [EDIT.format(2511)], [("2511_fp8", "placement index_timestep_zero", "2511'")]),
+    ("qwen_image", "index_timestep_zero", [EDIT.format(2511)], []),
+])  # fmt: skip
+def test_a_file_whose_name_wants_another_placement_is_reported(monkeypatch, caplog, family, method, files, wanted):
+    if not on_this_host(family):
+        pytest.skip("not on this host")
+    sent = []
+    server = SimpleNamespace(client_id="me", send_progress_text=lambda *text, sid: sent.append((*text, sid)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    values = {"reference_latents": [torch.zeros(1)]} | ({"reference_latents_method": method} if method else {})
+    report_placement(tiny(family), condition(**values), files, "7")
+    ((text, node, client),) = sent
+    assert (node, client) == ("7", "me") and text.startswith(f"Placement: {method or ''}")
+    assert len(caplog.messages) == len(wanted) == text.count("Warning")
+    for message, words in zip(caplog.messages, wanted):
+        assert all(word in message and word in text for word in words), message
+    report_placement(tiny(family), condition(), files, "7")
+    assert len(sent) == 1  # there is no reference
+
+
+def test_a_2511_file_that_tells_the_host_its_placement_needs_no_choice(caplog, monkeypatch):
+    model = tiny("qwen_image")
+    monkeypatch.setattr(model.model.diffusion_model, "default_ref_method", "index_timestep_zero", raising=False)
+    report_placement(model, condition(reference_latents=[torch.zeros(1)]), [EDIT.format(2511)])
+    assert not caplog.text
+
+
+def test_the_node_reads_the_names_off_the_queued_graph(model, vae, caplog, monkeypatch):
+    graph = {
+        "1": {"inputs": {"unet_name": KONTEXT, "weight_dtype": "default"}},
+        "2": {"inputs": {"model": ["1", 0], "lora_name": "style.safetensors", "strength_model": 1.0}},
+        "9": {"inputs": {"model": ["2", 0], "placement": "auto"}},
+    }
+    hidden = SimpleNamespace(prompt=graph, unique_id="9")
+    monkeypatch.setattr(SubjectAddIdentity, "hidden", hidden)
+    given = condition(), model, vae, picture(64, 64)
+    (out,) = SubjectAddIdentity.execute(*given).result
+    assert out[0][1]["reference_latents_method"] == "uxo"  # auto does not follow a name: saved workflows keep theirs
+    assert KONTEXT in caplog.text and "get uxo" in caplog.text
+    caplog.clear()
+    SubjectAddIdentity.execute(*given, placement="Kontext")
+    assert not caplog.text
 
 
 def test_a_batch_is_several_references_and_order_is_kept():

@@ -18,6 +18,7 @@ from subject_dla.evaluation.identity_scores import spread
 from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder, HostCLIP, HostDINO, HostText
 from subject_dla.loaders.preprocessing import DINO, clip_preprocessing, preprocess
 from subject_dla.nodes.identity import SubjectIdentityScores
+from subject_dla.nodes.queued_graph import model_files
 
 TEXT = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, eos_token_id=49407)
 SMALL = TEXT | dict(hidden_act="quick_gelu")
@@ -265,7 +266,8 @@ def test_the_file_is_read_off_the_queued_graph():
         "9": {"dino": ["3", 0], "clip": ["4", 0], "clip_vision": ["5", 0]},
     }  # fmt: skip
     hidden = {"PROMPT": {key: {"inputs": values} for key, values in inputs.items()}, "UNIQUE_ID": "9"}
-    node = type("Queued", (SubjectIdentityScores,), {"hidden": HiddenHolder.from_dict(hidden)})
-    assert node._files("dino") == ["dino/large.safetensors"]
-    assert node._files("clip") == ["l.safetensors", "t5.gguf"]
-    assert node._files("clip_vision") == [] == SubjectIdentityScores._files("dino")
+    queued = HiddenHolder.from_dict(hidden)
+    assert model_files(queued, "dino") == ["dino/large.safetensors"]
+    assert model_files(queued, "clip") == ["l.safetensors", "t5.gguf"]
+    assert model_files(queued, "clip_vision") == [] == model_files(SubjectIdentityScores.hidden, "dino")
+    assert sorted(model_files(queued, "clip_vision", chain=True)) == ["l.safetensors", "t5.gguf"]  # behind the switch

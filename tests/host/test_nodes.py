@@ -151,6 +151,13 @@ def test_keyframes_chain_and_a_mixed_clock_is_refused():
         keyframe(0.5, 1.0, 1.0, "hold", "steps", first)
 
 
+@pytest.mark.parametrize("name", ["SubjectAddIdentity", "SubjectConditioning"])
+def test_the_choices_of_placement_stay(name):
+    placement = next(i for i in NODES[name].define_schema().inputs if i.id == "placement")
+    expected = {"auto", "UNO, USO", "Kontext", "Qwen-Image-Edit 2511", "uxo", "offset", "index", "index_timestep_zero"}
+    assert set(placement.options) == expected and len(placement.options) == len(expected)
+
+
 def test_prompt_list_keeps_lines_with_text():
     (prompts,) = NODES["SubjectPromptList"].execute("a cat \n\n# not this\n a dog").result
     assert prompts == ["a cat", "a dog"]

@@ -1,6 +1,7 @@
 """A real server with the pack in it, on tiny models, for the whole session of tests."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,14 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def new_dlas(tmp_path_factory) -> Path:
-    """A models folder with untrained DLAs for the family: one that fits, one whose tokens are too narrow."""
+    """A models folder with untrained DLAs for the family: one that fits, one whose tokens are too narrow; and its DiT
+    under a name that says Kontext."""
     folder = tmp_path_factory.mktemp("new") / "models"
+    (folder / "diffusion_models").mkdir(parents=True)
+    shutil.copy(
+        MODELS / "diffusion_models" / NAMES["diffusion_models"],
+        folder / "diffusion_models" / "demo-kontext.safetensors",
+    )
     (folder / "dla").mkdir(parents=True)
     info = MLLMInfo(NAMES["mllm"], "qwen2_5_vl", 8, CONTEXT_WIDTH)
     for name, width in (("new", CONTEXT_WIDTH), ("narrow", 64)):

@@ -122,6 +122,17 @@ WRONG = {  # case: (type of the changed node, its inputs, words of the error, no
 }  # fmt: skip
 
 
+def test_a_kontext_file_with_unos_placement_is_reported(server, prompt):
+    of_type(prompt, "SubjectLoadPipeline")["diffusion_model"] = "demo-kontext.safetensors"
+    for placement in ("Kontext", "auto"):
+        for node in prompt.values():
+            if node["class_type"] == "SubjectAddIdentity":
+                node["inputs"]["placement"] = placement
+        assert run(server, prompt)
+        said = server.log.read_text(encoding="utf-8").count("'demo-kontext.safetensors' is for the placement offset")
+        assert said == (0 if placement == "Kontext" else 2)  # of each reference's node
+
+
 def test_an_empty_prompt_is_encoded(server, prompt):
     of_type(prompt, "SubjectEncode")["prompt"] = ""
     outputs = run(server, prompt)

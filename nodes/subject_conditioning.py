@@ -67,7 +67,7 @@ class SubjectConditioning(io.ComfyNode):
                 DLA.Input(
                     "dla",
                     optional=True,
-                    tooltip="A DLA for this MLLM and your DiT. Without one, the context is that of the MLLM's own text encoder.",
+                    tooltip="A DLA for this MLLM and your DiT. Without one, the context is the text encoder's own.",
                 ),
                 io.Conditioning.Input(
                     "pooled_from",

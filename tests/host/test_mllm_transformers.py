@@ -14,9 +14,14 @@ from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.families import FAMILIES
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.vision import internvl_grid, internvl_tiles, qwen_grid, qwen_pixels
-from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
+from subject_dla.tests.small.mllm import build_internvl, build_internvl35, build_qwen3vl, build_qwen25vl
 
-BUILD = {"qwen2_5_vl": build_qwen25vl, "qwen3_vl": build_qwen3vl, "internvl": build_internvl}
+BUILD = {
+    "qwen2_5_vl": build_qwen25vl,
+    "qwen3_vl": build_qwen3vl,
+    "internvl": build_internvl,
+    "internvl3_5": build_internvl35,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=BUILD)
 def loaded(request, folders):
-    return request.param, folders[request.param], load_folder(folders[request.param])
+    return request.param.removesuffix("3_5"), folders[request.param], load_folder(folders[request.param])
 
 
 def picture(height, width, seed=0):

@@ -76,14 +76,21 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_internvl(folder, *, width=64, layers=3, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
+def build_internvl35(folder, **options) -> Path:
+    """InternVL3.5 as OpenGVLab/InternVL3_5-8B-HF lays it out: as InternVL3, with Qwen3 as its LLM."""
+    return build_internvl(folder, model_type="qwen3", **options)
+
+
+def build_internvl(
+    folder, *, width=64, layers=3, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1, model_type="qwen2"
+) -> Path:
     """InternVL3 as OpenGVLab/InternVL3-8B-hf lays it out: "language_model.model…", "vision_tower…", projector."""
     config = {
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "downsample_ratio": 0.5,
         "image_seq_length": 4, "image_token_id": IMG_CONTEXT, "projector_hidden_act": "gelu",
         "torch_dtype": _name(dtype), "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
         "text_config": {
-            "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+            "model_type": model_type, "head_dim": width // heads, "attention_dropout": 0.0,
             "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": width,
             "initializer_range": 0.02, "intermediate_size": 2 * width, "max_position_embeddings": 32768,
             "max_window_layers": 70, "num_attention_heads": heads, "num_hidden_layers": layers,

@@ -109,6 +109,9 @@ def page(small_server):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow(small_server, page, path):
     saved = json.loads(path.read_text(encoding="utf-8"))
+    models = small_server.client.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
+    if path.stem == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in models:
+        pytest.skip("this host has no FLUX.2")
     shown = page.evaluate(LOAD, saved)
     assert shown["count"] == len(saved["nodes"])
     assert not shown["missing"] and not shown["broken"] and not shown["unlinked"], shown

@@ -19,16 +19,21 @@ from safetensors.torch import save_file
 from ...common.bootstrap import start_host
 from ...dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
 from . import dit
-from .mllm import build_internvl, build_qwen25vl
+from .mllm import build_internvl, build_qwen3vl, build_qwen25vl
 
 DITS = {
     "flux": dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=2),
     "qwen_image": dict(num_attention_heads=2),
     "omnigen2": dict(hidden_size=240, num_attention_heads=2, num_kv_heads=1),
 }
+FLUX2 = {"hidden_size": 256, "num_heads": 2, "depth_single_blocks": 1}
 WAN_VAE = {
     "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
     "temperal_downsample": [False, True, True], "dropout": 0.0,
+}  # fmt: skip
+KL_VAE = {
+    "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,
 }  # fmt: skip
 
 
@@ -51,6 +56,12 @@ def main(comfyui: str, out: str | Path) -> None:
     save("diffusion_models/qwen_image_edit_2509_fp8_e4m3fn.safetensors", qwen)
     save("diffusion_models/omnigen2_fp16.safetensors", omnigen)
 
+    if dit.on_this_host("flux2"):
+        klein = random_like(dit.build("flux2", FLUX2 | {"context_in_dim": width}).state_dict())
+        klein = {key.replace("_norm.weight", "_norm.scale"): value for key, value in klein.items()}
+        save("diffusion_models/flux-2-klein-base-4b.safetensors", klein)
+        save("vae/flux2-vae.safetensors", kl_vae())
+
     taesd = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
     save("vae/ae.safetensors", random_like(taesd, torch.float32))
     wan = host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | small_host.WAN_VAE)
@@ -65,6 +76,7 @@ def main(comfyui: str, out: str | Path) -> None:
     save("text_encoders/clip_l.safetensors", random_like(text_encoder_shapes("clip_l")))
 
     build_internvl(out / "mllm" / "InternVL3-8B-hf", width=64, layers=3)
+    build_qwen3vl(out / "mllm" / "Qwen3-VL-4B-Instruct", width=64, layers=3)
     config = DLAConfig(MLLMInfo("InternVL3-8B-hf", "internvl", 3, 64), width, "flux")
     torch.manual_seed(0)
     for name in ("internvl3-8b-flux-dla", "my-dla"):
@@ -94,6 +106,16 @@ def random_like(state: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloa
         scaled = noise / value[0].numel() ** 0.5 if value.ndim >= 2 else norm + 0.02 * noise
         weights[key] = scaled.to(dtype)
     return weights
+
+
+def kl_vae() -> dict[str, torch.Tensor]:
+    """A VAE of FLUX.2."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    with torch.device("meta"):
+        state = AutoencoderKL(ddconfig=KL_VAE, embed_dim=32).state_dict()
+    weights = random_like(state, torch.float32)
+    return weights | {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
 
 
 def text_encoder_shapes(name: str) -> dict[str, torch.Tensor]:

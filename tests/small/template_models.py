@@ -21,13 +21,8 @@ from safetensors.torch import save_file
 
 from ...common.bootstrap import start_host
 from . import dit
-from .models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
+from .models import FLUX2, WAN_VAE, host_shapes, kl_vae, random_like, text_encoder_shapes
 
-FLUX2 = {"hidden_size": 256, "num_heads": 2, "depth_single_blocks": 1}
-KL_VAE = {
-    "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,
-}  # fmt: skip
 LLAMA = "text_encoders.llama"
 MISTRAL_SPECIAL = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
 
@@ -119,14 +114,6 @@ def taesd() -> dict[str, torch.Tensor]:
 
 def wan(**channels) -> dict[str, torch.Tensor]:
     return random_like(host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | {"dim": 16} | channels), torch.float32)
-
-
-def kl_vae() -> dict[str, torch.Tensor]:
-    build = of_host("ldm.models.autoencoder", "AutoencoderKL")
-    with torch.device("meta"):
-        state = build(ddconfig=KL_VAE, embed_dim=32).state_dict()
-    weights = random_like(state, torch.float32)
-    return weights | {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
 
 
 def mage_vae() -> dict[str, torch.Tensor]:

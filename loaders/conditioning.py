@@ -21,7 +21,15 @@ from .backbones import BACKBONES, Backbone
 LATENTS, METHOD, POOLED, MASK = "reference_latents", "reference_latents_method", "pooled_output", "attention_mask"
 # Z-Image Omni's, one for each reference: SigLIP's features, and captions, which may be more
 ALIGNED = VISION, CAPTIONS = "clip_vision_outputs", "reference_latents_text_embeds"
+SLOTS, WITH_IMAGES = "image_slots", "subject_context_with_images"
 Condition = dict[str, Any]
+
+NO_IMAGE_LEFT = (
+    "Qwen-Image 2.1's text leaves out an image whose reference latent comes (image_slots), so that without VAE tokens "
+    "nothing of it would be left. Put Encode Qwen-Image 2.1 for Stages in the place of TextEncodeQwenImage21: it also "
+    "encodes with the images in the text. Or choose the preset both or vae_only, remove Image Guidance, or set the "
+    "reference's strength above 0."
+)
 
 
 class ReferenceSettings(NamedTuple):
@@ -31,6 +39,14 @@ class ReferenceSettings(NamedTuple):
     mask: Tensor | None = None  # (h, w) in 0..1 over its picture, any size; 0 = the token is removed
     region: Tensor | None = None  # (h, w) in 0..1 over the canvas, any size; 0 = image tokens there do not read it
     stages: Any = None  # a schedule (sampling.stages.Stages), whose reference strength is multiplied into the run's
+
+
+class ContextWithImages(NamedTuple):
+    """A context that holds what the MLLM sees of the images, for stages without reference latents in their place."""
+
+    tokens: Tensor  # (b, n, c)
+    attention_mask: Tensor | None
+    instead_of: Tensor  # (b, m, c), the context in which the reference latents take the images' places
 
 
 # keys of the lists
@@ -107,6 +123,18 @@ def reference_settings(values: Mapping[str, Any], count: int) -> list[ReferenceS
     return [ReferenceSettings(*row) for row in zip(*columns)]
 
 
+def _without_places(condition: Condition, with_images: ContextWithImages | None) -> Condition:
+    """The context and its mask for a condition whose references have places in the context, but are off."""
+    if with_images is None:
+        raise ValueError(NO_IMAGE_LEFT)
+    if not torch.equal(with_images.instead_of, condition["cross_attn"]):
+        raise ValueError(
+            "The context of a condition was changed behind Encode Qwen-Image 2.1 for Stages, but not the one that it "
+            "holds for stages without VAE tokens. Remove what changes it, or choose the preset both or vae_only."
+        )
+    return {"cross_attn": with_images.tokens, MASK: with_images.attention_mask}
+
+
 def add_references(
     conditioning: list, latents: list[Tensor], settings: Sequence[ReferenceSettings], method: str | None
 ) -> list:
@@ -120,6 +148,19 @@ def add_references(
         found = [*zip(before, reference_settings(values, len(before))), *zip(latents, settings)]
         out.append([tokens, {**values, **_reference_values(found), **({METHOD: method} if method is not None else {})}])
     return out
+
+
+def add_context_with_images(conditioning: list, with_images: list) -> list:
+    """A copy of CONDITIONING whose references have places in the context, with one that has none beside it.
+
+    Args:
+        conditioning: Qwen-Image 2.1's, with reference latents and `image_slots`.
+        with_images: The same prompt and images, encoded without a VAE.
+    """
+    return [
+        [tokens, {**values, WITH_IMAGES: ContextWithImages(kept, others.get(MASK), tokens)}]
+        for (tokens, values), (kept, others) in zip(conditioning, with_images, strict=True)
+    ]
 
 
 def with_settings_of(condition: Condition, other: Condition) -> Condition:
@@ -149,13 +190,21 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
 
     References that are off are left out altogether. A context that is off keeps a token, since hosts fail on none: the
     attention override takes its keys out, or, where the model's token layout is not known (no `backbone`), it is zero.
-    References of strength 0 are never on.
+    References of strength 0 are never on. Where references have places in the context, the one for stages without them
+    is that which holds the images. Raises ValueError where there is none.
     """
     condition = dict(condition)
     latents = reference_latents(condition)
     found = [*zip(latents, reference_settings(condition, len(latents)))]
     off = {index for index, (_, settings) in enumerate(found) if not reference or settings.strength == 0}
     on = [one for index, one in enumerate(found) if index not in off]
+    with_images = condition.pop(WITH_IMAGES, None)
+    if latents and condition.get(SLOTS) and (backbone is None or backbone.references_in_context):
+        if context and not on:
+            condition |= _without_places(condition, with_images)
+        condition[SLOTS] = [slot for index, slot in enumerate(condition[SLOTS]) if index not in off]
+        if not (context and on):
+            del condition[SLOTS]
     for key in () if on else (LATENTS, METHOD, *SETTINGS):
         condition.pop(key, None)
     condition |= _reference_values(on) if on else {}

@@ -135,6 +135,16 @@ def rotations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return found | ({"apply_rope1": math.apply_rope1} if hasattr(math, "apply_rope1") else {})
 
 
+def qwen_image21_encoder() -> Callable[..., tuple] | None:
+    """What the host's TextEncodeQwenImage21 does, from its inputs to its outputs; None before 0.37."""
+    try:
+        from comfy_extras import nodes_qwen
+    except ImportError:
+        return None
+    node = getattr(nodes_qwen, "TextEncodeQwenImage21", None)
+    return None if node is None else lambda *arguments, **inputs: node.execute(*arguments, **inputs).result
+
+
 def version() -> str:
     """The host's, as it names itself."""
     return getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")

@@ -10,6 +10,7 @@ from . import (
     layers,
     load,
     orientation,
+    qwen_image21,
     sample,
     stages,
     subject_conditioning,
@@ -17,7 +18,20 @@ from . import (
     train,
 )
 
-TOPICS = (load, encode, subject_conditioning, stages, sample, train, orientation, copy_paste, identity, layers, sweep)
+TOPICS = (
+    load,
+    encode,
+    subject_conditioning,
+    qwen_image21,
+    stages,
+    sample,
+    train,
+    orientation,
+    copy_paste,
+    identity,
+    layers,
+    sweep,
+)
 
 
 class SubjectExtension(ComfyExtension):

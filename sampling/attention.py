@@ -5,7 +5,7 @@ nothing. With regions, an image token that is outside a reference's region has t
 Source: our choice; the paper only switches groups on and off, which is strength 1 and 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf, sqrt
 from typing import Any, NamedTuple
 
@@ -116,9 +116,13 @@ class KeyStrengthAttention:
         regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens, or the
             keys alone hold the references, last (a cache of the host's).
         joint_only: Tokens in a row that other attention calls of the model leave out; None = it has no such calls.
+        pieces: Of the tokens, in order, where attention has a call for each, over the keys up to its end. The last is
+            the image; `regions.image` counts from its start.
 
     Attributes:
-        applied: Number of joint attention calls so far; a compiled model is not counted.
+        applied: Number of joint attention calls so far, of the image where pieces have their own; a compiled model is
+            not counted.
+        prefix_cache: For the host's cache of keys and values of what is before the image, which depend on strengths.
         contextless: Whether calls without those tokens are counted, too.
         reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
@@ -131,11 +135,19 @@ class KeyStrengthAttention:
         previous: Callable | None = None,
         regions: Regions | None = None,
         joint_only: slice | None = None,
+        pieces: Sequence[slice] = (),
     ):
         self.previous = previous
         self.applied, self.reached = 0, False
         self.contextless = joint_only is not None
-        self._calls = {log_strength.shape[1]: _Call(log_strength, repeats, device, regions)}
+        self.prefix_cache: Any = None
+        image = pieces[-1].stop - pieces[-1].start if pieces else None
+        self._calls = {log_strength.shape[1]: _Call(log_strength, repeats, device, regions, image)}
+        self._before: dict[int, _Call] = {}
+        for piece in pieces[:-1]:
+            logs = log_strength[:, : piece.stop]
+            if not logs.isneginf().all():  # else nothing reads this piece
+                self._before[piece.stop] = _Call(logs, repeats, device, None, piece.stop - piece.start)
         if joint_only is not None:
             rest = torch.ones(log_strength.shape[1], dtype=torch.bool)
             rest[joint_only] = False
@@ -156,13 +168,14 @@ class KeyStrengthAttention:
         if self.previous is not None:
             attention = _through(self.previous, attention)
         queries, keys = (x.shape[2] if kwargs.get("skip_reshape") else x.shape[1] for x in (q, k))
-        call = self._calls.get(keys)
+        call = self._calls.get(keys) or self._before.get(keys)
         if call is None or not call.takes(queries):
             return attention(q, k, v, heads, mask=mask, **kwargs)
 
-        self.reached = True
-        if not torch.compiler.is_compiling():
-            self.applied += 1
+        if keys in self._calls:
+            self.reached = True
+            if not torch.compiler.is_compiling():
+                self.applied += 1
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
@@ -170,17 +183,25 @@ class KeyStrengthAttention:
 
 
 class _Call:
-    """What attention calls over a number of keys do."""
+    """What attention calls over a number of keys do; `queries`: how many they have; None = any, or as regions say."""
 
-    def __init__(self, log_strength: Tensor, repeats: int, device: torch.device, regions: Regions | None):
+    def __init__(
+        self,
+        log_strength: Tensor,
+        repeats: int,
+        device: torch.device,
+        regions: Regions | None,
+        queries: int | None = None,
+    ):
         # by number of queries; the order is that of the queries among the parts'
         self._parts: dict[int, list[_Part]] = {}
         self._order: dict[int, Tensor] = {}
         self._whole = _Part(log_strength, repeats, device) if regions is None else None
+        self._queries = queries
         if regions is None:
             return
         keys = log_strength.shape[1]
-        counts = [keys]
+        counts = [queries or keys]
         if regions.references[-1].stop == keys and regions.image.stop <= regions.references[0].start:
             counts.append(regions.references[0].start)  # the host keeps the references' keys: no queries of theirs
         for count in counts:
@@ -189,7 +210,7 @@ class _Call:
 
     def takes(self, queries: int) -> bool:
         """Whether it can do a call with so many queries."""
-        return self._whole is not None or queries in self._parts
+        return queries in self._parts if self._whole is None else self._queries in (None, queries)
 
     def attend(self, attention: Callable, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of all queries; q: (b, h, n, d)."""

@@ -1,7 +1,8 @@
 """What other patches on the model mean for stages: step caches begin anew, and attention that bypasses is refused."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -16,14 +17,34 @@ HOST_CACHES = ("easycache", "lazycache")  # keys of the host's step caches, whic
 COUNTS = ("total_steps_skipped", "output_change_rates", "approx_output_change_rates")  # of theirs, logged at the end
 
 
-def restart_cache(model_options: dict) -> None:
-    """Lets the host's EasyCache, LazyCache and FluxKVCache begin anew: they hold what the stage before computed.
+@contextmanager
+def own_prefix_cache(override: KeyStrengthAttention, model: Any) -> Iterator[None]:
+    """Inside, the host's cache of what is before the picture (Qwen-Image 2.1) is that of these strengths.
+
+    The host finds what it keeps by the tokens alone, but it depends on the strengths, too.
+    """
+    module = dit_of(model)
+    if not hasattr(module, "prefix_cache"):
+        yield
+        return
+    host, module.prefix_cache = module.prefix_cache, override.prefix_cache
+    try:
+        yield
+    finally:
+        override.prefix_cache, module.prefix_cache = module.prefix_cache, host
+
+
+def restart_cache(model_options: dict, models: Iterable[Any]) -> None:
+    """Lets the host's EasyCache, LazyCache, FluxKVCache and prefix cache begin anew: theirs is the stage before's.
 
     The `reset` of the first two is meant for the end of a run: it leaves a rate of 0 instead of none, by which the
     cache would leave out nearly every later step (EasyCache) or divide nothing by it (LazyCache), and forgets what it
     counts.
     """
     options = model_options.get("transformer_options", {})
+    for module in map(dit_of, models):
+        if hasattr(module, "reset_prefix_cache"):  # found by its tokens: it would be right, but takes memory
+            module.reset_prefix_cache(module.prefix_cache_enabled)
     for patch in options.get("patches", {}).get("attn1_patch", ()):
         if isinstance(getattr(patch, "cache", None), dict):  # keys and values of the references
             patch.cache.clear()

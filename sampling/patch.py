@@ -111,7 +111,8 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
         if message:
             log.info(message)
     if schedule.own and (False, True) in stages.variants():
-        tokens = prod(grid(args[0].shape, patch_size(dit_of(guider.model_patcher.model))))
+        patch = patch_size(dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher))
+        tokens = prod(grid(args[0].shape, patch))
         check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
     run = StagedRun(schedule, backbone_of(guider.model_patcher), whole or sigmas)
     run.add_variants(guider.conds)
@@ -125,3 +126,4 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
         return executor(*args, **kwargs)
     finally:
         guider.model_options = options
+        run.free()

@@ -2,9 +2,9 @@
 
 A reference that its own schedule switches off keeps its latent, and with it every reference's position, while others
 are on: attention takes its keys out. This is the run without it where the positions of the picture and of the other
-references do not depend on it (the last reference on FLUX.1, FLUX.2 and Qwen-Image; none on OmniGen2). Where all are
-off, their latents are left out: the run without references, bit for bit. So a run has four variants of its conditions
-at most, whatever the number of schedules.
+references do not depend on it (the last reference on FLUX.1, FLUX.2 and Qwen-Image; none on OmniGen2 and Qwen-Image
+2.1). Where all are off, their latents are left out: the run without references, bit for bit. So a run has four variants
+of its conditions at most, whatever the number of schedules.
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..common.drawing.canvas import Canvas
 from ..common.drawing.palette import BLUE, FAINT, GREY, INK, ORANGE, WIDTH
 from ..common.drawing.sheet import to_tensor
+from ..loaders.backbones import backbone_of
 from ..loaders.dit import dit_of
 from ..loaders.protocols import Model
 from .clock import REFERENCE_TOKENS
@@ -20,7 +21,7 @@ LEFT, RIGHT, TOP, ROW, GAP = 92, 20, 44, 84, 34
 
 def preview(stages: Stages, model: Model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:
     """(plot (1, h, w, 3) in 0..1, text) for a run over `sigmas` of `model`; `latent` gives the token count."""
-    patch = patch_size(dit_of(model.model))
+    patch = patch_size(dit_of(model.model), backbone_of(model))
     frames, rows, columns = grid(latent["samples"].shape, patch) if latent else (1, REFERENCE_TOKENS, 1)
     tokens = frames * rows * columns
     steps = plan(stages, sigmas, tokens)

@@ -12,7 +12,7 @@ from ..loaders.backbones import Backbone, Part
 from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
-from .other_patches import check_applied, restart_cache
+from .other_patches import check_applied, own_prefix_cache, restart_cache
 from .reference_stages import Moment, RunSchedule
 from .tokens import grid, key_strengths, patch_size, region_log_weight, spans, token_parts
 
@@ -74,22 +74,24 @@ class StagedRun:
             for conditions in guider.conds.values():
                 _restore_settings(conditions)
             self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
-        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch_size(dit_of(guider.inner_model))))
+        patch = patch_size(dit_of(guider.inner_model), self.backbone)
+        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch))
         self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
         moment = self.schedule.at(sigma, self.sigmas, tokens)
         if moment[:3] != self._moment[:3]:  # with a blend at every step, each with overrides of its own
+            self.free()
             self._overrides.clear()
         self._moment = moment
         index = self.variants.index(self.schedule.variant(self._moment))
         stage = index, self._moment.keyframes
+        clones = model_options.get("multigpu_clones", {}).values()
+        self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
         if self._stage not in (None, stage):
-            restart_cache(model_options)
+            restart_cache(model_options, self._models)
         self._stage = stage
         all_conds = guider.conds
         guider.conds = {name: all_conds[_name(name, index)] for name in self.names}
         self._active = {c["uuid"] for conditions in guider.conds.values() for c in conditions}
-        clones = model_options.get("multigpu_clones", {}).values()
-        self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
         try:
             return executor(x, timestep, model_options, seed)
         finally:
@@ -118,14 +120,15 @@ class StagedRun:
         override = None
         if backbone is not None:
             lists = {name: found for name, found in inputs.items() if isinstance(found, list)}
-            shapes = {name: tuple(tensor.shape[1:] for tensor in found) for name, found in lists.items()}
+            shapes = {name: tuple(_shape(one) for one in found) for name, found in lists.items()}
             override = self._override(backbone, x, c_crossattn, shapes, dit_of(executor.class_obj), options)
         if backbone is None or override is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
         override.applied, override.reached = 0, False
         override.previous = options.get("optimized_attention_override")
         options["optimized_attention_override"] = override
-        out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        with own_prefix_cache(override, executor.class_obj):
+            out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         check_applied(override, backbone, executor.class_obj, options, self._warn)
         return out
 
@@ -155,6 +158,8 @@ class StagedRun:
             regions = None
             if weights.any():
                 image = next(span for part, span in placed if part.group == "image")
+                if backbone.references_in_context:  # its queries have a call of their own
+                    image = slice(0, image.stop - image.start)
                 of = [(part.reference, span) for part, span in placed if part.group == "reference"]
                 regions = Regions(image, [span for _, span in of], weights[:, [index for index, _ in of]])
             override = None
@@ -163,7 +168,10 @@ class StagedRun:
                 left_out = [span for part, span in placed if part.joint_only and backbone.contextless_blocks and count]
                 joint_only = slice(left_out[0].start, left_out[-1].stop) if left_out else None
                 repeats = len(x) // len(uuids)
-                override = KeyStrengthAttention(logs, repeats, x.device, regions=regions, joint_only=joint_only)
+                pieces = [span for _, span in placed] if backbone.references_in_context else []
+                override = KeyStrengthAttention(
+                    logs, repeats, x.device, regions=regions, joint_only=joint_only, pieces=pieces
+                )
             self._overrides[key] = override
         return self._overrides[key]
 
@@ -192,11 +200,23 @@ class StagedRun:
             weights[index] = region_log_weight(settings.region, canvas, area, image[0], backbone.patch_size)
         return key_strengths(parts, moment.context, strengths), weights
 
+    def free(self) -> None:
+        """Frees the host's prefix caches that belong to the overrides."""
+        for override in self._overrides.values():
+            if override is not None and override.prefix_cache is not None:
+                override.prefix_cache.free()
+                override.prefix_cache = None
+
     def _warn(self, text: str) -> None:
         """Into the log, once in a run."""
         if text not in self._warned:
             self._warned.add(text)
             log.warning(text)
+
+
+def _shape(one: Any) -> Any:
+    """Of a tensor without its batch; a number itself."""
+    return one.shape[1:] if isinstance(one, Tensor) else one
 
 
 def _name(name: str, variant: int) -> str:

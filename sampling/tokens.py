@@ -21,8 +21,10 @@ def grid(shape: tuple[int, ...], patch: int) -> tuple[int, int, int]:
     return frames, ceil(shape[-2] / patch), ceil(shape[-1] / patch)
 
 
-def patch_size(diffusion_model: Any) -> int:
-    """Latent elements per token and side; 2 for models that do not say one number."""
+def patch_size(diffusion_model: Any, backbone: Backbone | None) -> int:
+    """Latent elements per token and side; 2 for models of no known family that do not say one number."""
+    if backbone is not None:
+        return backbone.patch_size
     size = getattr(diffusion_model, "patch_size", 2)
     return size if isinstance(size, int) else 2
 
@@ -43,7 +45,7 @@ def token_parts(
         context: Number of context tokens that the model is called with.
         image_shape: Shape of the noisy latent, or of the area of it that the condition covers.
         shapes: Of the tensors in the model's lists of inputs, without their batch, by the host's names; `ref_latents`
-            are the reference latents, (c, h, w) or (c, frames, h, w).
+            are the reference latents, (c, h, w) or (c, frames, h, w). Lists of numbers are as they are.
     """
     patch = backbone.patch_size
     image, references = grid(image_shape, patch), [grid((1, *s), patch) for s in shapes.get("ref_latents", ())]

@@ -88,14 +88,16 @@ class Backbone:
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
     # of a family whose token order does not say it all: from its module, the number of context tokens, the grids of the
-    # image and each reference, and the shapes of the model's lists of inputs without their batch
+    # image and each reference, and the shapes of the model's lists of inputs without their batch (numbers as they are)
     token_parts: Callable[[Any, int, Grid, list[Grid], Mapping[str, Any]], list[Part]] | None = None
+    references_in_context: bool = False  # at `image_slots`; attention has a call for each piece, over what is before it
     joint_blocks: tuple[str, ...] = ("double_blocks", "single_blocks")  # module lists; a block has one joint attention
     contextless_blocks: tuple[str, ...] = ()  # whose blocks have, with references, one of these and the image alone
     latent_channels: int = 16
     latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side
     patch_size: int = 2  # latent elements per token and side
+    reference_side: int = 0  # px; the sides of references are whole numbers of it; 0: of tokens
     placements: tuple[str, ...] = ()  # the `reference_latents_method`s that its newest host reads
     default_placement: str | None = None  # None: the model's own
     unnamed_placement: str | None = None  # the one that the host's class takes every name for that is not in its source
@@ -105,7 +107,9 @@ class Backbone:
     counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
     pads_context: bool = False  # the host pads it on the left, so that a token's position depends on their number
     takes_guidance: bool = False  # distilled guidance
-    context_off_tokens: int = 1  # left of a context that is off, since hosts fail on none; attention skips their keys
+    context_off_tokens: int = (
+        1  # left of a context that is off; 0 where the host takes none, else attention skips their keys
+    )
     training: Training | None = field(default=None, compare=False)  # None: not trained here
 
     @property

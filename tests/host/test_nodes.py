@@ -29,6 +29,9 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
     "SubjectStagedSampler": (
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),
     "SubjectApplyStages": ("model preset clock tau1 tau2 stages sigmas", "MODEL"),  # later than 0.1.0
+    "SubjectEncodeQwenImage21": (
+        "clip vae prompt negative_prompt image_1 image_2 image_3 image_4 image_5 resolution",
+        "CONDITIONING CONDITIONING LATENT"),
     "SubjectImageGuidance": ("model image_guidance", "MODEL"),
     "SubjectOrientation": ("orientation_model image mask min_confidence", "IMAGE STRING FLOAT FLOAT FLOAT FLOAT"),
 }  # fmt: skip

@@ -76,7 +76,7 @@ def textbook(model, biases):
         if found[0] is None:  # a refiner's
             return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, transformer_options=transformer_options,
                         **kwargs)  # fmt: skip
-        assert mask is None
+        assert mask is None or mask.dtype == torch.bool
         if not skip_reshape:
             width = q.shape[-1] // heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
@@ -84,6 +84,7 @@ def textbook(model, biases):
         k, v = (repeat(x, "b h n d -> b (h g) n d", g=heads // x.shape[1]) for x in (k, v))
         # with the host's cache of keys, there are no queries behind the image's
         logits = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5 + bias[:, :, : q.shape[2]]
+        logits = logits if mask is None else logits.masked_fill(~mask, -inf)
         return rearrange(logits.softmax(-1) @ v.double(), "b h n d -> b n (h d)").to(q.dtype)
 
     clone = model.clone()
@@ -97,6 +98,10 @@ def context_of(subject, tokens):
 
 def by_keys(subject, index, bias):
     """A condition's bias for each of its attention calls, by (its index, keys)."""
+    if subject.backbone.references_in_context:  # which follow it here: a call for each piece
+        ends = [context_of(subject, 9), *(subject.tokens(*size) for size in subject.references)]
+        ends = [0, *torch.tensor(ends).cumsum(0).tolist(), len(bias)]
+        return {(index, end): bias[start:end, :end] for start, end in zip(ends, ends[1:])}
     calls = {(index, len(bias)): bias}
     if subject.backbone.contextless_blocks:
         start = sum(

@@ -37,7 +37,7 @@ FAMILIES = {
     "flux": "flux", "flux_checkpoint": "flux", "flux2": "flux2", "klein_4b": "flux2", "klein_9b": "flux2",
     "longcat": "longcat_image", "omnigen2": "omnigen2", "qwen_image": "qwen_image", "qwen_layered": "qwen_image",
     "krea2": "krea2", "boogu": "boogu", "mage_flow": "mage_flow", "joyimage": "joyimage", "flux3": "FLUX 3 Klein",
-    "qwen_image21": "Qwen-Image 2.1", "ming": "Ming-Image", "moss": "MOSS-Image",
+    "qwen_image21": "qwen_image21", "ming": "Ming-Image", "moss": "MOSS-Image",
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ CONFIGS = {  # of full width and one layer
         ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
         siglip_feat_dim=1152,
     ),
+    "qwen_image21": dict(num_layers=1),
 }  # fmt: skip
 CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "qwen_image": "qwen_image.model.QwenImageTransformer2DModel",
@@ -47,6 +48,7 @@ CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "joyimage": "joyimage.model.JoyImageTransformer3DModel",
     "boogu": "boogu.model.BooguTransformer2DModel",
     "z_image": "lumina.model.NextDiT",
+    "qwen_image21": "qwen_image21.model.QwenImage21Transformer2DModel",
 }
 FAMILIES = tuple(CONFIGS)
 # FLUX.2 Klein 4B's widths; ComfyUI 0.3.75 takes its number of heads for dev's
@@ -73,6 +75,9 @@ TINY = {
         dim=256, n_heads=2, n_kv_heads=2, cap_feat_dim=24, n_layers=2, siglip_feat_dim=12,
         pad_tokens_multiple=5,
     ),
+    "qwen_image21": dict(
+        num_attention_heads=2, attention_head_dim=16, axes_dims_rope=[4, 6, 6], context_in_dim=24, num_layers=2
+    ),
 }  # fmt: skip
 
 
@@ -86,7 +91,10 @@ def build(family: str, sizes=(), dtype=torch.bfloat16, operations=None) -> torch
     if "txt_ids_dims" not in {field.name for field in fields(comfy.ldm.flux.model.FluxParams)}:
         config.pop("txt_ids_dims", None)
     module, name = CLASSES.get(family, "flux.model.Flux").rsplit(".", 1)
-    model = getattr(import_module(f"comfy.ldm.{module}"), name)
+    module = import_module(f"comfy.ldm.{module}")
+    if family == "qwen_image21":  # the host's kernel for processors adds the causal mask's ones to the logits
+        module.optimized_attention = import_module("comfy.ldm.modules.attention").attention_pytorch
+    model = getattr(module, name)
     return model(**config, device="meta", dtype=dtype, operations=operations or comfy.ops.disable_weight_init)
 
 

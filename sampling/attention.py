@@ -118,6 +118,8 @@ class KeyStrengthAttention:
         joint_only: Tokens in a row that other attention calls of the model leave out; None = it has no such calls.
         pieces: Of the tokens, in order, where attention has a call for each, over the keys up to its end. The last is
             the image; `regions.image` counts from its start.
+        references: Tokens of each reference. Where the host says other numbers, it is believed.
+        recount: Makes the same object for other numbers.
 
     Attributes:
         applied: Number of joint attention calls so far, of the image where pieces have their own; a compiled model is
@@ -136,7 +138,10 @@ class KeyStrengthAttention:
         regions: Regions | None = None,
         joint_only: slice | None = None,
         pieces: Sequence[slice] = (),
+        references: Sequence[int] = (),
+        recount: "Callable[[Sequence[int]], KeyStrengthAttention | None] | None" = None,
     ):
+        self._references, self._recount = list(references), recount
         self.previous = previous
         self.applied, self.reached = 0, False
         self.contextless = joint_only is not None
@@ -167,6 +172,12 @@ class KeyStrengthAttention:
         """The host's attention with the strengths, as `optimized_attention_override` is called."""
         if self.previous is not None:
             attention = _through(self.previous, attention)
+        said = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens")
+        if said and self._recount is not None and list(said) != self._references and len(said) == len(self._references):
+            other = self._recount(said)
+            self._references = list(said)
+            if other is not None:
+                self._calls, self._before = other._calls, other._before
         queries, keys = (x.shape[2] if kwargs.get("skip_reshape") else x.shape[1] for x in (q, k))
         call = self._calls.get(keys) or self._before.get(keys)
         if call is None or not call.takes(queries):

@@ -14,7 +14,7 @@ from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
 from .other_patches import check_applied, own_prefix_cache, restart_cache
 from .reference_stages import Moment, RunSchedule
-from .tokens import grid, key_strengths, patch_size, region_log_weight, spans, token_parts
+from .tokens import grid, key_strengths, patch_size, recounted, region_log_weight, spans, token_parts
 
 EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
 
@@ -144,36 +144,45 @@ class StagedRun:
         key = (strengths, uuids, x.shape, tokens, tuple(sorted(shapes.items())), x.device)
         if key not in self._overrides:
             parts, count = token_parts(backbone, module, tokens, x.shape, shapes), len(shapes.get("ref_latents", ()))
-            found = [self._settings(backbone, self._conditions.get(uuid), parts, count, x.shape) for uuid in uuids]
-            logs, weights = (torch.stack(rows) for rows in zip(*found))
-            differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
-            if len(x) != len(uuids) * self._batch and differ:
-                raise ValueError(
-                    f"Apply Stages: the model is called with {len(x)} pictures for {len(uuids)} conditions of "
-                    f"{self._batch}, so another extension computes the picture in tiles and puts several into one "
-                    "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
-                    "tile batch size to 1, or remove it."
-                )
-            placed = [*zip(parts, spans(parts))]
-            regions = None
-            if weights.any():
-                image = next(span for part, span in placed if part.group == "image")
-                if backbone.references_in_context:  # its queries have a call of their own
-                    image = slice(0, image.stop - image.start)
-                of = [(part.reference, span) for part, span in placed if part.group == "reference"]
-                regions = Regions(image, [span for _, span in of], weights[:, [index for index, _ in of]])
-            override = None
-            if logs.any() or regions is not None:
-                # without references there is nothing to do in these, and refiners of the image have as many keys
-                left_out = [span for part, span in placed if part.joint_only and backbone.contextless_blocks and count]
-                joint_only = slice(left_out[0].start, left_out[-1].stop) if left_out else None
-                repeats = len(x) // len(uuids)
-                pieces = [span for _, span in placed] if backbone.references_in_context else []
-                override = KeyStrengthAttention(
-                    logs, repeats, x.device, regions=regions, joint_only=joint_only, pieces=pieces
-                )
-            self._overrides[key] = override
+            self._overrides[key] = self._weighted(backbone, parts, count, uuids, x)
         return self._overrides[key]
+
+    def _weighted(
+        self, backbone: Backbone, parts: list[Part], count: int, uuids: tuple, x: Tensor
+    ) -> KeyStrengthAttention | None:
+        """The override for these tokens of a call with `count` references, or None."""
+        found = [self._settings(backbone, self._conditions.get(u), parts, count, x.shape) for u in uuids]
+        logs, weights = (torch.stack(rows) for rows in zip(*found))
+        differ = any(not (rows == rows[0]).all() for rows in (logs, weights))
+        if len(x) != len(uuids) * self._batch and differ:
+            raise ValueError(
+                f"Apply Stages: the model is called with {len(x)} pictures for {len(uuids)} conditions of "
+                f"{self._batch}, so another extension computes the picture in tiles and puts several into one "
+                "batch; which tile belongs to which condition cannot be known, and their strengths differ. Set its "
+                "tile batch size to 1, or remove it."
+            )
+        if not (logs.any() or weights.any()):
+            return None
+        placed = [*zip(parts, spans(parts))]
+        regions = None
+        if weights.any():
+            image = next(span for part, span in placed if part.group == "image")
+            if backbone.references_in_context:  # its queries have a call of their own
+                image = slice(0, image.stop - image.start)
+            of = [(part.reference, span) for part, span in placed if part.group == "reference"]
+            regions = Regions(image, [span for _, span in of], weights[:, [index for index, _ in of]])
+        # without references there is nothing to do in these, and refiners of the image have as many keys
+        left_out = [span for part, span in placed if part.joint_only and backbone.contextless_blocks and count]
+        return KeyStrengthAttention(
+            logs,
+            len(x) // len(uuids),
+            x.device,
+            regions=regions,
+            joint_only=slice(left_out[0].start, left_out[-1].stop) if left_out else None,
+            pieces=[span for _, span in placed] if backbone.references_in_context else [],
+            references=[part.tokens for part in parts if part.group == "reference" and not part.joint_only],
+            recount=lambda tokens: self._weighted(backbone, recounted(parts, tokens), count, uuids, x),
+        )
 
     def _settings(
         self, backbone: Backbone, condition: Condition | None, parts: list[Part], count: int, shape: tuple

@@ -59,6 +59,16 @@ def token_parts(
     return [part for name in backbone.token_order for part in groups[name]]
 
 
+def recounted(parts: Sequence[Part], tokens: Sequence[int]) -> list[Part]:
+    """The same with the references' numbers of tokens as the host counts them, where these are whole frames."""
+
+    def one(part: Part) -> Part:
+        frames, rest = divmod(tokens[part.reference], part.grid[1] * part.grid[2])
+        return part if rest else part._replace(tokens=tokens[part.reference], grid=(frames, *part.grid[1:]))
+
+    return [one(part) if part.group == "reference" and not part.joint_only else part for part in parts]
+
+
 def spans(parts: Sequence[Part]) -> list[slice]:
     """Where each part lies among the tokens."""
     return [slice(*ends) for ends in pairwise(accumulate((part.tokens for part in parts), initial=0))]

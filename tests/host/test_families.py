@@ -73,6 +73,19 @@ def test_krea_2_takes_both_placements_and_auto_is_its_workflows():
         reference_method(subject.model, "offset")
 
 
+def test_where_the_host_counts_the_references_tokens_it_is_believed():
+    """Krea 2 reads one frame's number of tokens of a reference that has two."""
+    subject = tiny_subject("krea2")
+    latents = [torch.cat((one, one + 1), 2) for one in subject.condition(9, 2)[0][1]["reference_latents"]]
+    bare = [with_settings(subject.condition(9, seed), reference_latents=latents) for seed in (2, 3)]
+    settings = {STRENGTHS: [0.5, 1.5], MASKS: [SOFT.T.contiguous(), None], REGIONS: [LEFT, SOFT]}
+    ours = subject.staged(preset("both"), *(with_settings(c, **settings) for c in bare))
+    bias = dense(subject, 9, [LEFT, SOFT], (1, 0.5, 1.5), settings[MASKS])
+    subject.model = textbook(subject.model, {(i, len(bias)): bias for i in (0, 1)})
+    theirs = subject.host(*bare)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 def test_mage_flow_places_by_index_whatever_is_set():
     subject = tiny_subject("mage_flow")
     assert reference_method(subject.model, "auto") is None and reference_method(subject.model, "index") == "index"

@@ -205,11 +205,6 @@ def test_the_hosts_cache_of_the_references_keys_begins_anew_with_each_stage():
     theirs = run(None, theirs, sigmas[first : second + 1])
     theirs = run(preset("vae_only"), theirs, sigmas[second:])
     assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
-    half = torch.zeros(8, 8)
-    half[:, :4] = 1
-    conditions[0][0][1]["subject_reference_regions"] = [half, None]
-    with pytest.raises(RuntimeError, match="none of the attention calls.*patch of the tokens .*KV_Attn_Input"):
-        run(preset("both"), torch.zeros_like(ours), sigmas)
 
 
 class TeaCacheForTheTest:

@@ -37,7 +37,8 @@ class RMSNorm(comfy.ops.manual_cast.RMSNorm):
 def swap_layers(module: nn.Module) -> None:
     """Replaces linear, convolution, norm and token embedding layers by the host's.
 
-    Small embeddings stay: the library reads their device and dtype, and `MLLMBackbone.move_unmanaged` moves them.
+    Small embeddings stay: the library reads their device and dtype, and `MLLMBackbone.move_unmanaged` moves them. So do
+    norms of another kind than Llama's, such as Qwen3.5's, which scale by 1 + weight.
     """
     ops = comfy.ops.manual_cast
     child: Any
@@ -52,7 +53,9 @@ def swap_layers(module: nn.Module) -> None:
             new = conv(child.in_channels, child.out_channels, child.kernel_size, **where)
         elif type(child) is nn.LayerNorm:
             new = ops.LayerNorm(child.normalized_shape, eps=child.eps, bias=child.bias is not None, **where)
-        elif type(child).__name__.endswith("RMSNorm"):
+        elif type(child).__name__.endswith("RMSNorm") and hasattr(
+            child, "variance_epsilon"
+        ):  # else it scales otherwise
             new = RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, **where)
             new.bias = None
         elif type(child) is nn.Embedding and name == "embed_tokens":

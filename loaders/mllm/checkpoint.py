@@ -80,12 +80,12 @@ def read_headers(folder: Path) -> Headers:
 
 
 def rename(key: str) -> str | None:
-    """The backbone's key for a checkpoint's, None for what the backbone lacks (the LM head, old RoPE buffers).
+    """The backbone's key for a checkpoint's, None for what the backbone lacks (heads, old RoPE buffers).
 
     Three layouts exist: "model.layers", "visual" (Qwen2.5-VL as published); "language_model.model", "vision_tower"
     (InternVL as published); "model.language_model", "model.visual" (Qwen3-VL, and what transformers saves since 4.52).
     """
-    if re.match(r"(model\.)?(language_model\.)?lm_head\.", key) or key.endswith("rotary_emb.inv_freq"):
+    if re.match(r"(model\.)?(language_model\.)?(lm_head|mtp)\.", key) or key.endswith("rotary_emb.inv_freq"):
         return None
     key = re.sub(r"^model\.(?=(language_model|visual|vision_tower|multi_modal_projector)\.)", "", key)
     key = re.sub(r"^language_model\.model\.", "language_model.", key)

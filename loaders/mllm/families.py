@@ -19,6 +19,7 @@ class MLLMFamily:
     default_size: int = 384  # px, side of the square with the area at which an image is read (tiled: of a tile)
     tiled: bool = False  # whether images are cut into square tiles, as InternVL does
     mrope: bool = True  # whether positions count time, height and width
+    transformers: str = "4.57"  # the release from which on it can load a folder
 
     def info(self, name: str, layers: int, width: int, drop_leading_template: bool = True) -> MLLMInfo:
         """MLLMInfo of one such MLLM."""
@@ -37,10 +38,10 @@ FAMILIES = {
         MLLMFamily("qwen2_5", OMNIGEN2, None),
         MLLMFamily("qwen3", KLEIN, None),
         MLLMFamily("mistral3", FLUX2, None),
-        MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF)),
+        MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF), transformers="5.2"),
         MLLMFamily("gemma2", GEMMA, None),
         MLLMFamily("gemma3", GEMMA, None),
         MLLMFamily("gemma4", GEMMA, None),
     )
 }
-FOLDER_FAMILIES = ["internvl", "qwen2_5_vl", "qwen3_vl"]  # read from Hugging Face folders
+FOLDER_FAMILIES = ["internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]  # read from Hugging Face folders

@@ -184,7 +184,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     family = FAMILIES[raw["model_type"]]
     headers = read_headers(folder)
     tokenizer, image_token = read_tokenizer(folder, raw, family.placeholder)
-    model = _build_model(folder)
+    model = _build_model(folder, family)
     names = check_keys(headers, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
     device = comfy.model_management.text_encoder_device()
@@ -201,7 +201,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     return TransformersMLLM(info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
 
 
-def _build_model(folder: Path) -> Any:
+def _build_model(folder: Path, family: MLLMFamily) -> Any:
     """The library's model for a folder's config.json, without weights: parameters are on meta, buffers are real."""
     import transformers  # takes seconds
 
@@ -209,7 +209,8 @@ def _build_model(folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise MLLMError(
-            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {error}"
+            f"{folder / 'config.json'}: {family.name} cannot be read by transformers {transformers.__version__},"
+            f" expected {family.transformers} or newer. Update transformers in ComfyUI's Python. ({error})"
         ) from error
     layer = getattr(config, "vision_feature_layer", -1)
     strategy = getattr(config, "vision_feature_select_strategy", "default")

@@ -235,7 +235,7 @@ def stock(host_class, clip, prompt, images):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("host_class", [name for name in MADE_BY if name != "Gemma 4"])  # of which it hands over all
+@pytest.mark.parametrize("host_class", [name for name in MADE_BY if name != "Gemma 4"])  # its node returns every layer
 def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, count):
     """Bit for bit, and the mask: which layers, which norm, how they are joined, which tokens are dropped."""
     if count and host_class not in EDITS:
@@ -270,10 +270,9 @@ TEXT_ONLY = {
         "Gemma3TextConfig",
         {
             "query_pre_attn_scalar": 256,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
     "Klein 4B": ("Qwen3Model", "Qwen3Config", {}),
@@ -294,9 +293,7 @@ def test_text_encoders_give_the_features_of_transformers(monkeypatch, name):
     model = getattr(clip.cond_stage_model, key).transformer.model
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps", "rope_theta", "head_dim")  # fmt: skip
-    config = {size: getattr(model.config, size) for size in sizes if size not in ("rope_theta", *more)} | more
-    if "rope_parameters" not in more:
-        config["rope_theta"] = model.config.rope_theta
+    config = {size: getattr(model.config, size) for size in sizes if size not in more} | more
     other = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
     other.load_state_dict(model.state_dict())
     ids = torch.tensor([mllm.tokenize(mllm.template.text("a red fox"))])

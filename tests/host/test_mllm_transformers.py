@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -11,28 +12,38 @@ from subject_dla.common.dtypes import DTYPES
 from subject_dla.dla.features import ImageGrid, Modality
 from subject_dla.loaders.mllm import huggingface as backend
 from subject_dla.loaders.mllm.base import MLLMError
-from subject_dla.loaders.mllm.families import FAMILIES
+from subject_dla.loaders.mllm.families import FAMILIES, FOLDER_FAMILIES
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.vision import internvl_grid, internvl_tiles, qwen_grid, qwen_pixels
-from subject_dla.tests.small.mllm import build_internvl, build_internvl35, build_qwen3vl, build_qwen25vl
+from subject_dla.tests.small.mllm import build_internvl, build_internvl35, build_qwen3vl, build_qwen25vl, build_qwen35
 
 BUILD = {
     "qwen2_5_vl": build_qwen25vl,
     "qwen3_vl": build_qwen3vl,
     "internvl": build_internvl,
     "internvl3_5": build_internvl35,
+    "qwen3_5": build_qwen35,
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """A folder of each family, made when a test first asks for it."""
     root = tmp_path_factory.mktemp("mllm")
-    return {family: build(root / family) for family, build in BUILD.items()}
+
+    @cache
+    def folder(name):
+        if name in FAMILIES and name not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"not on this host: transformers {transformers.__version__} lacks {name}")
+        return BUILD[name](root / name)
+
+    return folder
 
 
 @pytest.fixture(scope="module", params=BUILD)
 def loaded(request, folders):
-    return request.param.removesuffix("3_5"), folders[request.param], load_folder(folders[request.param])
+    mllm = load_folder(folders(request.param))
+    return mllm.info.family, folders(request.param), mllm
 
 
 def picture(height, width, seed=0):
@@ -160,9 +171,9 @@ def test_features_do_not_depend_on_what_was_encoded_before(loaded):
 @pytest.mark.parametrize("family", BUILD)
 def test_partly_loaded_weights_give_the_same_features(folders, family, monkeypatch):
     """The host keeps what does not fit where it was and casts it at use; nothing may be left on the wrong device."""
-    whole = load_folder(folders[family])
+    whole = load_folder(folders(family))
     expected = whole.encode("a fox", [picture(60, 100)], image_size=84)
-    mllm = load_folder(folders[family])
+    mllm = load_folder(folders(family))
     calls = []
 
     def partly(patchers, memory_required=0, **_):
@@ -178,11 +189,13 @@ def test_partly_loaded_weights_give_the_same_features(folders, family, monkeypat
 
 def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
     """What is left to torch.nn would stay behind in low-VRAM mode on older hosts; it must be small."""
-    _, _, mllm = loaded
+    family, _, mllm = loaded
     modules = mllm.backbone.named_modules()
     stay = [(name, module) for name, module in modules if not hasattr(module, "comfy_cast_weights")]
     plain = [f"{name}.{key}" for name, module in stay for key, _ in module.named_parameters(recurse=False)]
     small = ("cls_token", "position_embeddings", "lambda_1", "lambda_2", "pos_embed.weight")
+    if family == "qwen3_5":
+        small += ("norm.weight", "linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.conv1d.weight")
     assert all(name.endswith(small) for name in plain), plain
     assert not any("lm_head" in name for name, _ in mllm.backbone.named_parameters())
     for name, buffer in mllm.backbone.named_buffers():
@@ -195,8 +208,8 @@ def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
 ])  # fmt: skip
 def test_storage_type(folders, family, weight_dtype):
     """fp8 halves what the linear layers take and changes features little; all types compute in fp32 on a CPU."""
-    reference = load_folder(folders[family]).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
-    mllm = load_folder(folders[family], weight_dtype)
+    reference = load_folder(folders(family)).encode("a fox", [picture(60, 100)], image_size=84).hidden_states
+    mllm = load_folder(folders(family), weight_dtype)
     layer = mllm.backbone.model.language_model.layers[0]
     assert layer.mlp.up_proj.weight.dtype == DTYPES[weight_dtype]
     assert layer.input_layernorm.weight.dtype == torch.float32
@@ -208,14 +221,28 @@ def test_storage_type(folders, family, weight_dtype):
         assert error > 0
 
 
+@pytest.mark.parametrize("family", [name for name in FOLDER_FAMILIES if FAMILIES[name].transformers != "4.57"])
+def test_a_folder_for_newer_transformers_says_which(folders, tmp_path, monkeypatch, family):
+    """As AutoConfig refuses what its release does not know."""
+    shutil.copytree(folders("qwen3_vl"), tmp_path / "model")
+    swapped("config.json", '"model_type": "qwen3_vl",', f'"model_type": "{family}",')(tmp_path / "model")
+    unknown = dict(transformers.CONFIG_MAPPING.items())
+    unknown.pop(family, None)
+    monkeypatch.setattr("transformers.models.auto.configuration_auto.CONFIG_MAPPING", unknown)
+    with pytest.raises(
+        MLLMError, match=f"{family} cannot be read by transformers .*, expected {FAMILIES[family].transformers} or"
+    ):
+        load_folder(tmp_path / "model")
+
+
 def test_shards_and_newer_key_names_load_alike(folders, tmp_path):
-    whole = load_folder(folders["qwen2_5_vl"]).encode("a fox").hidden_states
+    whole = load_folder(folders("qwen2_5_vl")).encode("a fox").hidden_states
     sharded = build_qwen25vl(tmp_path / "sharded", shards=3)
     assert torch.equal(load_folder(sharded).encode("a fox").hidden_states, whole)
     resaved = tmp_path / "resaved"  # as the library of this environment writes it
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folders["qwen2_5_vl"], local_files_only=True)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folders("qwen2_5_vl"), local_files_only=True)
     model.save_pretrained(resaved)
-    shutil.copy(folders["qwen2_5_vl"] / "tokenizer.json", resaved)
+    shutil.copy(folders("qwen2_5_vl") / "tokenizer.json", resaved)
     assert torch.equal(load_folder(resaved).encode("a fox").hidden_states, whole)
 
 

@@ -76,6 +76,42 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
+def build_qwen35(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
+    """Qwen3.5 as Qwen/Qwen3.5-4B lays it out: layers of linear attention and of full, and weights "mtp…"."""
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3_5_text", "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+            "dtype": _name(dtype), "eos_token_id": 151645, "full_attention_interval": 4, "head_dim": 32,
+            "hidden_act": "silu", "hidden_size": width, "initializer_range": 0.02, "intermediate_size": 2 * width,
+            "layer_types": ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(layers)],
+            "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_value_head_dim": 16, "mamba_ssm_dtype": "float32",
+            "max_position_embeddings": 262144, "mtp_num_hidden_layers": 1, "num_attention_heads": heads,
+            "num_hidden_layers": layers, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "use_cache": True,
+            "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25,
+                                "rope_theta": 10000000, "rope_type": "default"}, "vocab_size": 151936,
+        },
+        "vision_config": {
+            "model_type": "qwen3_5", "deepstack_visual_indexes": [], "depth": 2, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 32, "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 48, "num_heads": 2,
+            "num_position_embeddings": 64, "out_hidden_size": width, "patch_size": 16, "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }  # fmt: skip
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "temporal_patch_size": 2, "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    layout = {"language_model.": "model.language_model.", "visual.": "model.visual."}
+    extra = {"mtp.fc.weight": (width, 2 * width), "mtp.layers.0.mlp.up_proj.weight": (2 * width, width)}
+    around_zero = r"(layernorm|[qk]_norm|language_model\.norm)\.weight"  # these norms scale by 1 + weight
+    return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards, extra, around_zero)
+
+
 def build_internvl35(folder, **options) -> Path:
     """InternVL3.5 as OpenGVLab/InternVL3_5-8B-HF lays it out: as InternVL3, with Qwen3 as its LLM."""
     return build_internvl(folder, model_type="qwen3", **options)
@@ -120,7 +156,9 @@ def build_internvl(
     return _build(folder, config, processor, layout, head, more, seed, dtype, shards)
 
 
-def _build(folder, config, processor, layout, head, more_tokens, seed, dtype, shards) -> Path:
+def _build(
+    folder, config, processor, layout, head, more_tokens, seed, dtype, shards, extra=None, around_zero="(?!)"
+) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.json", config)
@@ -135,8 +173,10 @@ def _build(folder, config, processor, layout, head, more_tokens, seed, dtype, sh
     text = config.get("text_config", config)
     shapes = {key: value.shape for key, value in state.items()}
     shapes["lm_head.weight"] = torch.Size((text["vocab_size"], text["hidden_size"]))
+    shapes |= {key: torch.Size(shape) for key, shape in (extra or {}).items()}
     generator = torch.Generator().manual_seed(seed)
-    weights = {_published(key, layout, head): _random(key, shape, generator).to(dtype) for key, shape in shapes.items()}
+    weights = {key: _random(key, shape, generator) - len(re.findall(around_zero, key)) for key, shape in shapes.items()}
+    weights = {_published(key, layout, head): weight.to(dtype) for key, weight in weights.items()}
     _save(folder, weights, shards)
     return folder
 

@@ -31,7 +31,8 @@ from subject_dla.tests.host.test_regions import (
     with_settings,
 )
 from subject_dla.tests.host.test_subject_conditioning import TinyVAE, picture
-from subject_dla.tests.small.dit import load, tiny, tiny_flux
+from subject_dla.tests.small.dit import FAMILIES, load, tiny, tiny_chroma, tiny_flux
+from subject_dla.training.dit.frozen import FrozenDiT
 
 METHOD = "reference_latents_method"
 KLEIN = {  # context width, and sizes other than FLUX.2 dev's
@@ -94,6 +95,7 @@ def test_mage_flow_places_by_index_whatever_is_set():
     assert torch.equal(subject.host(full, full), subject.host(named, named))
 
 
+@pytest.mark.shows("detected", found="reported", family="unknown")
 def test_a_family_without_a_record_is_reported_where_references_are_added(monkeypatch, caplog):
     subject = Subject("flux", tiny_flux(24))
     bare = subject.condition(9, 2, False)
@@ -107,6 +109,7 @@ def test_a_family_without_a_record_is_reported_where_references_are_added(monkey
     assert "does not know the diffusion model Flux" in caplog.text and "FLUX.2" in caplog.text
 
 
+@pytest.mark.shows("detected", found="reported", family="reads none")
 def test_a_model_that_reads_no_references_is_reported_too(monkeypatch, caplog):
     assert not reads_references(Chroma.__new__(Chroma)) and reads_references(Flux.__new__(Flux))
     subject = Subject("flux", tiny_flux(24))
@@ -123,6 +126,34 @@ def test_a_model_that_reads_no_references_is_reported_too(monkeypatch, caplog):
         assert "Apply Stages: the diffusion model Flux" in caplog.text
 
 
+@pytest.fixture(params=["unknown", "reads none"])
+def foreign(request, monkeypatch):
+    """A subject on a model of no family of ours: the host's FLUX.1 by another name, or Chroma."""
+    subject = Subject("flux", tiny_flux(24))
+    if request.param == "unknown":
+        monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "flux3")
+    else:
+        subject.model = tiny_chroma()
+    return subject
+
+
+@pytest.mark.shows("parity both", "context off", "references off")
+def test_other_families_run_with_strengths_0_and_1(foreign):
+    check_identities(foreign, reads_references=reads_references(foreign.model.model.diffusion_model))
+
+
+@pytest.mark.shows("strengths", "regions", "trains", found="refused")
+def test_other_families_have_no_strengths_between_regions_or_training(foreign):
+    full = foreign.condition(9, 2)
+    regions = with_settings(full, **{REGIONS: [LEFT, None]})
+    for stages, positive in ((Stages((Keyframe(1, 0.5, 1),)), full), (preset("both"), regions)):
+        with pytest.raises(ValueError, match="token layout"):
+            foreign.staged(stages, positive, None)
+    with pytest.raises(ValueError, match="Training needs FLUX.1"):
+        FrozenDiT(foreign.model)
+
+
+@pytest.mark.shows("detected", "parity both", "context off", "references off", family="klein")
 @pytest.mark.parametrize("size", KLEIN)
 def test_klein_is_flux_2_at_its_own_widths(monkeypatch, size):
     if not hasattr(nodes_flux, "FluxKVCache"):
@@ -134,23 +165,46 @@ def test_klein_is_flux_2_at_its_own_widths(monkeypatch, size):
     gc.collect()
 
 
-# on FLUX.1, LongCat-Image and FLUX.2 dev 0.33.0 itself fails with this cache and two conditions in a batch
-@pytest.fixture(scope="module", params=["flux2", "krea2"])
-def cached(request):
-    """A subject on a model with the host's cache of the references' keys and values, and on one without."""
+# The host's cache of the references' keys and values, and a placement that it is used with: on FLUX.1, LongCat-Image
+# and FLUX.2 dev 0.33.0 itself fails with index_timestep_zero and two conditions in a batch.
+CACHED = dict.fromkeys(("klein", "krea2", "qwen_image", "mage_flow"), "index_timestep_zero")
+CACHED |= dict.fromkeys(("flux", "flux2", "longcat_image"), "index")
+UNCACHED = [name for name in FAMILIES if name not in (*CACHED, "qwen_image21")]  # which has one of its own
+
+
+def kv_cached(model):
     if not hasattr(nodes_flux, "FluxKVCache"):
         pytest.skip("not on this host")
-    klein = {"guidance_embed": False, "depth_single_blocks": 1} if request.param == "flux2" else {}
-    subject, plain = tiny_subject(request.param, **klein), tiny_subject(request.param, **klein)
-    subject.model = nodes_flux.FluxKVCache.execute(plain.model).result[0]
+    return nodes_flux.FluxKVCache.execute(model).result[0]
+
+
+@pytest.fixture(scope="module", params=CACHED)
+def cached(request):
+    """A subject on a model with that cache, and on one without."""
+    family, sizes = request.param, {}
+    if family == "klein":
+        family, sizes = "flux2", {"guidance_embed": False, "depth_single_blocks": 1}
+    subject, plain = tiny_subject(family, **sizes), tiny_subject(family, **sizes)
+    subject.placement, subject.model = CACHED[request.param], kv_cached(plain.model)
     return subject, plain
 
 
 def pair_of(subject):
-    """Positive and negative, with the placement that the cache sets."""
-    return [with_settings(subject.condition(9, seed), **{METHOD: "index_timestep_zero"}) for seed in (2, 3)]
+    """Positive and negative, with the placement that the cache is used with."""
+    return [with_settings(subject.condition(9, seed), **{METHOD: subject.placement}) for seed in (2, 3)]
 
 
+@pytest.mark.shows("K/V cache", found="none")
+@pytest.mark.parametrize("family", UNCACHED)
+def test_the_hosts_kv_cache_changes_nothing_where_a_family_does_not_read_it(family):
+    subject = tiny_subject(family)
+    pair = [subject.condition(9, seed) for seed in (2, 3)]
+    plain = subject.host(*pair)
+    subject.model = kv_cached(subject.model)
+    assert torch.equal(subject.host(*pair), plain)
+
+
+@pytest.mark.shows("K/V cache", "parity both", "references off", "context off")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_with_the_kv_cache_strength_1_is_the_hosts_picture_and_0_the_one_without(cached, batch):
     subject, plain = cached
@@ -161,11 +215,12 @@ def test_with_the_kv_cache_strength_1_is_the_hosts_picture_and_0_the_one_without
     without = subject.staged(preset("mllm_only"), *pair, batch=batch, steps=4)
     assert torch.equal(without, plain.host(*bare, batch=batch, steps=4))
     off = [subject.staged(preset("vae_only"), *pair_of(subject), batch=batch, steps=4)]
-    other = [with_settings(subject.condition(n, 30 + n), **{METHOD: "index_timestep_zero"}) for n in (6, 4)]
+    other = [with_settings(subject.condition(n, 30 + n), **{METHOD: subject.placement}) for n in (6, 4)]
     off.append(subject.staged(preset("vae_only"), *other, batch=batch, steps=4))
     assert torch.equal(*off)
 
 
+@pytest.mark.shows("K/V cache", "strengths", "regions")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_strengths_masks_and_regions_with_the_kv_cache_are_textbook_attention(cached, batch):
     """Where the references' keys come from the cache, there are no queries of theirs."""
@@ -181,6 +236,7 @@ def test_strengths_masks_and_regions_with_the_kv_cache_are_textbook_attention(ca
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.shows("K/V cache")
 def test_the_keys_that_are_kept_are_those_of_the_stage(cached):
     """A stage of one step reads nothing of the cache."""
     subject, plain = cached

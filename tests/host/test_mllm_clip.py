@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import comfy.sd
 import comfy.sd1_clip
+import comfy.text_encoders.flux as flux
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.omnigen2 as omnigen2
 import comfy.text_encoders.qwen_image as qwen_image
@@ -68,6 +69,7 @@ def picture(height, width, seed=0):
 IMAGES = [picture(300, 500), picture(640, 400, 1)]  # two aspect ratios; neither fits the windows
 
 
+@pytest.mark.shows("MLLM sources", family="qwen_image")
 @pytest.mark.parametrize("prompt", ["a red fox,\n\nasleep", "", " "], ids=["words", "empty", "space"])
 @pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
 def test_native_and_transformers_features_agree(clip, folder, images, prompt):
@@ -86,6 +88,7 @@ def test_native_and_transformers_features_agree(clip, folder, images, prompt):
     assert torch.equal(some.hidden_states, first.hidden_states[:, [1, 3]])
 
 
+@pytest.mark.shows("stock context equal", family="qwen_image")
 @pytest.mark.parametrize("prompt", ["a red fox", "", "\nbegins with a line break", "(weighted:1.4) {braces}"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_last_layer_is_the_stock_conditioning(clip, prompt, count):
@@ -177,6 +180,7 @@ def test_the_nodes_take_an_empty_prompt_as_the_host_does(clip, count):
     assert torch.equal(mine, stock[0][0])
 
 
+@pytest.mark.shows("MLLM sources", "stock context equal", family="omnigen2")
 def test_omnigen2_reads_text_only_and_keeps_its_template(monkeypatch):
     shrink(monkeypatch)
     clip = build_clip(omnigen2.te(), omnigen2.Omnigen2Tokenizer)
@@ -198,3 +202,11 @@ def test_another_text_encoder_gets_a_clear_error():
     clip = comfy.sd.CLIP(SimpleNamespace(**clip_l, params={}))
     with pytest.raises(ValueError, match=re.compile("'clip_l'.*qwen25_7b.*Load MLLM", re.DOTALL)):
         mllm_from_clip(clip)
+
+
+@pytest.mark.shows("MLLM sources", "stock context equal", family="flux", found="refused")
+def test_flux_1s_text_encoders_hold_no_llm():
+    module = flux.FluxClipModel.__new__(flux.FluxClipModel)  # its T5 has 4.7 thousand million weights
+    torch.nn.Module.__init__(module)
+    with pytest.raises(MLLMError, match="'FluxClipModel', expected an LLM.*Load MLLM"):
+        mllm_from_clip(SimpleNamespace(cond_stage_model=module))

@@ -55,6 +55,13 @@ MADE_BY = {
     "Qwen3.5": ("qwen35", "te", {"model_type": "qwen35_2b"}, "tokenizer", None, LAYERS),
     "Qwen3VLTEModel": ("qwen3vl", "te", {"model_type": "qwen3vl_4b"}, "tokenizer", "Qwen3VL_4BConfig", LAYERS),
 }
+# of those that a DiT family of ours reads
+READ_BY = {
+    "QwenImage21TEModel": "qwen_image21", "Krea2TEModel": "krea2", "MageFlowTEModel": "mage_flow",
+    "BooguTEModel": "boogu", "JoyImageTEModel": "joyimage", "Klein 4B": "klein", "Klein 8B": "klein",
+    "ZImageTEModel": "z_image", "FLUX.2 dev": "flux2", "FLUX.2 dev, pruned": "flux2",
+    "LongCatImageTEModel": "longcat_image",
+}  # fmt: skip
 PROMPTS = ["a red fox,\n\nasleep", "", "\nbegins with a line break", "(weighted:1.4) {braces}"]
 
 
@@ -235,7 +242,13 @@ def stock(host_class, clip, prompt, images):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("host_class", [name for name in MADE_BY if name != "Gemma 4"])  # its node returns every layer
+@pytest.mark.parametrize("host_class", [
+    pytest.param(name, marks=[
+        pytest.mark.shows("MLLM sources", "stock context equal", family=READ_BY[name])
+    ] if name in READ_BY else [])
+    for name in MADE_BY
+    if name != "Gemma 4"  # its node returns every layer
+])  # fmt: skip
 def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, count):
     """Bit for bit, and the mask: which layers, which norm, how they are joined, which tokens are dropped."""
     if count and host_class not in EDITS:

@@ -16,6 +16,7 @@ from subject_dla.tests.host.test_subject_conditioning import TinyVAE, picture
 from subject_dla.tests.small.dit import tiny
 
 SLOTS = "image_slots"
+FAMILY = {"family": "qwen_image21"}
 PLACES = [2, 5]  # context tokens before each reference
 TOKENS = 9
 BOTH_PLACED_LAST = [TOKENS, TOKENS]
@@ -49,6 +50,7 @@ def pieces(subject):
     return [*zip(ends, ends[1:])]
 
 
+@pytest.mark.shows("K/V cache", "parity both", "context off", **FAMILY)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_strength_1_is_the_hosts_picture_and_so_is_a_run_without_the_context(subject, sampler, batch):
@@ -64,6 +66,7 @@ def test_strength_1_is_the_hosts_picture_and_so_is_a_run_without_the_context(sub
     assert torch.equal(subject.staged(preset("vae_only"), *other, sampler, batch), theirs)
 
 
+@pytest.mark.shows("K/V cache", "references off", **FAMILY)
 @pytest.mark.parametrize("name", ["mllm_only", "semantics_first", "two_stage", "paper"])
 def test_a_stage_without_references_needs_a_context_that_holds_the_images(subject, name):
     pair = placed(subject, 2), placed(subject, 3)
@@ -100,6 +103,7 @@ def test_a_reference_of_strength_0_goes_with_its_place(subject):
         subject.staged(preset("both"), with_settings(whole, **{STRENGTHS: [0, 0]}), None, cfg=1.0)
 
 
+@pytest.mark.shows("K/V cache", "strengths", "regions", **FAMILY)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_strengths_masks_and_regions_are_textbook_attention_in_each_piece(subject, batch):
     settings = {STRENGTHS: [0.5, 1.5], MASKS: [SOFT.T.contiguous(), None]}
@@ -130,6 +134,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.shows("K/V cache", **FAMILY)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_prefix_cache_holds_what_the_strengths_of_the_stage_make(name):
     """Pictures with it and without are equal; what is before the picture is computed once in a stage."""

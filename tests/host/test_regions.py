@@ -135,6 +135,7 @@ CASES = {
 }
 
 
+@pytest.mark.shows("strengths", "regions")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_regions_equal_textbook_attention_with_the_dense_mask(subject, case, batch):

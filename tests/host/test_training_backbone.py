@@ -11,6 +11,7 @@ from subject_dla.loaders.backbones import BACKBONES, TRAINED
 from subject_dla.loaders.dit import load_dit
 from subject_dla.sampling.guider import StagedGuider
 from subject_dla.sampling.stages import preset
+from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
 from subject_dla.tests.small.dit import load_trained, tiny, tiny_flux
 from subject_dla.tests.small.training import small_family
 from subject_dla.training.dit.frozen import FrozenDiT, GradientError
@@ -70,6 +71,7 @@ def difference(loss, point, direction, size=1e-2):
         return (loss(point + size * direction) - loss(point - size * direction)) / (2 * size)
 
 
+@pytest.mark.shows("trains")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_of_the_context(problem, checkpointing):
     (gradient,) = problem.gradients(checkpointing)
@@ -81,7 +83,10 @@ def test_gradient_of_the_context(problem, checkpointing):
     assert (found - ours).norm() / found.norm() < 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=pytest.mark.shows("trains", family="klein" if name == "flux2" else name))
+    for name in FAMILIES
+])  # fmt: skip
 def test_gradient_of_the_context_at_full_width(monkeypatch, family):
     with torch.inference_mode():
         model = load_trained(family, monkeypatch)
@@ -170,6 +175,14 @@ def test_what_is_trained_is_what_is_sampled(problem, mllm, vae, name):
     velocity = problem.velocity(tokens if mllm else None, mask, slice(0, 1), bool(vae))
     problem.t = torch.tensor([0.7, 0.3])
     assert torch.allclose(noise - velocity, backbone.latent(sampled), atol=2e-4 * float(velocity.abs().max()))
+
+
+@pytest.mark.shows("trains", found="refused")
+@pytest.mark.parametrize("family", [name for name in BACKBONES if name not in FAMILIES])
+def test_a_family_that_is_not_trained_is_refused(family):
+    skip_what_the_host_lacks(family)
+    with pytest.raises(ValueError, match=r"Training needs FLUX\.1, .*Load one of these"):
+        FrozenDiT(tiny(family))
 
 
 @pytest.mark.parametrize("broken", ["no gradient", "wrong gradient"])

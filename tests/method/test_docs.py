@@ -3,11 +3,14 @@
 import ast
 import re
 from functools import cache
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from subject_dla.loaders import backbones
 from subject_dla.loaders.mllm import encoders
 from subject_dla.tests.method.test_layout import BELOW, ROOT
+from subject_dla.tests.small import families_table
 from subject_dla.training import recipe
 from subject_dla.training.dit import flops, memory
 
@@ -74,6 +77,31 @@ def test_help_of_train_dla():
             steps = memory.steps_of(backbone, 512, rank)
             row.append(" / ".join(f"{steps[weight, 'adamw', True].total / memory.GIB:.0f}" for weight in (2, 1)))
         assert f"| {' | '.join(row)} |" in text
+
+
+def test_families_by_host():
+    hosts, cells = families_table.read_page(), {*product(families_table.ROWS.values(), families_table.COLUMNS)}
+    assert "ComfyUI 0.3.75" in hosts
+    for host, found in hosts.items():
+        assert found.keys() == cells, f"{host}: nox -s tests -- -m shows --write-docs"
+        assert {word for cell in found.values() for word in cell.split("; ")} <= {*families_table.WORDS}
+    assert [cell for cell in cells if all(found[cell] == "not run" for found in hosts.values())] == []
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, ""),
+    ({("FLUX.1", "trains"): {"refused"}}, "not found: FLUX.1: trains: run"),
+    ({("FLUX.1", "trains"): set()}, "says anything of FLUX.1: trains"),
+])  # fmt: skip
+def test_a_run_of_all_tests_finds_what_the_page_says(change, words):
+    option = {"keyword": "", "markexpr": "", "collectonly": False, "write_docs": False, "host_title": "0.3.75"}
+    config = SimpleNamespace(args=[str(ROOT / "tests")], option=SimpleNamespace(**option))
+    plugin = families_table.FamiliesTable(config)
+    plugin.found |= {cell: {word} for cell, word in families_table.read_page()["ComfyUI 0.3.75"].items()} | change
+    finish = plugin.pytest_sessionfinish(0)
+    next(finish)
+    with pytest.raises(pytest.exit.Exception if words else StopIteration, match=words or None):
+        next(finish)
 
 
 def test_text_encoders():

@@ -162,6 +162,21 @@ def tiny_flux(context_width: int = 24, seed: int = 0, **sizes):
     return tiny("flux", seed, context_in_dim=context_width, **sizes)
 
 
+def tiny_chroma():
+    """A tiny DiT that reads no references; its blocks are FLUX.1's."""
+    import comfy.ops
+    from comfy.ldm.chroma.model import Chroma, ChromaParams
+
+    from ...loaders.dit import build_dit
+
+    sizes = FLUX | TINY["flux"] | dict(image_model="chroma", in_channels=64, out_channels=64)
+    sizes |= dict(in_dim=64, out_dim=32, hidden_dim=16, n_layers=1, vec_in_dim=None)
+    known = {"image_model", *(field.name for field in fields(ChromaParams))}  # which hosts differ in
+    sizes = {name: size for name, size in sizes.items() if name in known}
+    module = Chroma(**sizes, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return build_dit(_random(module, torch.float32, 0, 0.2), sizes, {}, "tiny Chroma")
+
+
 class TinyVAE:
     """Latents of a family's form, from the pixels alone; counts what it encodes."""
 

@@ -17,7 +17,7 @@ class SubjectLoadMLLM(io.ComfyNode):
         return schema(
             node_id="SubjectLoadMLLM",
             display_name="Load MLLM",
-            description="Loads an InternVL3 (the paper's), Qwen2.5-VL, Qwen3-VL or Qwen3.5 folder from models/mllm.",
+            description="Loads an InternVL3 (the paper's), Qwen2.5-VL, Qwen3-VL, Qwen3.5 or Gemma 4 from models/mllm.",
             search_aliases=["internvl", "qwen vl", "vision language model", "vlm", "multimodal text encoder"],
             inputs=[
                 io.Combo.Input(

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 class ParametersOnMeta(TorchFunctionMode):
     """Like `torch.device("meta")`, but only for what parameters are made of.
 
-    Buffers that a module computes, such as RoPE frequencies, come from `arange` and stay real: no checkpoint holds
-    them, so on meta they would be lost.
+    Buffers that a module computes, such as RoPE frequencies, come from `arange` and `zeros` and stay real: no
+    checkpoint holds them, so on meta they would be lost. Parameters of zeros are small.
     """
 
-    ALLOCATE = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full)
+    ALLOCATE = (torch.empty, torch.ones, torch.randn, torch.rand, torch.full)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -32,6 +32,16 @@ class RMSNorm(comfy.ops.manual_cast.RMSNorm):
         full = x.float()
         full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * full.to(x.dtype)
+
+
+class ScaledEmbedding(comfy.ops.manual_cast.Embedding):
+    """Gemma's token embedding: times a factor, rounded as the library rounds it."""
+
+    factor: float
+
+    def forward_comfy_cast_weights(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:  # noqa: D102
+        out = super().forward_comfy_cast_weights(ids, out_dtype=out_dtype)
+        return out * out.new_tensor(self.factor)
 
 
 def swap_layers(module: nn.Module) -> None:
@@ -53,13 +63,15 @@ def swap_layers(module: nn.Module) -> None:
             new = conv(child.in_channels, child.out_channels, child.kernel_size, **where)
         elif type(child) is nn.LayerNorm:
             new = ops.LayerNorm(child.normalized_shape, eps=child.eps, bias=child.bias is not None, **where)
-        elif type(child).__name__.endswith("RMSNorm") and hasattr(
-            child, "variance_epsilon"
-        ):  # else it scales otherwise
+        elif type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):  # Llama's kind
             new = RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, **where)
             new.bias = None
-        elif type(child) is nn.Embedding and name == "embed_tokens":
-            new = ops.Embedding(child.num_embeddings, child.embedding_dim, **where)
+        elif isinstance(child, nn.Embedding) and name.startswith("embed_tokens"):
+            scale = getattr(child, "embed_scale", None)
+            new = (ops.Embedding if scale is None else ScaledEmbedding)(
+                child.num_embeddings, child.embedding_dim, **where
+            )
+            new.factor = 1.0 if scale is None else float(scale)
         if new is None:
             swap_layers(child)
         else:

@@ -9,7 +9,7 @@ from ...common.dtypes import UNQUANTIZED
 from ...common.safetensors_header import SafetensorsError, TensorHeader, read_header
 from ...dla.features import MLLMInfo
 from .base import MLLMError
-from .families import FAMILIES, FOLDER_FAMILIES
+from .families import FAMILIES, FOLDER_FAMILIES, MLLMFamily
 
 Headers = dict[str, tuple[Path, TensorHeader]]  # of every key: its file, its dtype and shape
 
@@ -80,27 +80,29 @@ def read_headers(folder: Path) -> Headers:
 
 
 def rename(key: str) -> str | None:
-    """The backbone's key for a checkpoint's, None for what the backbone lacks (heads, old RoPE buffers).
+    """The backbone's key for a checkpoint's, None for what the backbone lacks (heads, audio, old RoPE buffers).
 
     Three layouts exist: "model.layers", "visual" (Qwen2.5-VL as published); "language_model.model", "vision_tower"
     (InternVL as published); "model.language_model", "model.visual" (Qwen3-VL, and what transformers saves since 4.52).
     """
-    if re.match(r"(model\.)?(language_model\.)?(lm_head|mtp)\.", key) or key.endswith("rotary_emb.inv_freq"):
+    if re.match(r"(model\.)?(language_model\.)?(lm_head|mtp|audio_tower|embed_audio)\.", key) or key.endswith(
+        "rotary_emb.inv_freq"
+    ):
         return None
-    key = re.sub(r"^model\.(?=(language_model|visual|vision_tower|multi_modal_projector)\.)", "", key)
+    key = re.sub(r"^model\.(?=(language_model|visual|vision_tower|multi_modal_projector|embed_vision)\.)", "", key)
     key = re.sub(r"^language_model\.model\.", "language_model.", key)
     return re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.", key)
 
 
-def check_keys(headers: Headers, expected: dict[str, tuple]) -> list[str]:
-    """The checkpoint's keys that are used; `expected`: shapes of the backbone's.
+def check_keys(headers: Headers, expected: dict[str, tuple], ignored: tuple[str, ...] = ()) -> list[str]:
+    """The checkpoint's keys that are used; `expected`: shapes of the backbone's; `ignored`: beginnings of unused ones.
 
     Raises MLLMError for a key that is missing, unknown, of another shape, or quantised.
     """
     found, used = {}, []
     for key, (path, header) in headers.items():
         name = rename(key)
-        if name is None:
+        if name is None or name.startswith(ignored):
             continue
         if name not in expected:
             hint = "Weights and config.json do not belong together: download both from one repository."
@@ -130,7 +132,7 @@ def check_keys(headers: Headers, expected: dict[str, tuple]) -> list[str]:
     return used
 
 
-def read_tokenizer(folder: Path, config: dict, placeholder: str) -> tuple[Callable[[str], list[int]], int]:
+def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Callable[[str], list[int]], int]:
     """The folder's tokenizer (a text to its ids), and the id of the image placeholder. Raises MLLMError.
 
     tokenizer.json is read by the `tokenizers` library itself: transformers reads it differently between its releases.
@@ -161,8 +163,8 @@ def read_tokenizer(folder: Path, config: dict, placeholder: str) -> tuple[Callab
         raise MLLMError(
             f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
         )
-    expected = config.get("image_token_id", config.get("image_token_index"))
-    for token in (placeholder, "<|im_start|>", "<|im_end|>"):
+    placeholder, expected = family.placeholder, config.get("image_token_id", config.get("image_token_index"))
+    for token in filter(None, (placeholder, family.start, *family.markers)):
         ids = tokenize(token)
         if len(ids) != 1 or (token == placeholder and expected is not None and ids[0] != expected):
             want = expected if token == placeholder else "one id"

@@ -103,7 +103,7 @@ ENCODERS = (
         stock=StockContext((-2,), always_masked=True), drop_leading_template=False,
     ),
     # the LLMs of no DiT: template and dropped tokens are those of Load MLLM, so that a DLA reads either
-    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), drop_leading_template=False),
+    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), text_only=True),
     HostEncoder(  # 0.33.0 rotates image tokens otherwise than transformers, so that features differ
         "Qwen3.5", "", FAMILIES["qwen3_5"], ("qwen35_08b", "qwen35_2b", "qwen35_4b", "qwen35_9b", "qwen35_27b"),
         stock=StockContext((-2,), always_masked=True), text_only=True,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo
 from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
-from .templates import FLUX2, GEMMA, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
+from .templates import FLUX2, GEMMA, GEMMA4, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
 from .vision import Vision
 
 
@@ -18,7 +18,10 @@ class MLLMFamily:
     placeholder: str = "<|image_pad|>"  # token in the template that stands for an image
     default_size: int = 384  # px, side of the square with the area at which an image is read (tiled: of a tile)
     tiled: bool = False  # whether images are cut into square tiles, as InternVL does
+    pooled: bool = False  # whether patches are averaged to tokens, as Gemma 4 does
     mrope: bool = True  # whether positions count time, height and width
+    start: str = ""  # token before every text; a CLIP's tokenizer adds its own
+    markers: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # of the template, that a folder's tokenizer must know
     transformers: str = "4.57"  # the release from which on it can load a folder
 
     def info(self, name: str, layers: int, width: int, drop_leading_template: bool = True) -> MLLMInfo:
@@ -41,7 +44,10 @@ FAMILIES = {
         MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF), transformers="5.2"),
         MLLMFamily("gemma2", GEMMA, None),
         MLLMFamily("gemma3", GEMMA, None),
-        MLLMFamily("gemma4", GEMMA, None),
+        MLLMFamily(  # 768: within the 280 tokens per image of its own processor
+            "gemma4", GEMMA4, Vision(16, 3, (0.0,) * 3, (1.0,) * 3), "<|image|>", 768, pooled=True, mrope=False,
+            start="<bos>", markers=("<|turn>", "<turn|>"), transformers="5.6",
+        ),
     )
-}
-FOLDER_FAMILIES = ["internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]  # read from Hugging Face folders
+}  # fmt: skip
+FOLDER_FAMILIES = ["internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4"]  # read from Hugging Face folders

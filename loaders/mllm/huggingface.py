@@ -24,7 +24,16 @@ from .base import MLLM, MLLMError
 from .cast_layers import ParametersOnMeta, swap_layers
 from .checkpoint import Headers, check_keys, read_config, read_headers, read_tokenizer, rename
 from .families import FAMILIES, MLLMFamily
-from .vision import Vision, internvl_grid, internvl_tiles, mrope_positions, qwen_grid, qwen_pixels, to_area
+from .vision import (
+    Vision,
+    internvl_grid,
+    internvl_tiles,
+    mrope_positions,
+    pooled_pixels,
+    qwen_grid,
+    qwen_pixels,
+    to_area,
+)
 
 
 class _StopForward(Exception):
@@ -53,6 +62,29 @@ class MLLMBackbone(nn.Module):
         """Token embeddings (B, T, C) of ids (B, T), in the compute dtype."""
         return self.model.language_model.embed_tokens(ids, out_dtype=self.compute_dtype)
 
+    def pooled_inputs(self, ids: Tensor, images: Tensor) -> dict[str, Any]:
+        """What Gemma 4's decoder reads beside embeddings, for ids (1, T) and each token's image (1, T), 0 = none.
+
+        Where its config asks for it, tokens of one image see each other in the layers of sliding attention.
+        """
+        decoder, extra = self.model.language_model, {}
+        config, seen = decoder.config, images > 0
+        if config.hidden_size_per_layer_input:
+            table = decoder.embed_tokens_per_layer(
+                ids.masked_fill(seen, config.pad_token_id), out_dtype=self.compute_dtype
+            )
+            extra["per_layer_inputs"] = rearrange(table, "b t (l c) -> b t l c", l=len(decoder.layers))
+        if config.use_bidirectional_attention == "vision" and seen.any():
+            at = torch.arange(ids.shape[1], device=ids.device)
+            behind = at[:, None] - at
+            together = seen[0, :, None] & (images[0, :, None] == images[0])
+            near = (behind < config.sliding_window) & ((behind >= 0) | together)
+            extra["attention_mask"] = {
+                "full_attention": (behind >= 0)[None, None],
+                "sliding_attention": near[None, None],
+            }
+        return extra
+
     def states(
         self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], store: Callable, **extra: Any
     ) -> list[Tensor]:
@@ -78,10 +110,9 @@ class MLLMBackbone(nn.Module):
                 for number in range(1, min(top, count - 1) + 1):
                     layer = decoder.layers[number]
                     hooks.append(layer.register_forward_pre_hook(partial(read, number), with_kwargs=True))
-                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-                out = decoder(
-                    inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False, **extra
-                )  # the mask of ones keeps the library from reading image positions as packed sequences
+                # a mask of ones keeps the library from reading image positions as packed sequences
+                extra.setdefault("attention_mask", torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
+                out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra)
                 found[count] = store(out.last_hidden_state)
             except _StopForward:
                 pass
@@ -97,7 +128,7 @@ class TransformersMLLM(MLLM):
     def __init__(self, info, family, vision: Vision, backbone: MLLMBackbone, patcher, tokenizer, image_token: int):
         super().__init__(info, family)
         self.vision, self.backbone, self.patcher = vision, backbone, patcher
-        self._tokenizer, self._image_token = tokenizer, image_token
+        self._tokenizer, self._image_token, self.starts = tokenizer, image_token, int(bool(family.start))
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
         return self._tokenizer(text)
@@ -105,7 +136,7 @@ class TransformersMLLM(MLLM):
     @torch.no_grad()
     def run(self, text, images, size, tiles, wanted):  # noqa: D102
         tokens, left = [], len(images)
-        for token in self.tokenize(text):
+        for token in self.tokenize(self.family.start + text):
             is_image = token == self._image_token and left > 0
             tokens.append(None if is_image else token)
             left -= is_image
@@ -117,15 +148,17 @@ class TransformersMLLM(MLLM):
         self.backbone.move_unmanaged(device)
         out_device = comfy.model_management.intermediate_device()
 
-        encode = self._encode_tiles if self.family.tiled else self._encode_image
+        pooled, tiled = self.family.pooled, self.family.tiled
+        encode = self._encode_pooled if pooled else self._encode_tiles if tiled else self._encode_image
         encoded = [encode(image, size, tiles, device) for image in images]
         grids = [grid for _, grid, _ in encoded]
         ids = torch.tensor([[self._image_token if token is None else token for token in tokens]], device=device)
+        holes = torch.tensor([token is None for token in tokens])
         repeats = torch.ones(len(tokens), dtype=torch.long)
-        placeholders = [position for position, token in enumerate(tokens) if token is None]
-        repeats[placeholders] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
+        repeats[holes] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
         ids = ids.repeat_interleave(repeats.to(device), dim=1)
-        image_mask = torch.tensor([token is None for token in tokens]).repeat_interleave(repeats)[None].to(device)
+        numbers = (holes * holes.cumsum(0)).repeat_interleave(repeats)[None].to(device)  # of images, from 1; else 0
+        image_mask = numbers > 0
 
         embeds = self.backbone.embed(ids)
         extra: dict[str, Any] = {}
@@ -135,6 +168,8 @@ class TransformersMLLM(MLLM):
             if encoded[0][2]:
                 levels = zip(*(deepstack for _, _, deepstack in encoded), strict=True)
                 extra |= {"visual_pos_masks": image_mask, "deepstack_visual_embeds": [torch.cat(x) for x in levels]}
+        if pooled:
+            extra = self.backbone.pooled_inputs(ids, numbers)
         if self.family.mrope:
             positions = mrope_positions(tokens, grids).to(device)
         states = self.backbone.states(embeds, positions, wanted, lambda x: x.to(out_device, copy=True), **extra)
@@ -153,6 +188,15 @@ class TransformersMLLM(MLLM):
         elif hasattr(out, "pooler_output"):  # transformers 5
             out, deepstack = out.pooler_output, getattr(out, "deepstack_features", None) or []
         return out, grid, deepstack
+
+    def _encode_pooled(self, image: Tensor, size: int, tiles: int, device) -> tuple[Tensor, ImageGrid, list[Tensor]]:
+        """As _encode_image, by Gemma 4's vision tower."""
+        image, model = to_area(image, size), self.backbone.model
+        grid = qwen_grid(image.shape[0], image.shape[1], self.vision)
+        patches, places = pooled_pixels(image, grid, self.vision)
+        patches = patches.to(device, self.backbone.compute_dtype)
+        seen = model.vision_tower(pixel_values=patches, pixel_position_ids=places.to(device)).last_hidden_state
+        return model.embed_vision(inputs_embeds=seen), grid, []
 
     def _encode_tiles(self, image: Tensor, size: int, tiles: int, device) -> tuple[Tensor, ImageGrid, list[Tensor]]:
         """As _encode_image, by InternVL's vision tower, tile by tile."""
@@ -183,9 +227,12 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
     headers = read_headers(folder)
-    tokenizer, image_token = read_tokenizer(folder, raw, family.placeholder)
+    tokenizer, image_token = read_tokenizer(folder, raw, family)
     model = _build_model(folder, family)
-    names = check_keys(headers, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    decoder = model.language_model
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unused = getattr(decoder, "_keys_to_ignore_on_load_unexpected", None) or ()  # Gemma 4: keys of other layers' keys
+    names = check_keys(headers, expected, tuple(f"language_model.{key}." for key in unused))
 
     device = comfy.model_management.text_encoder_device()
     storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[names[0]][1].dtype], device)
@@ -196,7 +243,6 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     model.requires_grad_(False)
     backbone = MLLMBackbone(model, compute)
     patcher = make_patcher(backbone, device, comfy.model_management.text_encoder_offload_device())
-    decoder = model.language_model
     info = family.info(folder.name, len(decoder.layers), decoder.config.hidden_size)
     return TransformersMLLM(info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
 
@@ -212,6 +258,8 @@ def _build_model(folder: Path, family: MLLMFamily) -> Any:
             f"{folder / 'config.json'}: {family.name} cannot be read by transformers {transformers.__version__},"
             f" expected {family.transformers} or newer. Update transformers in ComfyUI's Python. ({error})"
         ) from error
+    if getattr(config.get_text_config(), "enable_moe_block", False):
+        raise MLLMError(f"{folder / 'config.json'}: enable_moe_block is true, expected a model without experts.")
     layer = getattr(config, "vision_feature_layer", -1)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     if layer != -1 or strategy != "default":
@@ -219,22 +267,31 @@ def _build_model(folder: Path, family: MLLMFamily) -> Any:
             f"{folder / 'config.json'}: vision_feature_layer is {layer} and vision_feature_select_strategy"
             f" {strategy!r}, expected -1 and 'default'."
         )
+    if hasattr(config, "audio_config"):
+        config.audio_config = None  # not built
     with ParametersOnMeta(), torch.inference_mode(False):
         model = transformers.AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:  # would be garbage later
-            raise MLLMError(
-                f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know."
-            )
+    for name in {name for name, buffer in model.named_buffers() if buffer.is_meta} - set(model.state_dict()):
+        raise MLLMError(  # it would be garbage later
+            f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know."
+        )
+    last = model.language_model.layers[-1]
+    if getattr(model.language_model.config, "num_kv_shared_layers", 0) and hasattr(last.self_attn, "k_proj"):
+        raise MLLMError(
+            f"transformers {transformers.__version__} computes keys that {family.name} shares between layers, expected"
+            f" {family.transformers} or newer. Update transformers in ComfyUI's Python."
+        )
     return model.eval().requires_grad_(False)
 
 
 def _read_weights(headers: Headers, model: Any, storage: torch.dtype, compute: torch.dtype) -> dict[str, Tensor]:
     """State dict of the model: linear weights in the storage dtype, all others in the compute dtype."""
-    large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    table = "language_model.embed_tokens.weight"
+    modules = dict(model.named_modules())
+    large = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Linear)}
+    large -= {"vision_tower.patch_embedder.input_proj.weight"}  # in whose dtype Gemma 4's vision tower computes
     dtypes = dict.fromkeys(model.state_dict(), compute) | dict.fromkeys(large, storage)
-    dtypes[table] = storage if storage.itemsize > 1 else torch.bfloat16  # entry 0 of the features, so never 8 bits
+    for name in (name for name in dtypes if name.startswith("language_model.embed_tokens")):
+        dtypes[name] = storage if storage.itemsize > 1 else torch.bfloat16  # entry 0 of the features, so never 8 bits
     state_dict = {}
     for path in dict.fromkeys(path for path, _ in headers.values()):
         for key, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
@@ -248,7 +305,7 @@ def _vision(family: MLLMFamily, config: dict) -> Vision:
     assert family.vision is not None  # FOLDER_FAMILIES all read images
     sizes = config.get("vision_config", {})
     patch = sizes.get("patch_size", family.vision.patch)
-    merge = sizes.get("spatial_merge_size", family.vision.merge)
+    merge = sizes.get("spatial_merge_size", sizes.get("pooling_kernel_size", family.vision.merge))
     if "downsample_ratio" in config:
         merge = round(1 / config["downsample_ratio"])
     return replace(family.vision, patch=patch[0] if isinstance(patch, list) else patch, merge=merge)

@@ -86,6 +86,14 @@ FLUX2 = Template(
 )
 IDEOGRAM4 = Template(system="")
 GEMMA = Template(system="", around="", turn="", tail="", whole="")  # the prompt alone
+GEMMA4 = Template(
+    system=_TASK,
+    image="Picture {}: <|image><|image|><image|>\n",
+    tail="<turn|>\n<|turn>model\n",
+    around="<|turn>system\n{}<turn|>\n",
+    turn="<|turn>user\n",
+    whole="<|turn>",
+)
 LONGCAT = Template(
     system="As an image captioning expert, generate a descriptive text prompt based on an image content, suitable for"
     " input to a text-to-image model.",

@@ -70,13 +70,30 @@ def qwen_grid(height: int, width: int, vision: Vision, least: int = 3136, most: 
 
 def qwen_pixels(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
     """Patches (h w, 3 frames patch patch) in merge x merge blocks of an image (H, W, 3) in 0..1, scaled to its grid."""
-    size = (grid.rows * vision.token, grid.columns * vision.token)
-    pixels = F.interpolate(image.movedim(-1, 0)[None], size=size, mode="bilinear", align_corners=False)[0]
-    pixels = vision.normalize(pixels)[None].expand(vision.frames, -1, -1, -1)
+    pixels = _to_grid(image, grid, vision)[None].expand(vision.frames, -1, -1, -1)
     return rearrange(
         pixels, "t c (h mh ph) (w mw pw) -> (h w mh mw) (c t ph pw)",
         mh=vision.merge, mw=vision.merge, ph=vision.patch, pw=vision.patch,
     )  # fmt: skip
+
+
+def pooled_pixels(image: Tensor, grid: ImageGrid, vision: Vision) -> tuple[Tensor, Tensor]:
+    """Patches (1, h w, patch patch 3), row by row, of an image (H, W, 3) in 0..1, scaled to its grid; x, y (1, h w, 2).
+
+    Source: Gemma 4.
+    """
+    pixels = _to_grid(image, grid, vision)
+    patches = rearrange(pixels, "c (h ph) (w pw) -> 1 (h w) (ph pw c)", ph=vision.patch, pw=vision.patch)
+    rows, columns = grid.rows * vision.merge, grid.columns * vision.merge
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return patches, rearrange([x, y], "c h w -> 1 (h w) c")
+
+
+def _to_grid(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
+    """Normalised pixels (3, h, w) of an image (H, W, 3), scaled to its grid."""
+    size = (grid.rows * vision.token, grid.columns * vision.token)
+    pixels = F.interpolate(image.movedim(-1, 0)[None], size=size, mode="bilinear", align_corners=False)
+    return vision.normalize(pixels[0])
 
 
 def internvl_grid(height: int, width: int, vision: Vision, side: int, most: int) -> ImageGrid:

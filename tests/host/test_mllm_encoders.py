@@ -170,8 +170,10 @@ def tokenizers():
     )  # fmt: skip
     spiece = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
     files = {"tekken_model": mistral_tokenizer(), "spiece_model": spiece}
-    letters = ["<pad>", "<eos>", "<bos>", *map(chr, range(32, 127))]
+    markers = ["<|turn>", "<turn|>", "<|image>", "<|image|>", "<image|>"]
+    letters = ["<pad>", "<eos>", "<bos>", "\n", *map(chr, range(32, 127)), *markers]
     gemma4 = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    gemma4.add_special_tokens(markers)
     files["tokenizer_json"] = torch.tensor(list(gemma4.to_str().encode()), dtype=torch.uint8)
     return files | {"qwen35_2b_tokenizer_class": qwen35_tokenizer}
 
@@ -360,7 +362,7 @@ def test_gemma_4_gives_the_features_of_transformers(monkeypatch):
     kept = {key: value for key, value in model.state_dict().items() if key in other.state_dict()}
     missing, unexpected = other.load_state_dict(kept, strict=False)
     assert not unexpected and not missing
-    ids = torch.tensor([[2, *mllm.tokenize("a red fox")]])
+    ids = torch.tensor([[2, *mllm.tokenize(mllm.template.text("a red fox"))]])
     states = torch.stack(other(ids, output_hidden_states=True).hidden_states, dim=1)
     torch.testing.assert_close(mllm.encode("a red fox").hidden_states, states, atol=1e-3, rtol=1e-3)
 

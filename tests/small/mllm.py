@@ -112,6 +112,67 @@ def build_qwen35(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dty
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards, extra, around_zero)
 
 
+GEMMA4_TOKENS = ("<bos>", "<|turn>", "<turn|>", "<|image>", "<|image|>", "<image|>")
+
+
+def build_gemma4(
+    folder, *, width=64, layers=6, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1, large=False
+) -> Path:
+    """Gemma 4 as google/gemma-4-E4B-it lays it out, with audio, or `large` as google/gemma-4-31B-it does.
+
+    The first has embeddings of each layer, clipped layers in its vision tower, and keys that layers share. In the
+    second, tokens of an image see each other, and layers of full attention have one matrix for keys and values.
+    """
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * (layers // 3)
+    config = {
+        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "dtype": _name(dtype),
+        "boi_token_id": 151668, "image_token_id": 151669, "eoi_token_id": 151670, "audio_token_id": 151671,
+        "video_token_id": 151672, "tie_word_embeddings": True,
+        "audio_config": None if large else {
+            "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "output_proj_dims": 32, "subsampling_conv_channels": [8, 4],
+        },
+        "text_config": {
+            "model_type": "gemma4_text", "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": large,
+            "bos_token_id": 151665, "dtype": _name(dtype), "enable_moe_block": False, "eos_token_id": 151645,
+            "global_head_dim": 32, "head_dim": 16,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": width,
+            "hidden_size_per_layer_input": 0 if large else 8, "initializer_range": 0.02, "intermediate_size": 2 * width,
+            "layer_types": kinds, "max_position_embeddings": 131072, "num_attention_heads": heads,
+            "num_global_key_value_heads": 1 if large else None, "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads, "num_kv_shared_layers": 0 if large else layers // 2, "pad_token_id": 0,
+            "rms_norm_eps": 1e-06, "sliding_window": 12, "tie_word_embeddings": True,
+            "use_bidirectional_attention": "vision" if large else None, "use_cache": True,
+            "use_double_wide_mlp": not large, "vocab_size": 151680, "vocab_size_per_layer_input": 151680,
+            "rope_parameters": {
+                "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        },
+        "vision_config": {
+            "model_type": "gemma4_vision", "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 32,
+            "intermediate_size": 48, "max_position_embeddings": 131072, "num_attention_heads": 2,
+            "num_hidden_layers": 2, "num_key_value_heads": 2, "patch_size": 16, "pooling_kernel_size": 3,
+            "position_embedding_size": 64, "rms_norm_eps": 1e-06, "rope_parameters": {"rope_theta": 100.0,
+            "rope_type": "default"}, "standardize": large, "use_clipped_linears": not large,
+        },
+    }  # fmt: skip
+    processor = {
+        "image_processor_type": "Gemma4ImageProcessor", "processor_class": "Gemma4Processor", "patch_size": 16,
+        "max_soft_tokens": 280, "pooling_kernel_size": 3, "do_normalize": False,
+    }  # fmt: skip
+    parts = ("language_model.", "vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
+    layout = {part: f"model.{part}" for part in parts}
+    unused = range(layers // 2, layers) if not large else ()
+    extra = {f"model.language_model.layers.{layer}.self_attn.k_norm.weight": (16,) for layer in unused}
+    return _build(folder, config, processor, layout, "lm_head.weight", GEMMA4_TOKENS, seed, dtype, shards, extra)
+
+
+def build_gemma4_31b(folder, **options) -> Path:
+    """Gemma 4 as google/gemma-4-31B-it lays it out."""
+    return build_gemma4(folder, large=True, **options)
+
+
 def build_internvl35(folder, **options) -> Path:
     """InternVL3.5 as OpenGVLab/InternVL3_5-8B-HF lays it out: as InternVL3, with Qwen3 as its LLM."""
     return build_internvl(folder, model_type="qwen3", **options)
@@ -187,7 +248,11 @@ def _random(key, shape, generator):
         return 1 + 0.1 * noise
     if key.endswith(("lambda_1", "lambda_2")):
         return 0.5 + 0.1 * noise
-    if noise.ndim < 2 or "cls_token" in key or "position_embeddings" in key:
+    if key.endswith(("put_min", "put_max")):  # of clipped layers: near what they clip
+        return torch.tensor(-1.0 if key.endswith("min") else 1.0)
+    if key.endswith(("layer_scalar", "std_scale")):
+        return 0.9 + 0.1 * noise
+    if noise.ndim < 2 or "cls_token" in key or "position_embedding_table" in key or "position_embeddings" in key:
         return 0.1 * noise
     if "embed" in key and "patch" not in key:
         return 0.5 * noise

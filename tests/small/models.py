@@ -27,6 +27,11 @@ DITS = {
     "omnigen2": dict(hidden_size=240, num_attention_heads=2, num_kv_heads=1),
 }
 FLUX2 = {"hidden_size": 256, "num_heads": 2, "depth_single_blocks": 1}
+QWEN_IMAGE_21 = {  # folder -> small file's kind, name
+    "diffusion_models": ("qwen_image21", "qwen_image_2.1_int8_convrot"),
+    "text_encoders": ("qwen3vl_8b", "qwen3vl_8b_int8_convrot"),
+    "vae": ("wan_21", "qwen_image_2.1_vae_bf16"),
+}
 WAN_VAE = {
     "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
     "temperal_downsample": [False, True, True], "dropout": 0.0,
@@ -61,6 +66,12 @@ def main(comfyui: str, out: str | Path) -> None:
         klein = {key.replace("_norm.weight", "_norm.scale"): value for key, value in klein.items()}
         save("diffusion_models/flux-2-klein-base-4b.safetensors", klein)
         save("vae/flux2-vae.safetensors", kl_vae())
+
+    if dit.on_this_host("qwen_image21"):
+        from .template_models import KINDS  # which imports from here
+
+        for folder, (kind, name) in QWEN_IMAGE_21.items():
+            save(f"{folder}/{name}.safetensors", KINDS[folder][kind]())
 
     taesd = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
     save("vae/ae.safetensors", random_like(taesd, torch.float32))

@@ -26,6 +26,8 @@ def shrink(prompt: dict) -> None:
                 inputs[name] = small
         if node["class_type"] in ("SubjectAddIdentity", "SubjectConditioning"):
             inputs["size"] = 128
+        if node["class_type"] == "SubjectEncodeQwenImage21":
+            inputs["resolution"] = 128
         if node["class_type"] == "SubjectTrainDLA":
             inputs |= {"resolution": 64, "accumulate": 1, "lora_rank": 4, "options": SMALL_RUN}
 

@@ -116,6 +116,14 @@ def wan(**channels) -> dict[str, torch.Tensor]:
     return random_like(host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | {"dim": 16} | channels), torch.float32)
 
 
+def wan_21() -> dict[str, torch.Tensor]:
+    """The VAE of Qwen-Image 2.1: Wan 2.2's layout for one frame, with alpha."""
+    if "temporal_kernel" not in inspect.signature(of_host("ldm.wan.vae2_2", "WanVAE")).parameters:
+        raise Lacking("the host's Wan 2.2 VAE has frames only")
+    weights = host_shapes("comfy.ldm.wan.vae2_2", "WanVAE", WAN_VAE_21)
+    return random_like(weights, torch.float32)
+
+
 def mage_vae() -> dict[str, torch.Tensor]:
     of_host("ldm.mage_flow.vae", "MageVAE")
     weights = random_like(host_shapes("comfy.ldm.mage_flow.vae", "MageVAE", {}))
@@ -152,6 +160,10 @@ HEADS = {"num_layers": 2, "num_attention_heads": 2}
 BOOGU = {"hidden_size": 240, "num_attention_heads": 2, "num_kv_heads": 1, "num_refiner_layers": 1}
 BOOGU |= {"num_layers": 1, "num_double_stream_layers": 1}
 KREA = {"features": 256, "heads": 2, "kvheads": 1, "layers": 2, "txtdim": 320}
+WAN_VAE_21 = {
+    "dim": 8, "dec_dim": 8, "z_dim": 64, "dim_mult": [1, 2, 4, 8, 8], "temperal_downsample": [False, True, True, True],
+    "image_channels": 4, "patch_size": 1, "temporal_kernel": 1,
+}  # fmt: skip
 KINDS = {  # folder of models -> kind -> what makes its weights
     "diffusion_models": {
         "flux": partial(flux, 512),
@@ -166,6 +178,7 @@ KINDS = {  # folder of models -> kind -> what makes its weights
         "boogu": partial(known, "boogu", **BOOGU),
         "mage_flow": partial(known, "mage_flow", **HEADS),
         "joyimage": partial(known, "joyimage", hidden_size=256, **HEADS),
+        "qwen_image21": partial(known, "qwen_image21", **HEADS),
     },
     "text_encoders": {
         "t5xxl": lambda: random_like(text_encoder_shapes("t5xxl")),
@@ -183,6 +196,7 @@ KINDS = {  # folder of models -> kind -> what makes its weights
     "vae": {
         "taesd": taesd,
         "wan": wan,
+        "wan_21": wan_21,
         "wan_rgba": partial(wan, image_channels=4, conv_out_channels=4),
         "kl_flux2": kl_vae,
         "mage_vae": mage_vae,

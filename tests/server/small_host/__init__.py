@@ -168,12 +168,20 @@ def shrink_vae() -> None:
     comfy.ldm.models.autoencoder.AutoencoderKL.__init__ = small_kl
 
 
+def mask_where_masked() -> None:
+    """The host's kernel for processors adds the ones of Qwen-Image 2.1's causal mask to the logits."""
+    if find_spec("comfy.ldm.qwen_image21"):
+        model, attention = (import_module(f"comfy.ldm.{name}") for name in ("qwen_image21.model", "modules.attention"))
+        model.optimized_attention = attention.attention_pytorch
+
+
 def shrink_host() -> None:
     read_sizes_from_file()
     read_language_models_from_file()
     shrink_vision()
     shrink_text_encoders()
     shrink_vae()
+    mask_where_masked()
 
 
 if not __name__.startswith("subject_dla."):  # the host's import of a custom node; tests choose what they need

@@ -32,6 +32,7 @@ class HostEncoder:
     drop_header: bool = True  # and the line that opens that turn with it
     prefix: int | None = None  # tokens dropped, where the host counts them instead of looking for the turn
     text_only: bool = False  # whether images are refused although the LLM reads them
+    own_images: bool = False  # whether this pack prepares and rotates images, since the host does not as the original
     cut_tail: bool = False  # whether the stock model drops the template's tail, too
     most_images: int | None = None  # that its template has room for
     default_size: int = 0  # px, as in MLLMFamily; 0 = the family's
@@ -104,9 +105,9 @@ ENCODERS = (
     ),
     # the LLMs of no DiT: template and dropped tokens are those of Load MLLM, so that a DLA reads either
     HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), text_only=True),
-    HostEncoder(  # 0.33.0 rotates image tokens otherwise than transformers, so that features differ
+    HostEncoder(
         "Qwen3.5", "", FAMILIES["qwen3_5"], ("qwen35_08b", "qwen35_2b", "qwen35_4b", "qwen35_9b", "qwen35_27b"),
-        stock=StockContext((-2,), always_masked=True), text_only=True,
+        stock=StockContext((-2,), always_masked=True), own_images=True,
     ),
     HostEncoder(
         "Qwen3-VL", "", _VL3, _QWEN3_VL_4B + _QWEN3_VL_8B,

@@ -4,6 +4,7 @@ Only the socket's public interface is used (`load_model`, `tokenize`, `cond_stag
 whatever a loader put behind it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,7 +16,7 @@ from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
 from .encoders import ENCODERS, encoder_of, titles
-from .vision import qwen_grid
+from .vision import Vision, qwen_grid, qwen_pixels
 
 
 class ClipMLLM(MLLM):
@@ -91,6 +92,10 @@ class ClipMLLM(MLLM):
         tower: Any = type(self.visual)
         if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
             hooks.append(self.visual.register_forward_hook(to_raster))
+        if grids and self.encoder.own_images:
+            inner.transformer.preprocess_embed = partial(_see, self.visual, self.vision)
+            rotate = partial(interleaved, self._model.compute_freqs_cis, self._model.config.mrope_section)
+            self._model.compute_freqs_cis = rotate
         if wanted[-1] > top:
             hooks.append(self._model.norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
         if hasattr(self._model, "embed_tokens_per_layer"):  # Gemma 4, which the host encodes without their part
@@ -107,6 +112,8 @@ class ClipMLLM(MLLM):
             inner.layer_norm_hidden_state = normed
             for hook in hooks:
                 hook.remove()
+            for module, name in ((inner.transformer, "preprocess_embed"), (self._model, "compute_freqs_cis")):
+                vars(module).pop(name, None)  # the class's own again
         states = out[0]
         if states.ndim != 4 or states.shape[1] != top + 1:
             raise MLLMError(
@@ -123,6 +130,31 @@ class ClipMLLM(MLLM):
 def _with_ids(ids: Tensor, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward hook that gives a decoder the tokens beside their embeddings."""
     return args, kwargs | {"input_ids": ids.to(kwargs["embeds"].device)}
+
+
+def _see(visual, vision: Vision, embed: dict, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In place of the host's preprocess_embed: an image's tokens and its grid in patches."""
+    image = embed["data"][0]
+    grid = qwen_grid(image.shape[0], image.shape[1], vision)
+    sizes = torch.tensor([[1, grid.rows * vision.merge, grid.columns * vision.merge]], device=device)
+    return visual(qwen_pixels(image, grid, vision).to(device), sizes), sizes
+
+
+def interleaved(compute: Callable, section: Sequence[int], positions: Tensor, device: torch.device) -> Any:
+    """A decoder's rotations, where axes of image positions (3, T) alternate from channel to channel.
+
+    The host has them in blocks, one after the other. Source: Qwen3.5.
+    """
+    if len(positions) != 3:
+        return compute(positions, device)
+    axis = torch.zeros(sum(section), dtype=torch.long, device=device)
+    for number in (1, 2):
+        axis[number : 3 * section[number] : 3] = number
+    by_axis = [torch.cat(tables) for tables in zip(*(compute(row, device) for row in positions.split(1)), strict=True)]
+    channels = [axis.repeat(table.shape[-1] // len(axis)) for table in by_axis]
+    return tuple(
+        table[pick, 0, :, range(len(pick))].T[None, None] for table, pick in zip(by_axis, channels, strict=True)
+    )
 
 
 def to_raster(visual, args, tokens: Tensor) -> Tensor:

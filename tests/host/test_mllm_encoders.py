@@ -25,7 +25,7 @@ from subject_dla.loaders.mllm.encoders import ENCODERS
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.templates import QWEN3_VL
 from subject_dla.loaders.mllm.vision import to_area
-from subject_dla.tests.small.mllm import build_qwen3vl, shrink_qwen25vl_vision
+from subject_dla.tests.small.mllm import build_qwen3vl, build_qwen35, shrink_qwen25vl_vision
 from subject_dla.tests.small.template_models import mistral_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Qwen2Tokenizer
@@ -151,7 +151,7 @@ def build_clip(monkeypatch, name, folder=None):
     weights = {
         key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
         for key, value in load_file(folder / "model.safetensors").items()
-        if key != "lm_head.weight"
+        if not key.startswith(("lm_head.", "mtp."))
     }
     missing, unexpected = inner.transformer.load_state_dict(weights, strict=False)
     assert not missing and not unexpected
@@ -324,25 +324,34 @@ def test_text_encoders_give_the_features_of_transformers(monkeypatch, name):
         mllm.encode("a red fox", IMAGES)
 
 
-@torch.no_grad()
-def test_qwen3_5_gives_the_features_of_transformers(monkeypatch):
-    """Its layers of linear attention too. Images are refused: the host rotates them otherwise than transformers."""
-    transformers = importlib.import_module("transformers")
-    clip = build_clip(monkeypatch, "Qwen3.5")
-    mllm = mllm_from_clip(clip)
-    model = clip.cond_stage_model.qwen35_2b.transformer.model
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-             "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-             "linear_value_head_dim", "rms_norm_eps", "layer_types")  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
-    config = {size: getattr(model.config, size) for size in sizes}
-    other = transformers.Qwen3_5TextModel(transformers.Qwen3_5TextConfig(**config, rope_parameters=rope)).eval()
-    other.load_state_dict(model.state_dict())
-    ids = torch.tensor([mllm.tokenize(mllm.template.text("a red fox"))])
-    states = torch.stack(other(ids, output_hidden_states=True).hidden_states, dim=1)
-    torch.testing.assert_close(mllm.encode("a red fox").hidden_states, states, atol=1e-3, rtol=1e-3)
-    with pytest.raises(MLLMError, match="reads text only, but 2 image"):
-        mllm.encode("a red fox", IMAGES)
+@pytest.fixture(scope="module")
+def qwen35(tmp_path_factory):
+    """A folder of the sizes of `shrink_qwen35`."""
+    rope = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+            "rope_theta": 1e7, "rope_type": "default"}  # fmt: skip
+    sizes = {"intermediate_size": 96, "head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+             "vocab_size": 248320, "rope_parameters": rope}  # fmt: skip
+    root = tmp_path_factory.mktemp("encoders") / "qwen35"
+    return build_qwen35(root, layers=LAYERS, heads=2, kv_heads=1, dtype=torch.float32, **sizes)
+
+
+@pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
+def test_qwen3_5_gives_the_features_of_its_folder(monkeypatch, request, images):
+    """Its layers of linear attention too, and images, which the host alone normalises and rotates otherwise."""
+    pytest.importorskip("comfy.text_encoders.qwen35", reason="not on this host")
+    if "qwen3_5" not in importlib.import_module("transformers").CONFIG_MAPPING:
+        pytest.skip("not on this host: transformers lacks qwen3_5")
+    folder = request.getfixturevalue("qwen35")
+    clip = build_clip(monkeypatch, "Qwen3.5", folder)
+    mllm, other = mllm_from_clip(clip), load_folder(folder)
+    other._tokenizer, (other._image_token,) = mllm.tokenize, mllm.tokenize("<|image_pad|>")
+    first, second = (source.encode("a red fox", images, image_size=160) for source in (mllm, other))
+    assert first.grids == second.grids and first.prefix == second.prefix
+    for name in ("modality", "image_index", "attention_mask"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    torch.testing.assert_close(first.hidden_states, second.hidden_states, atol=1e-3, rtol=1e-3)
+    inner = clip.cond_stage_model.qwen35_2b.transformer
+    assert not {"preprocess_embed", "compute_freqs_cis"} & {*vars(inner), *vars(inner.model)}  # the CLIP is as it was
 
 
 @torch.no_grad()

@@ -76,8 +76,13 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
-def build_qwen35(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
-    """Qwen3.5 as Qwen/Qwen3.5-4B lays it out: layers of linear attention and of full, and weights "mtp…"."""
+def build_qwen35(
+    folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1, **text
+) -> Path:
+    """Qwen3.5 as Qwen/Qwen3.5-4B lays it out: layers of linear attention and of full, and weights "mtp…".
+
+    text: other settings of its text_config.
+    """
     config = {
         "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": IMAGE_PAD,
         "video_token_id": VIDEO_PAD, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,
@@ -93,6 +98,7 @@ def build_qwen35(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dty
             "num_hidden_layers": layers, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "use_cache": True,
             "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25,
                                 "rope_theta": 10000000, "rope_type": "default"}, "vocab_size": 151936,
+            **text,
         },
         "vision_config": {
             "model_type": "qwen3_5", "deepstack_visual_indexes": [], "depth": 2, "hidden_act": "gelu_pytorch_tanh",

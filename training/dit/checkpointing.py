@@ -5,13 +5,16 @@ OmniGen2 write into both (`img += ...`), which gives wrong gradients without a w
 the inputs, and `in_place` lets autograd know of the writes.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 @contextmanager
@@ -37,28 +40,55 @@ def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Seque
 
 @contextmanager
 def in_place():
-    """`allow_mutation_on_saved_tensors` of torch, around forward and backward pass, without one fault of it.
+    """Around forward and backward pass: what is kept for the backward pass is copied before it is written over.
 
-    It knows a kept tensor by the addresses of its object and data and by its version. Once it has copied one that was
-    about to be written over and let it go, a new tensor may get both addresses, and the old one's copy is taken for it:
-    an error where shapes differ, wrong gradients where they do not. Here a copied tensor's address is forgotten.
+    torch's `allow_mutation_on_saved_tensors` (as of 2.13) knows a kept tensor by its address. So it does not see a
+    write into a slice that begins elsewhere (Qwen-Image 2.1's `x[:, n:].addcmul_(...)`), and takes a new tensor that
+    gets an old one's address for it: in both cases wrong gradients, without an error. Here the storage counts.
     """
-    with torch.autograd.graph.allow_mutation_on_saved_tensors() as kept:
-        kept.cloned = _Copies(kept)
+    kept: dict[int, WeakSet[_Kept]] = defaultdict(WeakSet)
+    with saved_tensors_hooks(lambda tensor: _Kept(tensor, kept), lambda one: one.tensor), _CopiesBeforeWrites(kept):
         yield
 
 
-class _Copies(WeakKeyDictionary):
-    """Handle -> copy; torch fills it just before it lets the original go."""
+class _Kept:
+    """A tensor that autograd keeps, or its copy."""
 
-    def __init__(self, kept):
+    def __init__(self, tensor: Tensor, kept: dict[int, WeakSet]):
+        self.tensor = tensor
+        kept[_storage(tensor)].add(self)
+
+
+class _CopiesBeforeWrites(TorchDispatchMode):
+    """Copies kept tensors whose storage an operation is about to write to, each view of it once."""
+
+    def __init__(self, kept: dict[int, WeakSet]):
         super().__init__()
         self.kept = kept
 
-    def __setitem__(self, handle, copy: Tensor) -> None:
-        super().__setitem__(handle, copy)
-        original = self.kept.original[handle]
-        self.kept.tid_to_weakhandle.pop((id(original), original.data_ptr(), original._version), None)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for number, argument in enumerate(function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[number] if number < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(written):
+                    if isinstance(tensor, Tensor):
+                        self._copy(tensor)
+        return function(*args, **kwargs)
+
+    def _copy(self, written: Tensor) -> None:
+        copies: dict[tuple, Tensor] = {}
+        for one in self.kept.pop(_storage(written), ()):
+            x = one.tensor
+            view = x.dtype, x.storage_offset(), x.shape, x.stride()
+            if view not in copies:
+                copies[view] = x.clone()
+            one.tensor = copies[view]
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same number for all tensors that share memory; while one of them is kept, no other gets it."""
+    return tensor.untyped_storage()._cdata
 
 
 def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:

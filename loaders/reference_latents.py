@@ -62,7 +62,7 @@ def add_identity(
     elif backbone is None:
         log.warning(UNKNOWN_FAMILY, type(diffusion_model).__name__, titles())
     method = reference_method(model, placement)
-    side = (backbone.reference_side or backbone.token_side) if backbone else 16
+    side = backbone.reference_grid if backbone else 16
     images = collect_images(image)
     count = max((len(reference_latents(values)) for _, values in conditioning), default=0) + len(images)
     if backbone and backbone.most_references is not None and count > backbone.most_references:

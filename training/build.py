@@ -62,7 +62,8 @@ def build(recipe: Recipe, models: TrainingModels, cache: Path) -> Components:
         keep=2 * max(recipe.data.encode_ahead, options.batch_size),
     )
     times = FlowTimes(options.times, options.shift or backbone.shift)
-    inputs = (recipe, LatentCache(models.vae, cache / "latents"), features, times, method)
+    latents, grid = LatentCache(models.vae, cache / "latents"), backbone.family.reference_grid
+    inputs = (recipe, latents, features, times, method, grid)
     held_out = Batches(data.validation, *inputs) if data.validation else None
     return Components(data, module, make_optimizer(recipe, dla, lora), Batches(data.training, *inputs), held_out)
 

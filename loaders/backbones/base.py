@@ -33,8 +33,10 @@ class DiTSizes:
     refiners: int = 0  # OmniGen2's, of each of three kinds
     head: int = 128  # channels of one attention head
     streams: int = 2  # 2: image and context tokens each have maps of their own; 1: one block for all, a SwiGLU MLP
-    gated: bool = False  # 2 streams: a SwiGLU MLP in place of one with GELU
+    norms: int = 2  # 1 stream: of a block's tokens, those of queries and keys not counted
+    gated: bool = False  # a SwiGLU MLP whose first two maps are one; else GELU, or with 1 stream a SwiGLU of three maps
     fused_qkv: bool = False  # one map makes queries, keys and values
+    pieces: bool = False  # context, each reference and the image have attention calls of their own, over what is before
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Backbone:
     def token_side(self) -> int:
         """Pixels per token and side, of the picture and of references."""
         return self.latent_downscale * self.patch_size
+
+    @property
+    def reference_grid(self) -> int:
+        """Pixels of which a reference's sides are whole multiples."""
+        return self.reference_side or self.token_side
 
     def has_keys(self, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> bool:
         """Whether a state dict with these keys, and shapes of their tensors, may be of this family."""

@@ -15,6 +15,7 @@ def measure(module) -> DiTSizes:
         refiners=len(module.noise_refiner),
         head=first.attn.dim_head,
         streams=1,
+        norms=4,
     )
 
 
@@ -32,7 +33,7 @@ BACKBONE = Backbone(
     counts_context=True,
     training=Training(
         release="OmniGen2",
-        sizes=DiTSizes(2520, 10240, 840, blocks=32, parameters=3_967_161_400, refiners=2, head=120, streams=1),
+        sizes=DiTSizes(2520, 10240, 840, blocks=32, parameters=3_967_161_400, refiners=2, head=120, streams=1, norms=4),
         measure=measure,
         mllm=MLLMSizes("Qwen2.5-VL-3B", 36, 2048, 3_750_000_000),
         blocks=("context_refiner", "noise_refiner", "ref_image_refiner", "layers"),

@@ -17,7 +17,23 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from .base import Backbone, Grid, Part
+from .base import Backbone, DiTSizes, Grid, MLLMSizes, Part, Training
+
+
+def measure(module: Any) -> DiTSizes:
+    """The sizes of a loaded Qwen-Image 2.1."""
+    first, width = module.transformer_blocks[0], module.inner_dim
+    return DiTSizes(
+        width,
+        mlp=first.img_mlp.out.in_features,
+        keys=width,
+        blocks=len(module.transformer_blocks),
+        parameters=sum(p.numel() for p in module.parameters()),
+        head=width // first.attn.heads,
+        streams=1,
+        gated=first.img_mlp.fused,
+        pieces=True,
+    )
 
 
 def token_parts(
@@ -48,4 +64,12 @@ BACKBONE = Backbone(
     patch_size=1,
     reference_side=32,  # a vision token of the MLLM
     context_off_tokens=0,
+    training=Training(
+        release="Qwen-Image 2.1",
+        sizes=DiTSizes(4096, 12288, 4096, blocks=32, parameters=7_115_124_736, streams=1, gated=True, pieces=True),
+        measure=measure,
+        mllm=MLLMSizes("Qwen3-VL-8B", 36, 4096, 8_140_000_000),
+        blocks=("transformer_blocks",),
+        lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)",
+    ),
 )

@@ -61,6 +61,7 @@ FAMILIES = [backbone.name for backbone in TRAINED]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def problem(request):
+    skip_what_the_host_lacks(request.param)
     with torch.inference_mode():  # as a node of the host loads it
         model = tiny(request.param)
     return Problem(model, request.param)
@@ -88,6 +89,7 @@ def test_gradient_of_the_context(problem, checkpointing):
     for name in FAMILIES
 ])  # fmt: skip
 def test_gradient_of_the_context_at_full_width(monkeypatch, family):
+    skip_what_the_host_lacks(family)
     with torch.inference_mode():
         model = load_trained(family, monkeypatch)
     batch = 1 if BACKBONES[family].pads_context else 2  # a context of 512 tokens takes its time

@@ -6,6 +6,7 @@ import comfy.ops
 import pytest
 import torch
 from subject_dla.loaders.backbones import BACKBONES, TRAINED
+from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
 from subject_dla.tests.small import dit
 from subject_dla.tests.small.dit import KLEIN
 from subject_dla.training.dit import flops, memory
@@ -19,12 +20,14 @@ FAMILIES = [backbone.name for backbone in TRAINED]
 DEEP = {
     "flux": {"depth": 19, "depth_single_blocks": 38}, "qwen_image": {"num_layers": 60},
     "omnigen2": {"num_layers": 32, "num_refiner_layers": 2}, "flux2": {"depth": 5, "depth_single_blocks": 20},
+    "qwen_image21": {"num_layers": 32},
 }  # fmt: skip
 NARROW = {
     "flux": {"hidden_size": 512, "num_heads": 4, "depth": 3, "depth_single_blocks": 3},
     "flux2": {"hidden_size": 512, "num_heads": 4, "depth": 3, "depth_single_blocks": 3},
     "qwen_image": {"num_attention_heads": 4, "num_layers": 3},
     "omnigen2": {"hidden_size": 480, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 3},
+    "qwen_image21": {"num_attention_heads": 4, "num_layers": 3},
 }
 TOKENS, SIDE, REFERENCE = 40, 16, 8  # context tokens; 16 x 16 image tokens (a picture of 256 px) and 8 x 8
 
@@ -36,6 +39,7 @@ def in_training(monkeypatch):
 
 def build(family, sizes=(), device="cpu", dtype=torch.float32, operations=None):
     """The host's class with frozen weights of zero: what is kept does not depend on them."""
+    skip_what_the_host_lacks(family)
     sizes = (KLEIN if family == "flux2" else {}) | dict(sizes)
     module = dit.build(family, sizes, dtype, operations).requires_grad_(False)
     if device != "meta":

@@ -24,6 +24,7 @@ from subject_dla.loaders.backbones import TRAINED
 from subject_dla.loaders.dla import load_dla as load_node_dla
 from subject_dla.loaders.host import load_vae
 from subject_dla.loaders.mllm import load_mllm
+from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
 from subject_dla.tests.small.dit import TinyVAE, tiny, tiny_flux
 from subject_dla.tests.small.mllm import build_qwen25vl
 from subject_dla.tests.small.training import paint_subjects, small_family, small_recipe
@@ -142,6 +143,7 @@ def stop_at(*steps):
 @pytest.mark.parametrize("backbone", TRAINED, ids=lambda backbone: backbone.name)
 def test_a_run_of_each_family(workspace, monkeypatch, backbone):
     """With held-out losses and sample pictures, stopped and resumed; prompts of a batch differ in length."""
+    skip_what_the_host_lacks(backbone.name)
     with torch.inference_mode():
         monkeypatch.setattr(workspace.loaded, "model", tiny(backbone.name))
     monkeypatch.setattr(workspace.loaded, "vae", TinyVAE(backbone))

@@ -68,16 +68,19 @@ class Batches:
         features: FeatureSource,
         times: FlowTimes,
         placement: str | None,
+        reference_grid: int = 16,  # px, see Backbone.reference_grid
     ):
         self.examples, self.recipe, self.latents, self.features = tuple(examples), recipe, latents, features
         self.times, self.placement, self.seed = times, placement, recipe.training.seed
+        self.reference_grid = reference_grid
         self.sizes = [self._sizes(example) for example in self.examples]
         self.order = Order(self.sizes, recipe.training.batch_size, self.seed)
 
     def _sizes(self, example: Example) -> tuple[tuple[int, int], ...]:
         """(width, height) in px of target and references, all snapped to buckets so that they stack."""
         data, uno = self.recipe.data, self.placement == "uxo"
-        references = (reference_size(*size, data.reference_size, uno) for size in example.reference_sizes)
+        longest, grid = data.reference_size, self.reference_grid
+        references = (reference_size(*size, longest, uno, grid) for size in example.reference_sizes)
         return bucket(*example.target_size, data.resolution), *references
 
     def plan(self, position: int) -> PassPlan:

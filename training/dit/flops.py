@@ -5,6 +5,8 @@ Counted are the linear maps of the blocks and their attention, in the DiT alone:
 left out. Passes per hour are in proportion to its inverse where two DiTs use a device equally well.
 """
 
+from itertools import accumulate
+
 from ...common.markdown import markdown
 from ...loaders.backbones import TRAINED, Backbone, DiTSizes
 from .memory import GIB, blocks, first_that_fits, in_words, steps_of, token_counts
@@ -37,9 +39,13 @@ def flops(
     image, reference = token_counts(backbone, (resolution, resolution), references, reference_side)
     again, linear, attention = int(checkpointing), 0, 0
     for block in blocks(dit, context_tokens, image, reference, lora=True):
+        pieces = [block.tokens]
+        if dit.pieces:
+            pieces = [context_tokens, *[reference // max(references, 1)] * references, image]
         maps = sum(i * o for i, o in block.attention + block.mlp)  # those that one token meets
         linear += block.count * 2 * maps * block.tokens
-        attention += block.count * 4 * block.tokens**2 * dit.width
+        pairs = sum(queries * keys for queries, keys in zip(pieces, accumulate(pieces)))
+        attention += block.count * 4 * pairs * dit.width
     return linear * (2 + again) + attention * (1 + FLASH_BACKWARD + again)
 
 

@@ -98,7 +98,9 @@ class FrozenDiT:
             tokens = noisy.new_zeros(batch, self.family.context_off_tokens, self.context_width)
         else:
             tokens, mask = context.tokens, context.attention_mask
-        one_number = self.family.counts_context or self.family.pads_context  # of tokens, for the whole batch
+        family = self.family
+        # of tokens, for the whole batch; with references in the context, the picture's position follows from it
+        one_number = family.counts_context or family.pads_context or family.references_in_context
         if mask is not None and one_number and not bool(mask.all()):
             rows = [slice(i, i + 1) for i in range(batch)]
             vectors = [None if pooled is None else pooled[i] for i in rows]

@@ -70,9 +70,11 @@ def blocks(dit: DiTSizes, context: int, image: int, reference: int, lora: bool) 
     """All blocks that gradients reach, for so many context, image and reference tokens."""
     d, m, k, tokens = dit.width, dit.mlp, dit.keys, context + image + reference
     if dit.streams == 1:
-        # norm, query and key norms; q, k, v, output, three norms; SwiGLU keeps both maps' outputs and SiLU's
-        kind = dict(before=2 * d + k, after=4 * d + 3 * d + 3 * m, gradients=3 * m + 2 * d)
-        kind |= dict(attention=((d, d), (d, k), (d, k), (d, d)), mlp=((d, m), (d, m), (m, d)), streams=1, lora_inputs=d)
+        # norm, query and key norms; q, k, v, output, other norms; SwiGLU keeps both maps' outputs and SiLU's
+        kind = dict(before=2 * d + k, after=4 * d + (dit.norms - 1) * d + 3 * m, gradients=3 * m + 2 * d)
+        kind["gradients"] += m * dit.gated  # of both halves and of the whole
+        kind |= dict(attention=((d, d), (d, k), (d, k), (d, d)), mlp=((d, m), (d, m), (m, d)), streams=1)
+        kind["lora_inputs"] = d + d * dit.pieces  # the outputs of several attention calls, joined
         out = [Block(dit.refiners, context, context, **kind), Block(dit.blocks, tokens, tokens, **kind)]
         if lora:  # else image and reference refiners have nothing to learn behind them
             out += [Block(dit.refiners, n, n, **kind) for n in (image, reference) if n]

@@ -3,7 +3,7 @@
     nox -s demo                     the main job on a real ComfyUI server: pictures in output/
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest: -m method for those without ComfyUI)
-    nox -s lint                     ruff's rules and format, and the types of common, dla, loaders and sampling
+    nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
     nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
@@ -13,8 +13,10 @@ All use one environment per host and transformers, made by `tools/environment.py
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -29,6 +31,7 @@ nox.options.sessions = ["tests"]
 # Ctrl-C and a plain kill end a session in the same way: nox ends the running command and gives it time to end its
 # server.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+PACK = ("common", "dla", "loaders", "sampling", "evaluation", "training", "nodes", "tools", "demo")
 BOOTSTRAP = str(ROOT / "common" / "bootstrap.py")
 RUN = {"terminate_timeout": 30, "external": True, "stderr": sys.stderr}  # standard output is the results' alone
 
@@ -54,8 +57,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format, and the type checker, as pyproject.toml has them."""
-    python = str(prepare(session).python)
+    """Ruff's rules and format, the type checker, as pyproject.toml has them, and the pack's references to the host."""
+    found = prepare(session)
+    python = str(found.python)
     session.run(python, "-m", "ruff", "check", **RUN)
     session.run(python, "-m", "ruff", "format", "--check", **RUN)
     link = ROOT / ".cache" / "typing" / "subject_dla"  # the pack's modules under one name, whatever its folder's is
@@ -66,6 +70,28 @@ def lint(session: nox.Session) -> None:
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".cache" / "mypy")]
     with session.chdir(link.parent):
         session.run(python, "-m", "mypy", *options, *packages, **RUN)
+    with tempfile.TemporaryDirectory() as work:
+        check_references(session, found, Path(work))
+
+
+def check_references(session: nox.Session, found: environment.Environment, work: Path) -> None:
+    """Every name and call of `comfy.*` in the pack against the host's files, by comfy-import-guard.
+
+    It reads the host from a commit of a git repository, which the registry's host is not: here it gets one with a
+    single commit. What only some hosts have, `loaders/host.py` asks for by `vars(module).get`.
+    """
+    pack, repository = work / "install" / "custom_nodes" / "subject-dla", work / "cache" / "ComfyUI"
+    for file in (*ROOT.glob("*.py"), *(file for name in PACK for file in (ROOT / name).rglob("*.py"))):
+        (pack / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, pack / file.relative_to(ROOT))
+    repository.mkdir(parents=True)
+    git = ["git", "-C", str(found.comfyui), f"--git-dir={repository / '.git'}", "--work-tree=."]
+    session.run(*git, "init", "--quiet", **RUN)
+    session.run(*git, "add", "--force", "comfy", **RUN)
+    author = ["-c", "user.name=host", "-c", "user.email=", "-c", "commit.gpgsign=false"]
+    session.run(*git, *author, "commit", "--quiet", "--message=host", **RUN)
+    guard = [str(found.python), "-m", "comfy_import_guard.cli", "--offline", "--quiet", f"--cache-dir={work / 'cache'}"]
+    session.run(*guard, "check", f"--comfy-dir={work / 'install'}", "--target=HEAD", "--strict", **RUN)
 
 
 @nox.session(venv_backend="none")

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from ..common.dtypes import DTYPES
 from .protocols import CLIP, VAE, Model
 
+# of a node, and a class of the host's
+IGNORES_REFERENCES = (
+    "%s: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
+    "ComfyUI, or choose a model for reference images (docs/backbones.md)."
+)
 # What the host's loader calls the options of its Load Diffusion Model.
 DIT_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -27,7 +32,7 @@ def make_patcher(module: nn.Module, load_device, offload_device, state: Mapping[
     """The host's patcher around a module, with `state` loaded; where the host has it, the one for dynamic VRAM."""
     import comfy.model_patcher
 
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
     if state is not None:
         module.load_state_dict(state, assign=is_dynamic(patcher))  # such leaves have no weights to copy into
@@ -56,14 +61,18 @@ def load_text_encoder(clip: CLIP, tokens: dict) -> None:
 
 def mentions(module: nn.Module, method: str) -> bool:
     """Whether the file of the host's class compares with this `reference_latents_method`, rather than ignore it."""
-    source = sys.modules.get(type(module).__module__)
-    return source is not None and f'"{method}"' in inspect.getsource(source)
+    return f'"{method}"' in _source(module)
 
 
 def reads_references(module: nn.Module) -> bool:
     """Whether the file of the host's class knows reference latents; one that does not ignores them."""
+    return "ref_latents" in _source(module)
+
+
+def _source(module: nn.Module) -> str:
+    """Text of the file of a module's class; empty where it has none."""
     source = sys.modules.get(type(module).__module__)
-    return source is not None and "ref_latents" in inspect.getsource(source)
+    return "" if source is None else inspect.getsource(source)
 
 
 def show_on_node(text: str, node_id: str | None) -> None:
@@ -108,23 +117,22 @@ def to_intermediate(samples: Tensor) -> Tensor:
     import comfy.model_management
 
     samples = samples.to(comfy.model_management.intermediate_device())
-    dtype = getattr(comfy.model_management, "intermediate_dtype", None)
+    dtype = vars(comfy.model_management).get("intermediate_dtype")
     return samples if dtype is None else samples.to(dtype())
 
 
 @contextmanager
 def in_training() -> Iterator[None]:
     """Inside, later hosts use kernels that have gradients."""
-    import comfy.model_management as management
+    import comfy.model_management
 
-    before = getattr(management, "in_training", None)
+    flags = vars(comfy.model_management)
+    before = {name: flags[name] for name in ("in_training",) if name in flags}
     try:
-        if before is not None:
-            management.in_training = True
+        flags.update(dict.fromkeys(before, True))
         yield
     finally:
-        if before is not None:
-            management.in_training = before
+        flags.update(before)
 
 
 def rotations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

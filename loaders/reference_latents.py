@@ -13,7 +13,7 @@ from torch import Tensor
 from .backbones import backbone_of, titles
 from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
-from .host import mentions, reads_references, show_on_node
+from .host import IGNORES_REFERENCES, mentions, reads_references, show_on_node
 from .images import collect_images
 from .protocols import VAE, Model
 
@@ -21,10 +21,6 @@ UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320
 UNKNOWN_FAMILY = (
     "Add Identity: this pack does not know the diffusion model %s (it knows %s). At which size it "
     "wants reference latents, and how placed, is not known: compare pictures. Only strengths 0 and 1 work."
-)
-NO_REFERENCES = (
-    "Add Identity: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they will have no "
-    "effect. Update ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
 
@@ -58,7 +54,7 @@ def add_identity(
     backbone = backbone_of(model)
     diffusion_model = dit_of(model.model)
     if not reads_references(diffusion_model):
-        log.warning(NO_REFERENCES, type(diffusion_model).__name__)
+        log.warning(IGNORES_REFERENCES, "Add Identity", type(diffusion_model).__name__)
     elif backbone is None:
         log.warning(UNKNOWN_FAMILY, type(diffusion_model).__name__, titles())
     method = reference_method(model, placement)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..loaders.backbones import backbone_of
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
-from ..loaders.host import reads_references
+from ..loaders.host import IGNORES_REFERENCES, reads_references
 from .conditions import check_conditions, check_guidance
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
@@ -34,10 +34,6 @@ APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 NO_REFERENCES = (
     "Apply Stages: no condition has a reference latent, so the schedule's VAE strengths have no effect. Add one with "
     "ReferenceLatent, Add Identity or Subject Conditioning; TextEncodeQwenImageEditPlus adds one if it has a VAE."
-)
-IGNORED = (
-    "Apply Stages: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: those of the "
-    "conditions have no effect. Update ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 
 log = logging.getLogger(__name__)
@@ -92,16 +88,18 @@ def put_outermost(model_options: dict, kind: str, key: str, wrapper: Any) -> Non
 def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
     guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
+    module, backbone = dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher)
     for name, conditions in guider.conds.items():
         check_conditions(guider.model_patcher, stages, conditions, name)
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
     conditions = [*chain.from_iterable(guider.conds.values())]
-    if {key.reference for key in stages.keyframes} not in ({0}, {1}) and not any(map(reference_latents, conditions)):
+    referenced = any(map(reference_latents, conditions))
+    if not referenced and {key.reference for key in stages.keyframes} not in ({0}, {1}):
         log.warning(NO_REFERENCES)
-    if any(map(reference_latents, conditions)) and not reads_references(dit_of(guider.model_patcher.model)):
-        log.warning(IGNORED, type(dit_of(guider.model_patcher.model)).__name__)
+    if referenced and not reads_references(module):
+        log.warning(IGNORES_REFERENCES, "Apply Stages", type(module).__name__)
     schedule = RunSchedule.of(stages, conditions)
     check_caches(guider.model_options, schedule.all)
     sigmas = [float(s) for s in sigmas]
@@ -111,10 +109,9 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
         if message:
             log.info(message)
     if schedule.own and (False, True) in stages.variants():
-        patch = patch_size(dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher))
-        tokens = prod(grid(args[0].shape, patch))
+        tokens = prod(grid(args[0].shape, patch_size(module, backbone)))
         check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
-    run = StagedRun(schedule, backbone_of(guider.model_patcher), whole or sigmas)
+    run = StagedRun(schedule, backbone, whole or sigmas)
     run.add_variants(guider.conds)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)

@@ -27,7 +27,7 @@ TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 TORCHAUDIO = "torchaudio==2.11.*"  # newest on the registry; without its dependencies it imports beside a newer torch
 TOOLS = ["requests", "websocket-client", "pytest", "pytest-xdist", "playwright", "accelerate", "panda3d"]
 TOOLS += ["comfyui-workflow-templates-json==0.1.123"]  # the front end's own workflows; not its pictures
-TOOLS += ["ruff==0.17.6", "mypy==2.4.1"]  # .pre-commit-config.yaml has the same ruff
+TOOLS += ["ruff==0.17.6", "mypy==2.4.1", "comfy-import-guard==1.3.0"]  # .pre-commit-config.yaml has the same ruff
 # What we do not take from the host's list: the torches are pinned above, the templates are pictures for its menu.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 TOKEN_ORDER = ("context", "image", "reference")  # FLUX.1's, the most frequent one
 
-
 Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 
 
@@ -109,9 +108,7 @@ class Backbone:
     counts_context: bool = False  # reads its number of context tokens, one for the batch, from `attention_mask`
     pads_context: bool = False  # the host pads it on the left, so that a token's position depends on their number
     takes_guidance: bool = False  # distilled guidance
-    context_off_tokens: int = (
-        1  # left of a context that is off; 0 where the host takes none, else attention skips their keys
-    )
+    context_off_tokens: int = 1  # left of a context that is off, their keys skipped; 0 where the host takes none
     training: Training | None = field(default=None, compare=False)  # None: not trained here
 
     @property

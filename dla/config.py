@@ -26,6 +26,7 @@ class DLAConfig:
     blocks: int | None = None  # over the layer axis; None = 1 for softmax, 2 for linear
     refiner_blocks: int = 0  # bidirectional, over the token axis; UniFusion has 2
     layer_subset: tuple[int, ...] | None = None  # layer numbers pooled, ascending; None = all, 0..L
+    before_norm: bool = False  # the last layer is pooled before the final norm, as number L + 1 in the place of L
     template: str = "auto"  # "auto" | "keep" | "drop" the template tokens, see kept_tokens
     vit_blend: float = 0.0  # share of layer 0 (the ViT's features) at image tokens
     provenance: dict[str, Any] = field(default_factory=dict, hash=False)  # training settings, free JSON
@@ -48,11 +49,12 @@ class DLAConfig:
         expect(is_whole(self.refiner_blocks, 0, 64), "refiner_blocks", "a whole number from 0 to 64")
         divides = is_whole(self.heads, 1, self.mllm.width) and self.mllm.width % self.heads == 0
         expect(divides, "heads", f"a divisor of the MLLM's width {self.mllm.width}")
+        expect(isinstance(self.before_norm, bool), "before_norm", "true or false")
         if (subset := self.layer_subset) is not None:
             valid = isinstance(subset, (tuple, list)) and len(subset) > 0
-            valid = valid and all(is_whole(layer, 0, self.mllm.layers) for layer in subset)
+            valid = valid and all(is_whole(layer, 0, self._top) for layer in subset)
             valid = valid and list(subset) == sorted(set(subset))
-            expect(valid, "layer_subset", f"ascending layer numbers from 0 to {self.mllm.layers}")
+            expect(valid, "layer_subset", f"ascending layer numbers from 0 to {self._top}")
             object.__setattr__(self, "layer_subset", tuple(subset))
         expect(self.template in TEMPLATES, "template", f"one of {', '.join(TEMPLATES)}")
         share = isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1
@@ -64,7 +66,11 @@ class DLAConfig:
         """Layer numbers that are pooled, ascending. A new DLA is exactly the highest of them."""
         if self.layer_subset is not None:
             return self.layer_subset if self.modalities != "last" else self.layer_subset[-1:]
-        return (self.mllm.layers,) if self.modalities == "last" else tuple(range(self.mllm.layers + 1))
+        return (self._top,) if self.modalities == "last" else (*range(self.mllm.layers), self._top)
+
+    @property
+    def _top(self) -> int:
+        return self.mllm.layers + self.before_norm
 
     @property
     def required_layers(self) -> tuple[int, ...]:
@@ -83,7 +89,7 @@ class DLAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config in plain JSON types."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "before_norm" or value}  # 0.1.0 lacks it
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DLAConfig:

@@ -102,7 +102,7 @@ class Features:
 
     A layer number means the same for every MLLM: 0 = the embeddings (projected ViT features at the image tokens),
     i = output of decoder layer i-1, L = the last one after the final norm. L + 1 = the last one before that norm, which
-    is there where the stock context is made of it, and which no DLA reads.
+    is there where the stock context is made of it; a DLA reads it in the place of L if it says so (`before_norm`).
     """
 
     hidden_states: Tensor  # (B, M, T, C) floating; entry j is layer number layers[j]

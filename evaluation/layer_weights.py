@@ -60,7 +60,7 @@ def describe(found: LayerWeights, name: str = "") -> str:
         top = ", ".join(f"{found.layers[i]} ({float(mean[i]):.3f})" for i in best)
         parts = {}
         for part, numbers in groups(found.info.layers).items():
-            at = [i for i, layer in enumerate(found.layers) if layer in numbers]
+            at = [i for i, layer in enumerate(found.layers) if min(layer, found.info.layers) in numbers]
             span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else numbers[0]
             parts[f"{part} ({span})"] = float(shares[at].sum())
         thirds = ", ".join(f"{part} {share:.2f}" for part, share in parts.items())

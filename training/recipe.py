@@ -60,6 +60,7 @@ class Aggregator:
     blocks: int = option(0, "attention blocks over layers; 0 = 1 for softmax, 2 for linear", low=0, high=64)
     refiner_blocks: int = option(0, "blocks over tokens behind the pooling; UniFusion has 2", low=0, high=64)
     layer_subset: list = option([], "layer numbers to pool; empty = all")
+    before_norm: bool = option(False, "the last layer before its norm, as Qwen-Image 2.1 reads it; from text_encoder")
     template: str = option("auto", "what becomes of template tokens", among=TEMPLATES)
     vit_blend: float = option(0.0, "share of layer 0 at image tokens", low=0, high=1)
 

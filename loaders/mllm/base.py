@@ -114,8 +114,13 @@ class MLLM(ABC):
         every = (*range(top + 1), *(() if self.stock.normed else (top + 1,)))
         wanted = every if layers is None else tuple(sorted({int(layer) for layer in layers}))
         if not wanted or wanted[0] < 0 or wanted[-1] > every[-1]:
+            before_norm = (
+                f" {top + 1}, the last layer before the norm, comes from MLLM from CLIP with the text encoder of a"
+                " model that reads it (Qwen-Image 2.1)."
+            )
             raise MLLMError(
                 f"layers is {wanted}, expected numbers from 0 (embeddings) to {top}, the last of {self.info.name}."
+                + before_norm * (wanted[-1] == top + 1)
             )
         return wanted
 

@@ -179,6 +179,22 @@ def test_what_is_trained_is_what_is_sampled(problem, mllm, vae, name):
     assert torch.allclose(noise - velocity, backbone.latent(sampled), atol=2e-4 * float(velocity.abs().max()))
 
 
+def test_the_cache_of_qwen_image_2_1_is_off_in_training():
+    """The host fills it while it samples; training passes go through all tokens, those before the picture too."""
+    skip_what_the_host_lacks("qwen_image21")
+    with torch.inference_mode():
+        model = tiny("qwen_image21")
+    problem, lengths = Problem(model, "qwen_image21"), []
+    test_what_is_trained_is_what_is_sampled(problem, 1, 1, "both")
+    hook = problem.backbone.dit.transformer_blocks[0].register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    problem.gradients(False)
+    hook.remove()
+    assert lengths == [7 + 4 * 6 + 8 * 8, 5 + 4 * 6 + 8 * 8]  # context, reference, picture
+    assert problem.backbone.dit.prefix_cache is None
+
+
 @pytest.mark.shows("trains", found="refused")
 @pytest.mark.parametrize("family", [name for name in BACKBONES if name not in FAMILIES])
 def test_a_family_that_is_not_trained_is_refused(family):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
 from subject_dla.dla.checkpoint import DLACheckpointError, describe, load_dla, read_config, save_dla
+from subject_dla.dla.features import StockContext
 from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=16, drop_leading_template=False)
@@ -42,6 +43,22 @@ def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
         assert loaded.state_dict()[key].dtype == dtype and torch.equal(loaded.state_dict()[key], value)
     features = random_features([[0, 1]], INFO)
     assert torch.equal(loaded(features), dla(features))
+
+
+def test_the_last_layer_before_its_norm_comes_in_the_place_of_the_one_after_it(tmp_path):
+    config = replace(CONFIG, before_norm=True)
+    assert config.pooled_layers == (0, 1, 2, 4) and replace(config, modalities="last").pooled_layers == (4,)
+    assert "before_norm" not in CONFIG.to_dict()  # which earlier versions refuse
+    saved(tmp_path / "a.safetensors", config)
+    dla = load_dla(tmp_path / "a.safetensors")
+    assert dla.config == config
+    features = random_features([[0, 1]], INFO)
+    hidden = torch.cat((features.hidden_states, torch.randn_like(features.hidden_states[:, :1])), 1)
+    stock = StockContext(normed=False)
+    features = replace(features, hidden_states=hidden, layers=(0, 1, 2, 3, 4), stock=stock)
+    assert torch.equal(dla(features)[..., :16], features.layer(4))
+    with pytest.raises(ValueError, match="Layer 4 .* layers 0-3"):
+        dla(random_features([[0, 1]], INFO))
 
 
 def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -136,6 +153,7 @@ DAMAGED = {
     "MLLM of no layers": (config(mllm={**CONFIG.to_dict()["mllm"], "layers": 0}), ["MLLM layers is 0"]),
     "subset out of range": (config(layer_subset=[0, 4]), ["layer_subset is [0, 4]", "from 0 to 3"]),
     "heads": (config(heads=5), ["heads is 5", "divisor", "16"]),
+    "no truth": (config(before_norm=1), ["before_norm is 1", "true or false"]),
     "absurd size": (config(blocks=10**9), ["blocks is 1000000000"]),
     "missing key": (state(lambda t: {k: v for k, v in t.items() if k != SCORE}), [SCORE, "is missing"]),
     "extra key": (state(lambda t: {**t, "pooling.audio.score.weight": torch.zeros(1)}), ["pooling.audio"]),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.files import save_tensors
 from ...common.picture_files import load_picture
-from ...dla.features import Features, ImageGrid, MLLMInfo, Modality
+from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContext
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
 from .latent_cache import fingerprint
@@ -108,6 +108,7 @@ class FeatureSource:
             tensors["pooled"] = pooled.clone().cpu().contiguous()
         facts = {name: getattr(features, name) for name in ("layers", "prefix")}
         facts |= {"info": asdict(features.info), "grids": [asdict(grid) for grid in features.grids[0]]}
+        facts["stock"] = features.stock and asdict(features.stock)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.folder / f"{key}.safetensors", tensors, {"features": json.dumps(facts)})
@@ -154,13 +155,17 @@ def stack(features: Sequence[Features]) -> Features:
 
     hidden, modality = rows("hidden_states", 0), rows("modality", int(Modality.TEMPLATE))
     index, mask, first = rows("image_index", -1), rows("attention_mask", False), features[0]
-    return Features(hidden, first.layers, modality, index, mask, first.info, joined("prefix"), joined("grids"))
+    return Features(
+        hidden, first.layers, modality, index, mask, first.info, joined("prefix"), joined("grids"), first.stock
+    )
 
 
 def _assemble(tensors: dict[str, Tensor], facts: dict) -> EncodedPrompt:
     hidden, *rest = (tensors[name] for name in FIELDS)
     prefix, grids = facts["prefix"], facts.get("grids")  # 0.1.0 wrote no grids
     grids = None if grids is None else (tuple(ImageGrid(**grid) for grid in grids),)
+    stock = facts.get("stock")
+    stock = stock and StockContext(**{**stock, "layers": tuple(stock["layers"])})
     info, layers = MLLMInfo(**facts["info"]), tuple(facts["layers"])
-    features = Features(hidden, layers, *rest, info, prefix and tuple(prefix), grids)
+    features = Features(hidden, layers, *rest, info, prefix and tuple(prefix), grids, stock)
     return EncodedPrompt(features, tensors.get("pooled"))

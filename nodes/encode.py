@@ -8,25 +8,25 @@ from .schema import DLA, MLLM, Features, Stages, advanced, schema
 SOCKETS = 5  # image inputs of a node; each may carry a batch
 
 
-def prompt_input() -> io.String.Input:
-    """The words that an MLLM reads together with the images."""
+def prompt_input(first: str = "image 1") -> io.String.Input:
+    """The words that an MLLM reads together with the images, which they call as `first` says."""
     return io.String.Input(
         "prompt",
         multiline=True,
         dynamic_prompts=True,
         default="",
-        placeholder="what the picture shows, e.g. the backpack of image 1 on a mossy rock",
+        placeholder=f"what the picture shows, e.g. the backpack of {first} on a mossy rock",
         tooltip="What the new picture shows. The MLLM reads it together with the images. May be empty.",
     )
 
 
-def image_inputs() -> list[io.Image.Input]:
-    """The sockets image_1, image_2 and so on."""
+def image_inputs(name: str = "image {}") -> list[io.Image.Input]:
+    """The sockets image_1, image_2 and so on, and what the prompt calls them."""
     return [
         io.Image.Input(
             f"image_{index}",
             optional=True,
-            tooltip=f'"image {index}" in the prompt. A batch is several references; ten in all at most.',
+            tooltip=f'"{name.format(index)}" in the prompt. A batch is several references; ten in all at most.',
         )
         for index in range(1, SOCKETS + 1)
     ]

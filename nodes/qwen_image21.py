@@ -20,7 +20,7 @@ class SubjectEncodeQwenImage21(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="Qwen-Image 2.1's text encoder (Qwen3-VL 8B)."),
                 io.Vae.Input("vae", tooltip="Qwen-Image 2.1's VAE. Encodes each image as a reference."),
-                prompt_input(),
+                prompt_input("<image1>"),
                 io.String.Input(
                     "negative_prompt",
                     multiline=True,
@@ -29,7 +29,7 @@ class SubjectEncodeQwenImage21(io.ComfyNode):
                     optional=True,
                     tooltip="What to keep out of the picture, with cfg above 1. The MLLM reads it with the images.",
                 ),
-                *image_inputs(),
+                *image_inputs("<image{}>"),
                 io.Int.Input(
                     "resolution",
                     default=1024,

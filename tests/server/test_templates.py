@@ -2,7 +2,8 @@
 
     nox -s tests -- tests/server/test_templates.py --write-docs
 
-writes this host's column of docs/templates.md, which says what happens in each, and its line of what it lacks.
+writes this host's column of docs/templates.md, which says what happens in each, and its line of what it lacks; with
+--host-title "0.33.0 with parts of 0.37" that of a private host.
 """
 
 import io
@@ -44,9 +45,9 @@ FAMILIES = {
 class Host:
     """A server on small models, the templates in API format that its nodes allow, and why it cannot run the others."""
 
-    def __init__(self, server: Server, comfyui: Path, models: Path):
+    def __init__(self, server: Server, comfyui: Path, models: Path, title: str | None):
         self.server, self.info = server, server.client.object_info()
-        self.column = f"ComfyUI {server.client.version()}"
+        self.column = f"ComfyUI {title or server.client.version()}"
         self.prompts, self.files = {}, {}
         self.lacks: dict[str, tuple[str, list[str]]] = {}  # template -> "nodes" or "models", which
         for name, saved in TEMPLATES.items():
@@ -76,9 +77,10 @@ class Host:
             f"{k}: {', '.join(sorted(v)) or 'none'}" for k, v in found.items()
         )
 
-    def run(self, name: str, preset: str = "") -> "Run":
+    def run(self, name: str, preset: str = "", own_encode: bool = False) -> "Run":
         label = f"{name}-{preset or 'own'}"
-        prompt, records = templates.instrument(self.prompts[name], self.info, label, preset)
+        encode = templates.encode_for_stages if own_encode else dict
+        prompt, records = templates.instrument(encode(self.prompts[name]), self.info, label, preset)
         return Run(self.server, run(self.server, prompt), records)
 
 
@@ -112,7 +114,7 @@ def _lacking_nodes(saved: dict, info: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def host(comfyui, tmp_path_factory):
+def host(comfyui, tmp_path_factory, pytestconfig):
     models = tmp_path_factory.mktemp("template-models")
     for folder in template_models.KINDS:
         (models / folder).mkdir()
@@ -121,7 +123,7 @@ def host(comfyui, tmp_path_factory):
     base = tmp_path_factory.mktemp("template-host")
     with Server(comfyui, base, packs=packs, models=[models], arguments=["--cpu"]) as server:
         server.client.upload(demo.IMAGES / PICTURE)
-        yield Host(server, comfyui, models)
+        yield Host(server, comfyui, models, pytestconfig.getoption("--host-title"))
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +148,19 @@ def test_template(host, cells, name):
     assert all((a == b).all() for a, b in zip(own.latents, both.latents, strict=True))
     assert both.pictures == own.pictures and own.pictures
 
+    in_the_text = any(node["class_type"] == templates.IN_THE_TEXT for node in host.prompts[name].values())
+    if in_the_text:
+        with pytest.raises(WorkflowError, match="Put Encode Qwen-Image 2.1 for Stages in the place"):
+            host.run(name, "semantics_first")
+        for preset in ("", "both"):
+            found = host.run(name, preset, own_encode=True)
+            assert all((a == b).all() for a, b in zip(own.latents, found.latents, strict=True))
+
     runs, logged = [own], host.server.log.stat().st_size
     refused = ""
     for preset in ("semantics_first", "mllm_only", "two_stage"):
         try:
-            found = host.run(name, preset)
+            found = host.run(name, preset, own_encode=in_the_text)
         except WorkflowError as error:
             assert preset == "two_stage" and any(words in str(error) for words in REFUSED), error
             refused = ", not two_stage"
@@ -166,7 +176,8 @@ def test_template(host, cells, name):
         runs.append(found)
     said = host.server.log.read_bytes()[logged:].decode(errors="replace")
     assert refused or ("token layout is unknown" in said) == ("(no record)" in _dit(name)), said
-    cells[name] = f"staged ({', '.join(map(str, sorted(set(references))))}){refused}"
+    counts = ", ".join(map(str, sorted(set(references))))
+    cells[name] = f"staged ({counts}){refused}{', two nodes' * in_the_text}"
 
 
 def test_the_page_says_it(host, cells, request):

@@ -16,6 +16,7 @@ from ...tools.comfy_client.editor_graph import ALWAYS, MUTED
 PACKAGE = "comfyui_workflow_templates_json"
 REFERENCES = re.compile(r"Reference(Multi)?Latent|TextEncode\w*Edit(Plus)?|TextEncodeQwenImage21")
 API_NODES = {"ByteDanceSeedreamNode", "GeminiImage2Node", "GrokImageEditNode", "OpenAIGPTImage1"}  # want an account
+IN_THE_TEXT = "TextEncodeQwenImage21"  # the node that puts references into the text
 ALL_ON = ", all on"
 SIDE, STEPS = 128, 3
 CLOCK = {"clock": "flow_time", "tau1": 0.95, "tau2": 0.85}
@@ -23,8 +24,9 @@ CLOCK = {"clock": "flow_time", "tau1": 0.95, "tau2": 0.85}
 FILES = {
     r"^Lora": "lora", r"^CLIPVision": "siglip", r"^ModelPatch": "uso_projector",
     r"^Checkpoint.* flux1": "flux_checkpoint",
-    r"^VAE.*layered": "wan_rgba", r"^VAE.*(qwen_image|wan_2.1)": "wan", r"^VAE.*mage": "mage_vae",
-    r"^VAE.*(flux2|full_encoder)": "kl_flux2", r"^VAE.* ae\.": "taesd",
+    r"^VAE.*qwen_image_2.1": "wan_21", r"^VAE.*layered": "wan_rgba", r"^VAE.*(qwen_image|wan_2.1)": "wan",
+    r"^VAE.*mage": "mage_vae", r"^VAE.*(flux2|full_encoder)": "kl_flux2", r"^VAE.* ae\.": "taesd",
+    r" qwen3.5_9b_qwen_image_2.1_pe": "qwen3vl_8b",  # of a prompt enhancer that is off: it is not loaded
     r" krea2 qwen3vl_4b": "qwen3vl_krea", r" qwen3vl_4b": "qwen3vl_4b", r" qwen3vl_8b": "qwen3vl_8b",
     r" qwen_2.5_vl_7b": "qwen25_7b", r" qwen_2.5_vl_fp16": "qwen25_3b", r" mistral_3": "mistral",
     r" qwen_3_4b": "qwen3_4b", r" qwen_3_8b": "qwen3_8b", r" t5xxl": "t5xxl", r" clip_l": "clip_l",
@@ -117,6 +119,16 @@ def instrument(prompt: dict, info: dict, name: str, preset: str = "") -> tuple[d
         prompt |= {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in new.items()}
         records.append(record)
     return prompt, records
+
+
+def encode_for_stages(prompt: dict) -> dict:
+    """A copy with Encode Qwen-Image 2.1 for Stages in the place of the host's node, whose images are a growing list."""
+    prompt = dict(prompt)
+    for key, node in prompt.items():
+        if node["class_type"] == IN_THE_TEXT:
+            inputs = {name.removeprefix("images."): value for name, value in node["inputs"].items()}
+            prompt[key] = {"class_type": "SubjectEncodeQwenImage21", "inputs": inputs}
+    return prompt
 
 
 def preview(prompt: dict, sampler: str, model: list, record: str, preset: str) -> dict[str, tuple[str, dict]]:

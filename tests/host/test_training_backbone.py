@@ -1,6 +1,7 @@
 """Gradients through the host's DiTs (tiny, and once a layer of full width), and a LoRA that the host reads."""
 
 import gc
+import json
 
 import comfy.ldm.flux.math
 import comfy.sd
@@ -12,7 +13,8 @@ from subject_dla.loaders.dit import load_dit
 from subject_dla.sampling.guider import StagedGuider
 from subject_dla.sampling.stages import preset
 from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
-from subject_dla.tests.small.dit import load_trained, tiny, tiny_flux
+from subject_dla.tests.small.dit import build, load_trained, tiny, tiny_flux
+from subject_dla.tests.small.models import random_like
 from subject_dla.tests.small.training import small_family
 from subject_dla.training.dit.frozen import FrozenDiT, GradientError
 from subject_dla.training.dit.lora import LoRA
@@ -250,3 +252,27 @@ def test_weights_stored_in_fp8(tmp_path_factory, checkpointing):
     problem = Problem(model, "flux")
     assert problem.backbone.dit.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
     test_gradient_of_the_context(problem, checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_int8_files_are_those_of_their_dequantised_weights(checkpointing):
+    """As the official template of Qwen-Image 2.1 names them: rows with scales, rotated."""
+    skip_what_the_host_lacks("qwen_image21")
+    from comfy.quant_ops import QuantizedTensor
+
+    how = {"convrot": True, "convrot_groupsize": 256}
+    sizes = {"num_attention_heads": 2, "context_in_dim": 24, "num_layers": 2}
+    plain = random_like(build("qwen_image21", sizes).state_dict())
+    stored = dict(plain)
+    for key in [key for key in plain if "blocks" in key and plain[key].ndim == 2]:
+        weight = QuantizedTensor.from_float(plain[key], "TensorWiseINT8Layout", per_channel=True, **how)
+        text = json.dumps({"format": "int8_tensorwise", **how})
+        plain[key], stored[key] = weight.dequantize(), weight._qdata
+        stored[f"{key}_scale"] = weight._params.scale
+        stored[key.replace("weight", "comfy_quant")] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with torch.inference_mode():
+        models = [comfy.sd.load_diffusion_model_state_dict(weights) for weights in (plain, stored)]
+    problems = [Problem(model, "qwen_image21") for model in models]
+    assert isinstance(problems[1].backbone.dit.transformer_blocks[0].attn.to_q.weight, QuantizedTensor)
+    theirs, ours = (problem.gradients(checkpointing)[0] for problem in problems)
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()

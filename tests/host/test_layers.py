@@ -76,6 +76,8 @@ def test_mean_layer_and_words():
     assert "my.safetensors" in text[0] and len(text) == 3
     assert "text, 1 tokens: mean layer 4.50" in text[1] and "early (0-9) 1.00" in text[1]
     assert "mean layer 28.00" in text[2] and "28 (1.000)" in text[2] and "late (20-28) 1.00" in text[2]
+    before_norm = make_weights([[0, 1.0]], (0, 29), image=(0,))
+    assert "29 (1.000)" in describe(before_norm) and "late (20-28) 1.00" in describe(before_norm)
 
 
 def test_qwen_tokens_lie_where_the_vision_tower_took_them_from():

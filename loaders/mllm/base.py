@@ -26,6 +26,7 @@ class MLLM(ABC):
     stock = StockContext()  # the context that its own DiT reads
     prefix: int | None = None  # this and the next: see HostEncoder
     most_images: int | None = None
+    fixed_size = 0  # px, side at which every image is read; 0 = any
     drop_header = True
     starts = 0  # tokens before the text that the tokenizer adds
 
@@ -79,6 +80,10 @@ class MLLM(ABC):
             )
         if image_size and not 28 <= image_size <= 4096:
             raise MLLMError(f"image_size is {image_size}, expected 0 (default, {default}) or 28 to 4096 px.")
+        if images and image_size and self.fixed_size:
+            raise MLLMError(
+                f"image_size is {image_size}, expected 0: {self.info.name} reads {self.fixed_size} px alone."
+            )
         if not 0 <= tiles <= 64:
             raise MLLMError(f"tiles is {tiles}, expected 0 (default, 1) to 64.")
         text = self.template.text(prompt, len(images), system_prompt)

@@ -11,7 +11,7 @@ from ...dla.features import StockContext
 from . import templates
 from .families import FAMILIES, MLLMFamily
 from .templates import Template
-from .vision import to_area, to_long_edge
+from .vision import to_area, to_long_edge, to_square
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,14 @@ ENCODERS = (
     ),
     HostEncoder(
         "Gemma 3 4B", "lumina2", FAMILIES["gemma3"], ("gemma3_4b", "gemma3_4b_vision"),
-        stock=StockContext((-2,), always_masked=True), drop_leading_template=False,
+        stock=StockContext((-2,), always_masked=True), drop_leading_template=False, resize=to_square,
+    ),
+    HostEncoder(
+        "Gemma 3 12B, also LTX-2's", "", FAMILIES["gemma3"], ("gemma3_12b",),
+        drop_leading_template=False, resize=to_square,
     ),
     # the LLMs of no DiT: template and dropped tokens are those of Load MLLM, so that a DLA reads either
-    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), text_only=True),
+    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",)),
     HostEncoder(
         "Qwen3.5", "", FAMILIES["qwen3_5"], ("qwen35_08b", "qwen35_2b", "qwen35_4b", "qwen35_9b", "qwen35_27b"),
         stock=StockContext((-2,), always_masked=True), own_images=True,
@@ -116,10 +120,10 @@ ENCODERS = (
 )  # fmt: skip
 
 
-def encoder_of(module: Any) -> HostEncoder | None:
-    """The record of a CLIP's text encoder; None where it holds no LLM that this pack knows."""
+def encoder_of(module: Any, key: Any) -> HostEncoder | None:
+    """The record of a CLIP's text encoder that holds an LLM as `key`; None where this pack does not know it."""
     classes = [base.__name__ for base in type(module).__mro__]
-    found = [encoder for encoder in ENCODERS if getattr(module, "clip", None) in encoder.keys]
+    found = [encoder for encoder in ENCODERS if key in encoder.keys]
     named = [e for e in found if e.host_class and any(name.startswith(e.host_class) for name in classes)]
     return next(iter(named + [encoder for encoder in found if not encoder.host_class]), None)
 

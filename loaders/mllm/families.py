@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...dla.features import MLLMInfo
 from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
-from .templates import FLUX2, GEMMA, GEMMA4, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
+from .templates import FLUX2, GEMMA, GEMMA3, GEMMA4, INTERNVL, KLEIN, OMNIGEN2, QWEN3_VL, QWEN_IMAGE, Template
 from .vision import Vision
 
 
@@ -20,6 +20,7 @@ class MLLMFamily:
     tiled: bool = False  # whether images are cut into square tiles, as InternVL does
     pooled: bool = False  # whether patches are averaged to tokens, as Gemma 4 does
     mrope: bool = True  # whether positions count time, height and width
+    bidirectional: bool = False  # whether tokens of one image see each other in every layer
     start: str = ""  # token before every text; a CLIP's tokenizer adds its own
     markers: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # of the template, that a folder's tokenizer must know
     transformers: str = "4.57"  # the release from which on it can load a folder
@@ -43,7 +44,9 @@ FAMILIES = {
         MLLMFamily("mistral3", FLUX2, None),
         MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF), transformers="5.2"),
         MLLMFamily("gemma2", GEMMA, None),
-        MLLMFamily("gemma3", GEMMA, None),
+        MLLMFamily(
+            "gemma3", GEMMA3, Vision(14, 4, HALF, HALF), "<image_soft_token>", 896, mrope=False, bidirectional=True
+        ),
         MLLMFamily(  # 768: within the 280 tokens per image of its own processor
             "gemma4", GEMMA4, Vision(16, 3, (0.0,) * 3, (1.0,) * 3), "<|image|>", 768, pooled=True, mrope=False,
             start="<bos>", markers=("<|turn>", "<turn|>"), transformers="5.6",

@@ -26,6 +26,7 @@ from .checkpoint import Headers, check_keys, read_config, read_headers, read_tok
 from .families import FAMILIES, MLLMFamily
 from .vision import (
     Vision,
+    image_numbers,
     internvl_grid,
     internvl_tiles,
     mrope_positions,
@@ -152,13 +153,10 @@ class TransformersMLLM(MLLM):
         encode = self._encode_pooled if pooled else self._encode_tiles if tiled else self._encode_image
         encoded = [encode(image, size, tiles, device) for image in images]
         grids = [grid for _, grid, _ in encoded]
-        ids = torch.tensor([[self._image_token if token is None else token for token in tokens]], device=device)
-        holes = torch.tensor([token is None for token in tokens])
-        repeats = torch.ones(len(tokens), dtype=torch.long)
-        repeats[holes] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
-        ids = ids.repeat_interleave(repeats.to(device), dim=1)
-        numbers = (holes * holes.cumsum(0)).repeat_interleave(repeats)[None].to(device)  # of images, from 1; else 0
+        numbers = image_numbers(tokens, grids)[None].to(device)
         image_mask = numbers > 0
+        ids = torch.full_like(numbers, self._image_token)
+        ids[~image_mask] = torch.tensor([token for token in tokens if token is not None], device=device)
 
         embeds = self.backbone.embed(ids)
         extra: dict[str, Any] = {}

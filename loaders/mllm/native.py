@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...dla.features import ImageGrid
 from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
 from .encoders import ENCODERS, encoder_of, titles
-from .vision import Vision, qwen_grid, qwen_pixels
+from .vision import Vision, image_numbers, qwen_grid, qwen_pixels, to_grid
 
 
 class ClipMLLM(MLLM):
@@ -24,9 +25,11 @@ class ClipMLLM(MLLM):
 
     def __init__(self, clip: CLIP, name: str = ""):
         module = getattr(clip, "cond_stage_model", None)
-        key: Any = getattr(module, "clip", None)
-        encoder = encoder_of(module)
-        inner: Any = getattr(module, key, None) if isinstance(key, str) else None
+        keys = (getattr(module, "clip", None), getattr(module, "text_encoder_key", None))  # the second of LTX-2's
+        key: Any = next(filter(None, keys), getattr(getattr(clip, "tokenizer", None), "embedding_key", None))
+        encoder = encoder_of(module, key)
+        alone = getattr(module, "gemma3_12b", module)  # LTX-2's name for any LLM; Gemma 3 12B is the module itself
+        inner: Any = getattr(module, key, alone) if isinstance(key, str) else None
         model = getattr(getattr(inner, "transformer", None), "model", None)
         if encoder is None or model is None:
             found = key if isinstance(key, str) else type(module).__name__
@@ -40,29 +43,36 @@ class ClipMLLM(MLLM):
         self.clip, self.patcher, self.key = clip, clip.patcher, key
         self.encoder, self.stock, self.prefix = encoder, encoder.stock, encoder.prefix
         self.drop_header = encoder.drop_header
-        self.most_images, self._model = encoder.most_images, model
-        self.starts = int(getattr(getattr(clip.tokenizer, key, None), "start_token", None) is not None)
+        self.most_images, self._inner, self._model = encoder.most_images, inner, model
+        tokenizer: Any = clip.tokenizer  # whose name for the LLM is another with Gemma 3 4B's vision tower
+        self.tokenizer: Any = getattr(tokenizer, key, getattr(tokenizer, getattr(tokenizer, "clip", ""), tokenizer))
+        self.starts = int(getattr(self.tokenizer, "start_token", None) is not None)
         self.template = encoder.template or family.template
-        self.default_size = encoder.default_size or family.default_size
+        self.fixed_size = getattr(inner.transformer, "image_size", 0)  # Gemma 3's
+        self.default_size = self.fixed_size or encoder.default_size or family.default_size
         if getattr(model, "norm", None) is None:  # pruned: the last layer is as it is
             self.stock = replace(self.stock, normed=True)
         self.vision: Any = family.vision
-        self.visual: Any = getattr(inner.transformer, "visual", None)
+        self.visual: Any = getattr(inner.transformer, "visual", getattr(inner.transformer, "vision_model", None))
+        if getattr(model.config, "vision_bidirectional", False):  # Gemma 4 31B, 12B: not as the original in every layer
+            self.visual = None
         self.reads_images = encoder.reads_images and self.visual is not None
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
-        tokenizer = getattr(self.clip.tokenizer, self.key, None)
+        pad = getattr(self.tokenizer, "pad_token", None)
         tokens = self._tokens(text) if text else []
-        while tokens and tokens[0] in (getattr(tokenizer, "start_token", None), getattr(tokenizer, "pad_token", None)):
+        while tokens and tokens[0] in (getattr(self.tokenizer, "start_token", None), pad):
             del tokens[0]
-        while tokens and tokens[-1] == getattr(tokenizer, "pad_token", None):
+        while tokens and tokens[-1] == pad:
             del tokens[-1]
         return [int(token) for token in tokens]
 
     def _tokens(self, text: str, **images: Any) -> list[Any]:
         """The host's tokens of a text that carries its template."""
         # a tokenizer that adds a template anyway gets an empty one; thinking: Qwen3-VL's appends to it otherwise
-        chunks = self.clip.tokenize(text, llama_template="{}", thinking=True, **images)[self.key]
+        chunks: Any = self.clip.tokenize(text, llama_template="{}", thinking=True, **images)
+        if isinstance(chunks, dict):
+            chunks = chunks.get(self.key) or next(iter(chunks.values()))
         if len(chunks) != 1:
             raise MLLMError(
                 f"{self.info.name} cut the prompt into {len(chunks)} pieces, expected one. Shorten the prompt."
@@ -73,9 +83,11 @@ class ClipMLLM(MLLM):
     def run(self, text, images, size, tiles, wanted):  # noqa: D102
         resized = [self.encoder.resize(image, size)[None] for image in images]
         tokens = self._tokens(text, **({"images": resized} if self.reads_images else {}))
+        grids = [qwen_grid(image.shape[1], image.shape[2], self.vision) for image in resized]
+        if images and not any(isinstance(token, dict) for token in tokens):
+            tokens = self._with_images(text, resized, grids)
         # Emphasis as in (word:1.2) is a blend on the last layer only: read the words, leave their weights out.
         pairs = [[(token, 1.0) for token in tokens]]
-        grids = [qwen_grid(image.shape[1], image.shape[2], self.vision) for image in resized]
         states, mask = self._states(pairs, grids, wanted)
         if self.encoder.cut_tail:
             cut = tokens[::-1].index(self.tokenize("<|im_start|><|im_end|>")[1]) + 1
@@ -83,11 +95,26 @@ class ClipMLLM(MLLM):
         tokens = [None if isinstance(token, dict) or torch.is_tensor(token) else int(token) for token in tokens]
         return states, tokens, mask, grids
 
+    def _with_images(self, text: str, images: list[Tensor], grids: list[ImageGrid]) -> list[Any]:
+        """Tokens of a text with images (1, H, W, 3), scaled to their grids, in place of its placeholders.
+
+        Gemma's tokenizers take images of one size alone, and Gemma 3's loses a word before a placeholder.
+        """
+        plain = replace(self.vision, mean=(0.0,) * 3, std=(1.0,) * 3)  # the host normalises
+        first, *parts = text.split(self.family.placeholder, len(images))
+        tokens = self._tokens(first)
+        for image, grid, part in zip(images, grids, parts, strict=True):
+            pixels = to_grid(image[0], grid, plain).movedim(0, -1)[None]
+            tokens += [{"type": "image", "data": pixels}, *self.tokenize(part)]
+        return tokens
+
     def _states(self, pairs: list, grids: list, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Hidden states (1, M, T, C) of the layers `wanted`, by the host's forward, and the mask (1, T)."""
         encoder, top = self.clip.cond_stage_model, self.info.layers
-        inner = getattr(encoder, self.key)
+        inner = self._inner
         encoder.reset_clip_options()
+        tokens = [token if isinstance(token, int) else None for token, _ in pairs[0]]
+        numbers = image_numbers(tokens, grids)
         normed, hooks, raw = inner.layer_norm_hidden_state, [], []
         tower: Any = type(self.visual)
         if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
@@ -96,11 +123,15 @@ class ClipMLLM(MLLM):
             inner.transformer.preprocess_embed = partial(_see, self.visual, self.vision)
             rotate = partial(interleaved, self._model.compute_freqs_cis, self._model.config.mrope_section)
             self._model.compute_freqs_cis = rotate
+        if grids and self.family.bidirectional:
+            attend = partial(_attend, (numbers[:, None] == numbers) & (numbers > 0))
+            hooks += [layer.register_forward_pre_hook(attend, with_kwargs=True) for layer in self._model.layers]
         if wanted[-1] > top:
             hooks.append(self._model.norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
         if hasattr(self._model, "embed_tokens_per_layer"):  # Gemma 4, which the host encodes without their part
-            ids = torch.tensor([[token for token, _ in pairs[0]]])
-            hooks.append(self._model.register_forward_pre_hook(partial(_with_ids, ids), with_kwargs=True))
+            ids = numbers.new_zeros(numbers.shape)  # 0 = padding, at images
+            ids[numbers == 0] = torch.tensor([token for token in tokens if token is not None])
+            hooks.append(self._model.register_forward_pre_hook(partial(_with_ids, ids[None]), with_kwargs=True))
         try:
             load_text_encoder(self.clip, {self.key: pairs})
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
@@ -130,6 +161,12 @@ class ClipMLLM(MLLM):
 def _with_ids(ids: Tensor, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward hook that gives a decoder the tokens beside their embeddings."""
     return args, kwargs | {"input_ids": ids.to(kwargs["embeds"].device)}
+
+
+def _attend(together: Tensor, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward hook of a layer: tokens (T, T) of one image see each other, also later ones."""
+    mask = kwargs["attention_mask"]
+    return args, kwargs | {"attention_mask": mask.masked_fill(together.to(mask.device), 0)}
 
 
 def _see(visual, vision: Vision, embed: dict, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Chat templates: the text that an MLLM reads around a prompt and its images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 
@@ -86,6 +86,7 @@ FLUX2 = Template(
 )
 IDEOGRAM4 = Template(system="")
 GEMMA = Template(system="", around="", turn="", tail="", whole="")  # the prompt alone
+GEMMA3 = replace(GEMMA, image="Picture {}: <image_soft_token>\n")
 GEMMA4 = Template(
     system=_TASK,
     image="Picture {}: <|image><|image|><image|>\n",

@@ -52,6 +52,11 @@ def to_long_edge(image: Tensor, side: int) -> Tensor:
     return F.interpolate(image[None].movedim(-1, 1), size=size, mode="bicubic").movedim(1, -1)[0]
 
 
+def to_square(image: Tensor, side: int) -> Tensor:
+    """Stretches (H, W, 3) to side x side px, as Gemma 3's image processor does."""
+    return F.interpolate(image[None].movedim(-1, 1), size=(side, side), mode="bilinear").movedim(1, -1)[0]
+
+
 def qwen_grid(height: int, width: int, vision: Vision, least: int = 3136, most: int = 12845056) -> ImageGrid:
     """Token grid of an image of height x width px: sides to the nearest whole token, `least` to `most` px in all.
 
@@ -70,7 +75,7 @@ def qwen_grid(height: int, width: int, vision: Vision, least: int = 3136, most: 
 
 def qwen_pixels(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
     """Patches (h w, 3 frames patch patch) in merge x merge blocks of an image (H, W, 3) in 0..1, scaled to its grid."""
-    pixels = _to_grid(image, grid, vision)[None].expand(vision.frames, -1, -1, -1)
+    pixels = to_grid(image, grid, vision)[None].expand(vision.frames, -1, -1, -1)
     return rearrange(
         pixels, "t c (h mh ph) (w mw pw) -> (h w mh mw) (c t ph pw)",
         mh=vision.merge, mw=vision.merge, ph=vision.patch, pw=vision.patch,
@@ -82,14 +87,14 @@ def pooled_pixels(image: Tensor, grid: ImageGrid, vision: Vision) -> tuple[Tenso
 
     Source: Gemma 4.
     """
-    pixels = _to_grid(image, grid, vision)
+    pixels = to_grid(image, grid, vision)
     patches = rearrange(pixels, "c (h ph) (w pw) -> 1 (h w) (ph pw c)", ph=vision.patch, pw=vision.patch)
     rows, columns = grid.rows * vision.merge, grid.columns * vision.merge
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return patches, rearrange([x, y], "c h w -> 1 (h w) c")
 
 
-def _to_grid(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
+def to_grid(image: Tensor, grid: ImageGrid, vision: Vision) -> Tensor:
     """Normalised pixels (3, h, w) of an image (H, W, 3), scaled to its grid."""
     size = (grid.rows * vision.token, grid.columns * vision.token)
     pixels = F.interpolate(image.movedim(-1, 0)[None], size=size, mode="bilinear", align_corners=False)
@@ -134,6 +139,14 @@ def _fit(image: Tensor, vision: Vision, rows: int, columns: int) -> Tensor:
     top, left = (rows - h) // 2, (columns - w) // 2
     out[:, top : top + h, left : left + w] = vision.normalize(inner[0].clamp(0, 1))
     return out
+
+
+def image_numbers(tokens: Sequence[int | None], grids: Iterable[ImageGrid]) -> Tensor:
+    """Numbers (T,) of the images, from 1, whose tokens a text holds (None in `tokens`); 0 at its words."""
+    counts = iter([grid.tokens for grid in grids])
+    holes = torch.tensor([token is None for token in tokens])
+    repeats = torch.tensor([next(counts) if token is None else 1 for token in tokens])
+    return (holes * holes.cumsum(0)).repeat_interleave(repeats)
 
 
 def mrope_positions(tokens: Sequence[int | None], grids: Iterable[ImageGrid]) -> Tensor:

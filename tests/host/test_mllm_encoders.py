@@ -4,8 +4,9 @@ the context that the host's own encode nodes give."""
 import importlib
 import io
 import json
+import re
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.encoders import ENCODERS
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.mllm.templates import QWEN3_VL
-from subject_dla.loaders.mllm.vision import to_area
+from subject_dla.loaders.mllm.vision import pooled_pixels, qwen_grid, to_area, to_square
 from subject_dla.tests.small.mllm import build_qwen3vl, build_qwen35, shrink_qwen25vl_vision
 from subject_dla.tests.small.template_models import mistral_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,6 +52,16 @@ MADE_BY = {
     "LongCatImageTEModel": ("longcat_image", "te", {}, "LongCatImageTokenizer", "Qwen25_7BVLI_Config", LAYERS),
     "Gemma 2": ("lumina2", "te", {"model_type": "gemma2_2b"}, "LuminaTokenizer", "Gemma2_2B_Config", LAYERS),
     "Gemma 3": ("lumina2", "te", {"model_type": "gemma3_4b"}, "NTokenizer", "Gemma3_4B_Config", 6),
+    "Gemma 3, images": (
+        "lumina2",
+        "te",
+        {"model_type": "gemma3_4b_vision"},
+        "NTokenizer",
+        "Gemma3_4B_Vision_Config",
+        6,
+    ),
+    "Gemma 3 12B": ("lt", "gemma3_te", {}, "Gemma3_12BTokenizer", "Gemma3_12B_Config", 6),
+    "LTX-2": ("lt", "ltxav_te", {"dtype_llama": torch.float32}, "LTXAVGemmaTokenizer", "Gemma3_12B_Config", 6),
     "Gemma 4": ("gemma4", "gemma4_te", {}, "Gemma4_E4B", "Gemma4Config", 12),
     "Qwen3.5": ("qwen35", "te", {"model_type": "qwen35_2b"}, "tokenizer", None, LAYERS),
     "Qwen3VLTEModel": ("qwen3vl", "te", {"model_type": "qwen3vl_4b"}, "tokenizer", "Qwen3VL_4BConfig", LAYERS),
@@ -81,6 +92,13 @@ def shrink(monkeypatch, config, layers):
     sizes = SIZES | ({"vocab_size": 128} if config.startswith("Gemma") else {})
     small = {name: value for name, value in (sizes | {"num_hidden_layers": layers}).items() if name in defaults}
     monkeypatch.setattr(made.__init__, "__defaults__", tuple((defaults | small).values()))
+    if hasattr(made, "vision_config"):
+        monkeypatch.setattr(made, "vision_config", llama.GEMMA3_VISION_CONFIG | GEMMA3_VISION)
+        monkeypatch.setattr(made, "mm_tokens_per_image", 4)
+
+
+GEMMA3_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2,
+                 "image_size": 112}  # fmt: skip
 
 
 def shrink_qwen3vl(monkeypatch):
@@ -142,7 +160,8 @@ def build_clip(monkeypatch, name, folder=None):
         clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32}, tokenizer_data=files)
     except TypeError as error:  # 0.3.75 builds Mistral's tokenizer with a class that transformers 5 has changed
         pytest.skip(f"not on this host: {error}")
-    inner = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
+    module = clip.cond_stage_model
+    inner = getattr(module, getattr(module, "clip", "gemma3_12b"), module)
     if folder is None:
         generator = torch.Generator().manual_seed(0)
         for parameter in inner.transformer.parameters():
@@ -249,7 +268,7 @@ def stock(host_class, clip, prompt, images):
         pytest.mark.shows("MLLM sources", "stock context equal", family=READ_BY[name])
     ] if name in READ_BY else [])
     for name in MADE_BY
-    if name != "Gemma 4"  # its node returns every layer
+    if name not in ("Gemma 4", "Gemma 3 12B", "Gemma 3, images", "LTX-2")  # the host gives every layer, an error, a map
 ])  # fmt: skip
 def test_without_a_dla_the_context_is_the_stock_one(monkeypatch, host_class, count):
     """Bit for bit, and the mask: which layers, which norm, how they are joined, which tokens are dropped."""
@@ -354,26 +373,94 @@ def test_qwen3_5_gives_the_features_of_its_folder(monkeypatch, request, images):
     assert not {"preprocess_embed", "compute_freqs_cis"} & {*vars(inner), *vars(inner.model)}  # the CLIP is as it was
 
 
+@pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
+@pytest.mark.parametrize("name", ["Gemma 3, images", "Gemma 3 12B", "LTX-2"])
 @torch.no_grad()
-def test_gemma_4_gives_the_features_of_transformers(monkeypatch):
+def test_gemma_3_gives_the_features_of_transformers(monkeypatch, name, images):
+    """Tokens of an image see each other, which the host leaves out; every image is a square."""
+    transformers = importlib.import_module("transformers")
+    clip = build_clip(monkeypatch, name)
+    mllm = mllm_from_clip(clip)
+    model = mllm._inner.transformer
+    text = {size: getattr(model.model.config, size) for size in SIZES_OF_GEMMA} | TEXT_ONLY["Gemma 3"][2]
+    vision = {"model_type": "siglip_vision_model", "patch_size": 14, "vision_use_head": False} | GEMMA3_VISION
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=262144
+    )
+    other = transformers.Gemma3Model(config).eval()
+    host = {
+        key.replace("model.", "", 1) if key.startswith("model.") else key: w for key, w in model.state_dict().items()
+    }
+    ours = {
+        key: re.sub(r"^(language_model|vision_tower)\.", "", key).removeprefix("vision_model.")
+        for key in other.state_dict()
+    }
+    host = {key.replace("vision_model.", "").removeprefix("vision_model."): weight for key, weight in host.items()}
+    other.load_state_dict({key: host[name] for key, name in ours.items()})
+    first, *parts = mllm.template.text("a red fox", len(images)).split("<image_soft_token>")
+    ids = [2, *mllm.tokenize(first)]
+    for part in parts:
+        ids += [262144] * 4 + mllm.tokenize(part)
+    ids = torch.tensor([ids])
+    inputs = {"token_type_ids": (ids == 262144).long(), "attention_mask": torch.ones_like(ids)}
+    if images:
+        pixels = torch.stack([to_square(image, 112).movedim(-1, 0) for image in images])
+        inputs["pixel_values"] = (255 * pixels).round() / 127.5 - 1
+    states = torch.stack(other(ids, **inputs, output_hidden_states=True).hidden_states, dim=1)
+    features = mllm.encode("a red fox", images)
+    found = features.hidden_states[:, :, features.attention_mask[0]]
+    torch.testing.assert_close(found, states, atol=1e-3, rtol=1e-3)
+    assert int((features.modality == Modality.IMAGE).sum()) == 4 * len(images)
+    with pytest.raises(MLLMError, match="image_size is 224, expected 0: .* reads 112 px alone"):
+        mllm.encode("a red fox", IMAGES, image_size=224)
+
+
+SIZES_OF_GEMMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "rms_norm_eps", "head_dim")  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [[], IMAGES[:1], IMAGES], ids=["text", "one image", "two images"])
+@torch.no_grad()
+def test_gemma_4_gives_the_features_of_transformers(monkeypatch, images):
     """With the embeddings that each layer has of each token, which the host leaves out where it encodes a prompt."""
     transformers = importlib.import_module("transformers")
     clip = build_clip(monkeypatch, "Gemma 4")
     mllm = mllm_from_clip(clip)
-    model = clip.cond_stage_model.gemma4.transformer.model
-    for layer in model.layers:
+    host = clip.cond_stage_model.gemma4.transformer
+    for layer in host.model.layers:
         layer.layer_scalar.fill_(0.9)
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-             "num_key_value_heads", "hidden_size_per_layer_input", "num_kv_shared_layers", "rms_norm_eps",
-             "global_head_dim")  # fmt: skip
-    config = {size: getattr(model.config, size) for size in sizes} | {"vocab_size_per_layer_input": 128}
-    other = transformers.Gemma4TextModel(transformers.Gemma4TextConfig(**config)).eval()
-    kept = {key: value for key, value in model.state_dict().items() if key in other.state_dict()}
-    missing, unexpected = other.load_state_dict(kept, strict=False)
-    assert not unexpected and not missing
-    ids = torch.tensor([[2, *mllm.tokenize(mllm.template.text("a red fox"))]])
-    states = torch.stack(other(ids, output_hidden_states=True).hidden_states, dim=1)
-    torch.testing.assert_close(mllm.encode("a red fox").hidden_states, states, atol=1e-3, rtol=1e-3)
+    sizes = ("hidden_size_per_layer_input", "num_kv_shared_layers", "global_head_dim", *SIZES_OF_GEMMA)
+    text = {size: getattr(host.model.config, size) for size in sizes} | {"vocab_size_per_layer_input": 128}
+    vision = {size: host.model.config.vision_config[size] for size in (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "head_dim")}  # fmt: skip
+    vision |= {"num_key_value_heads": 2, "use_clipped_linears": True}
+    (placeholder,) = mllm.tokenize("<|image|>")
+    config = transformers.Gemma4Config(
+        text_config=transformers.Gemma4TextConfig(**text), vision_config=transformers.Gemma4VisionConfig(**vision),
+        image_token_id=placeholder,
+    )  # fmt: skip
+    other = transformers.Gemma4Model(config).eval()
+    names = {"model": "language_model", "vision_model": "vision_tower", "multi_modal_projector": "embed_vision"}
+    parts = ((*key.split(".", 1), weight) for key, weight in host.state_dict().items())
+    weights = {f"{names.get(part, part)}.{key}": weight for part, key, weight in parts}
+    other.load_state_dict({key: weights[key] for key in other.state_dict()})
+    tokens, grids = torch.tensor([2, *mllm.tokenize(mllm.template.text("a red fox", len(images)))]), []
+    inputs = {"pixel_values": [], "image_position_ids": []}
+    for image in images:
+        image = to_area(image, 224)
+        grids.append(qwen_grid(*image.shape[:2], mllm.vision))
+        for name, value in zip(inputs, pooled_pixels(image, grids[-1], mllm.vision), strict=True):
+            inputs[name].append(value[0])
+    repeats = torch.ones_like(tokens)
+    repeats[tokens == placeholder] = torch.tensor([grid.tokens for grid in grids], dtype=torch.long)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    pixels = {"pixel_values": 0.0, "image_position_ids": -1} if images else {}
+    inputs = {name: pad(inputs[name], padding_value=value) for name, value in pixels.items()}
+    ids = tokens.repeat_interleave(repeats)[None]
+    states = torch.stack(other(ids, **inputs, output_hidden_states=True).hidden_states, dim=1)
+    found = mllm.encode("a red fox", images, image_size=224)
+    torch.testing.assert_close(found.hidden_states, states, atol=1e-3, rtol=1e-3)
+    assert found.grids == (tuple(grids),)
 
 
 def test_every_encoder_is_compared_with_its_host():

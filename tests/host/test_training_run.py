@@ -142,7 +142,7 @@ def stop_at(*steps):
 
 @pytest.mark.parametrize("backbone", TRAINED, ids=lambda backbone: backbone.name)
 def test_a_run_of_each_family(workspace, monkeypatch, backbone):
-    """With held-out losses and sample pictures, stopped and resumed; prompts of a batch differ in length."""
+    """With held-out losses and sample pictures, stopped and resumed as if it had not been; prompts differ in length."""
     skip_what_the_host_lacks(backbone.name)
     with torch.inference_mode():
         monkeypatch.setattr(workspace.loaded, "model", tiny(backbone.name))
@@ -162,6 +162,11 @@ def test_a_run_of_each_family(workspace, monkeypatch, backbone):
         assert any(not torch.equal(value, trained[part][key]) for key, value in begun[part].items())
     assert load_dla(workspace.files(name)[0]).config.dit == backbone.name
     assert len(list((workspace.folder / name / "samples").iterdir())) == 2
+    workspace.train(f"whole-{backbone.name}", cache=settings["cache"])
+    whole, losses = workspace.end(f"whole-{backbone.name}")
+    assert losses == result.history.losses
+    for part in ("dla.safetensors", "lora.safetensors", "optimizer.safetensors"):
+        assert all(torch.equal(value, whole[part][key]) for key, value in trained[part].items())
 
 
 def test_stopped_after_every_step_it_is_the_whole_run(workspace, whole):

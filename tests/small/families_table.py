@@ -6,7 +6,8 @@ A test says by a marker what it shows, and of which family if none of its parame
     @pytest.mark.shows("trains", family="krea2", found="refused")
 
 `nox -s tests -- -m shows --write-docs` writes the table of the host at COMFYUI_PATH, and fails where a cell would say
-nothing. A run of all tests compares: what the page says was found must be found again.
+nothing; with `-k`, only the cells of the tests that ran. A run of all tests compares: what the page says was found must
+be found again.
 """
 
 import os
@@ -79,24 +80,25 @@ class FamiliesTable:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, exitstatus: int):
-        """Writes or compares after a run, without failures, of every test with a marker."""
+        """Writes or compares after a run without failures; some of the tests write their cells alone."""
         yield
         option, host = self.config.option, TESTS / "host"
         covered = any(Path(argument).resolve() in (host, *host.parents) for argument in self.config.args)
-        some = option.keyword or option.markexpr not in ("", "shows") or option.collectonly
-        if exitstatus or some or not covered or hasattr(self.config, "workerinput"):
+        whole = covered and not option.keyword and option.markexpr in ("", "shows")
+        writes = option.write_docs and len(self.found) > len(UNASKED)
+        if exitstatus or option.collectonly or hasattr(self.config, "workerinput") or not (whole or writes):
             return
         cells = {}
         for cell, words in self.found.items():  # what some of its tests found, others may lack on this host
             cells[cell] = "; ".join(word for word in WORDS if word in (words - {ABSENT} or words))
         empty = [f"{row}: {column}" for row in ROWS.values() for column in COLUMNS if not cells.get((row, column))]
-        if empty:
+        if whole and empty:
             pytest.exit(f"No test with the marker `shows` says anything of {', '.join(empty)}.", 1)
         file = Path(os.environ.get("COMFYUI_PATH", "")) / "comfyui_version.py"
         title = f"ComfyUI {option.host_title or runpy.run_path(str(file))['__version__']}"
         hosts = read_page()
-        if option.write_docs:
-            write_page(hosts | {title: cells})
+        if writes:
+            write_page(hosts | {title: cells if whole else {**hosts.get(title, {}), **cells}})
             return
         said = {cell: word for cell, word in hosts.get(title, {}).items() if word not in WORDS[-2:]}
         if wrong := [f"{': '.join(cell)}: {word}" for cell, word in said.items() if word != cells.get(cell)]:

@@ -21,6 +21,7 @@ from .backbones import BACKBONES, Backbone
 LATENTS, METHOD, POOLED, MASK = "reference_latents", "reference_latents_method", "pooled_output", "attention_mask"
 # Z-Image Omni's, one for each reference: SigLIP's features, and captions, which may be more
 ALIGNED = VISION, CAPTIONS = "clip_vision_outputs", "reference_latents_text_embeds"
+DIRECT = "direct_context"  # Ming-Image's tokens beside the context that are as wide as the DiT
 SLOTS, WITH_IMAGES = "image_slots", "subject_context_with_images"
 Condition = dict[str, Any]
 
@@ -211,8 +212,8 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
     for key in ALIGNED if off else ():
         if condition.get(key) is not None:
             condition[key] = [value for index, value in enumerate(condition[key]) if index not in off]
-    if not context:
-        condition.pop(CAPTIONS, None)
+    for key in () if context else (CAPTIONS, DIRECT):
+        condition.pop(key, None)
     if not context and condition.get("cross_attn") is not None:
         tokens = condition["cross_attn"][:, : backbone.context_off_tokens if backbone else 1]
         condition["cross_attn"] = tokens if backbone else torch.zeros_like(tokens)

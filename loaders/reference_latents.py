@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .backbones import backbone_of, titles
+from .backbones import backbone_of, titles, unread_family
 from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
 from .host import IGNORES_REFERENCES, mentions, reads_references, show_on_node
@@ -21,6 +21,11 @@ UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320
 UNKNOWN_FAMILY = (
     "Add Identity: this pack does not know the diffusion model %s (it knows %s). At which size it "
     "wants reference latents, and how placed, is not known: compare pictures. Only strengths 0 and 1 work."
+)
+UNREAD = (
+    "Add Identity: {family} ({model}) is refused. ComfyUI's source of it could not be read when this pack was written: "
+    "at which size it wants reference latents, how it places them and how many it takes is not known. Add them with "
+    "ComfyUI's own nodes, as the model's template does, or choose another model (docs/backbones.md), as FLUX.2 Klein."
 )
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
 
@@ -53,6 +58,8 @@ def add_identity(
         raise ValueError(f"The reference's strength is {strength}, expected a finite number >= 0.")
     backbone = backbone_of(model)
     diffusion_model = dit_of(model.model)
+    if family := unread_family(model):
+        raise ValueError(UNREAD.format(family=family, model=type(diffusion_model).__name__))
     if not reads_references(diffusion_model):
         log.warning(IGNORES_REFERENCES, "Add Identity", type(diffusion_model).__name__)
     elif backbone is None:

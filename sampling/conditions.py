@@ -2,12 +2,32 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..loaders.backbones import backbone_of, titles
+from ..loaders.backbones import backbone_of, titles, unread_family
 from ..loaders.conditioning import METHOD, Condition, ReferenceSettings, reference_latents, reference_settings
 from ..loaders.dit import context_width, dit_of
 from ..loaders.protocols import Model
 from .reference_stages import RunSchedule
 from .stages import Stages
+
+UNREAD = (
+    "Stages and Image Guidance: {family} ({model}) is refused. ComfyUI's source of it could not be read when this pack "
+    "was written, so it is not known which of the attention's tokens are its text and its references, nor what it makes"
+    " of none; a guess would give wrong pictures without an error. Remove this pack's node and use the model as its"
+    " template in ComfyUI does; or choose the preset both and references without settings of their own, which changes"
+    " nothing; or another model (docs/backbones.md), as FLUX.2 Klein."
+)
+
+
+def check_family(model: Model, changes: bool) -> None:
+    """Raises ValueError for a model of a family that could not be read, where something is to be changed in its run."""
+    family = unread_family(model)
+    if family and changes:
+        raise ValueError(UNREAD.format(family=family, model=type(dit_of(model.model)).__name__))
+
+
+def changes_strengths(stages: Stages) -> bool:
+    """Whether a schedule has other strengths than 1 and 1."""
+    return any((key.context, key.reference) != (1, 1) for key in stages.keyframes)
 
 
 def check_conditions(model: Model, stages: Stages, conditions: Iterable[Condition], name: str) -> None:
@@ -25,6 +45,7 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
             "schedule has a stage without MLLM tokens, where both are the same. Choose the preset semantics_first, or "
             "another guider."
         )
+    check_family(model, changes_strengths(stages))
     backbone, wanted = backbone_of(model), context_width(model)
     most = backbone.most_references if backbone else None
     for condition in conditions:
@@ -60,6 +81,7 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 f"{backbone.default_placement} behind the nodes that add them, or add them with Add Identity."
             )
         for settings in reference_settings(condition, len(references)):
+            check_family(model, settings != ReferenceSettings())
             if not backbone and settings not in (ReferenceSettings(0.0), ReferenceSettings(1.0)):
                 what = "Strengths between 0 and 1, masks, regions and schedules of single references"
                 raise ValueError(_only_on_and_off(model, what))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..loaders.conditioning import Condition, reference_latents, stage_variant
+from .conditions import check_family
 from .other_patches import OURS
 from .patch import OUTER_SAMPLE, PREDICT_NOISE, put_outermost, wrappers_of
 
@@ -42,6 +43,7 @@ def apply_image_guidance(model: Any, scale: float) -> Any:
     """
     if not isfinite(scale):
         raise ValueError(f"Image Guidance: its scale is {scale}, expected a finite number.")
+    check_family(model, changes=True)
     clone = model.clone()
     # outside the stages, which then stage the added condition like any other
     put_outermost(clone.model_options, OUTER_SAMPLE, KEY, partial(_outer_sample, scale))

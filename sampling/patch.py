@@ -20,7 +20,7 @@ from ..loaders.backbones import backbone_of
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
 from ..loaders.host import IGNORES_REFERENCES, reads_references
-from .conditions import check_conditions, check_guidance
+from .conditions import changes_strengths, check_conditions, check_family, check_guidance
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
 from .staged_run import StagedRun
@@ -49,8 +49,9 @@ def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> An
             of it; None = the run is the whole.
 
     Raises:
-        ValueError: Where `sigmas` are no schedule.
+        ValueError: Where `sigmas` are no schedule, or the model's family is refused.
     """
+    check_family(model, changes_strengths(stages))
     if sigmas is not None and (sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.isfinite().all()):
         raise ValueError(
             f"Apply Stages: its sigmas are {sigmas.tolist()}, expected at least two finite noise levels. Connect the "

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from ..loaders.backbones import Backbone, Part
-from ..loaders.conditioning import Condition, area_of, reference_settings, stage_variant, with_settings_of
+from ..loaders.conditioning import (
+    Condition,
+    area_of,
+    reference_latents,
+    reference_settings,
+    stage_variant,
+    with_settings_of,
+)
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
 from .other_patches import check_applied, own_prefix_cache, restart_cache
 from .reference_stages import Moment, RunSchedule
-from .tokens import grid, key_strengths, patch_size, recounted, region_log_weight, spans, token_parts
+from .tokens import grid, key_strengths, patch_size, recounted, reference_shapes, region_log_weight, spans, token_parts
 
 EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
 
@@ -119,8 +126,8 @@ class StagedRun:
             )
         override = None
         if backbone is not None:
-            lists = {name: found for name, found in inputs.items() if isinstance(found, list)}
-            shapes = {name: tuple(_shape(one) for one in found) for name, found in lists.items()}
+            found = {name: one for name, one in inputs.items() if isinstance(one, (list, Tensor))}
+            shapes = {name: _shape(one) for name, one in found.items()}
             override = self._override(backbone, x, c_crossattn, shapes, dit_of(executor.class_obj), options)
         if backbone is None or override is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
@@ -143,7 +150,7 @@ class StagedRun:
         strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
         key = (strengths, uuids, x.shape, tokens, tuple(sorted(shapes.items())), x.device)
         if key not in self._overrides:
-            parts, count = token_parts(backbone, module, tokens, x.shape, shapes), len(shapes.get("ref_latents", ()))
+            parts, count = token_parts(backbone, module, tokens, x.shape, shapes), len(reference_shapes(shapes))
             self._overrides[key] = self._weighted(backbone, parts, count, uuids, x)
         return self._overrides[key]
 
@@ -196,7 +203,11 @@ class StagedRun:
         condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self._moment)
         area, image = area_of(condition, canvas), next(part.grid for part in parts if part.group == "image")
         strengths, weights = [], torch.zeros(count, prod(image))
-        for index, settings in enumerate(reference_settings(condition, count)):
+        found = reference_settings(condition, count)
+        if backbone.frames_apart:
+            pairs = zip(reference_latents(condition), found)
+            found = [settings for latent, settings in pairs for _ in range(latent.shape[2])]
+        for index, settings in enumerate(found[:count]):
             strengths.append((moment.strength(settings), settings.mask))
             if settings.region is None or strengths[-1][0] == 0:
                 continue
@@ -224,8 +235,10 @@ class StagedRun:
 
 
 def _shape(one: Any) -> Any:
-    """Of a tensor without its batch; a number itself."""
-    return one.shape[1:] if isinstance(one, Tensor) else one
+    """Of a tensor without its batch; a number itself; of a list those of what it holds."""
+    if isinstance(one, list):
+        return tuple(map(_shape, one))
+    return tuple(one.shape[1:]) if isinstance(one, Tensor) else one
 
 
 def _name(name: str, variant: int) -> str:

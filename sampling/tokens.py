@@ -34,6 +34,11 @@ def log_strength(strength: float) -> float:
     return log(strength) if strength > 0 else -inf
 
 
+def reference_shapes(shapes: Mapping[str, Any]) -> Sequence[tuple[int, ...]]:
+    """Of the reference latents among those of a model's inputs, (c, h, w) or (c, frames, h, w)."""
+    return shapes.get("ref_latents") or shapes.get("ref_frames") or ()
+
+
 def token_parts(
     backbone: Backbone, module: Any, context: int, image_shape: tuple[int, ...], shapes: Mapping[str, Any]
 ) -> list[Part]:
@@ -44,11 +49,11 @@ def token_parts(
         module: The DiT.
         context: Number of context tokens that the model is called with.
         image_shape: Shape of the noisy latent, or of the area of it that the condition covers.
-        shapes: Of the tensors in the model's lists of inputs, without their batch, by the host's names; `ref_latents`
-            are the reference latents, (c, h, w) or (c, frames, h, w). Lists of numbers are as they are.
+        shapes: Of the model's other inputs, tensors and lists of them, without their batch, by the host's names. Lists
+            of numbers are as they are.
     """
     patch = backbone.patch_size
-    image, references = grid(image_shape, patch), [grid((1, *s), patch) for s in shapes.get("ref_latents", ())]
+    image, references = grid(image_shape, patch), [grid((1, *s), patch) for s in reference_shapes(shapes)]
     if backbone.token_parts is not None:
         return backbone.token_parts(module, context, image, references, shapes)
     groups = {

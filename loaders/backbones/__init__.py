@@ -13,22 +13,36 @@ from .base import Backbone, DiTSizes, MLLMSizes, Part, Release, Training
 
 __all__ = [
     "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Part", "Release", "Training", "backbone_of",
-    "backbone_of_keys", "titles",
+    "backbone_of_keys", "titles", "unread_family",
 ]  # fmt: skip
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
 _FOUND = (module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE"))
 BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _FOUND}
+UNREAD = {"flux3": "FLUX 3"}  # how names of the host's classes, modules and configs begin, without "_"
 TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 
 
 def backbone_of(model: Model) -> Backbone | None:
     """Family of a MODEL; None where this pack does not know its token layout (Chroma, video models, …)."""
+    if unread_family(model):
+        return None
     config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
     if config.get("image_model") is None:  # loaders of other packs may leave it empty, but use the host's model class
         name = type(model.model).__name__
         return next((backbone for backbone in BACKBONES.values() if backbone.host_class == name), None)
     return _most_specific(backbone for backbone in BACKBONES.values() if backbone.has_config(config))
+
+
+def unread_family(model: Model) -> str | None:
+    """Title of a MODEL's family where it is one that is refused since its source could not be read; else None."""
+    host = model.model
+    module, config = getattr(host, "diffusion_model", None), getattr(host, "model_config", None)
+    classes = [type(one) for one in (host, getattr(module, "_orig_mod", module), config)]
+    names = [str((getattr(config, "unet_config", None) or {}).get("image_model"))]
+    names += [name for one in classes for name in (one.__name__, *one.__module__.split("."))]
+    plain = [name.lower().replace("_", "") for name in names]
+    return next((title for start, title in UNREAD.items() if any(name.startswith(start) for name in plain)), None)
 
 
 def backbone_of_keys(shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> Backbone | None:

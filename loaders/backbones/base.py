@@ -89,7 +89,7 @@ class Backbone:
     context_width: int = 0  # of the release, channels
     token_order: tuple[str, ...] = TOKEN_ORDER  # of the groups among the keys of joint attention
     # of a family whose token order does not say it all: from its module, the number of context tokens, the grids of the
-    # image and each reference, and the shapes of the model's lists of inputs without their batch (numbers as they are)
+    # image and each reference, and the shapes of the model's other inputs without their batch (numbers as they are)
     token_parts: Callable[[Any, int, Grid, list[Grid], Mapping[str, Any]], list[Part]] | None = None
     references_in_context: bool = False  # at `image_slots`; attention has a call for each piece, over what is before it
     joint_blocks: tuple[str, ...] = ("double_blocks", "single_blocks")  # module lists; a block has one joint attention
@@ -98,6 +98,7 @@ class Backbone:
     latent_dimensions: int = 2  # 3: with frames, (b, c, 1, h, w)
     latent_downscale: int = 8  # px per latent element and side
     patch_size: int = 2  # latent elements per token and side
+    frames_apart: bool = False  # each frame of a reference latent is a reference of its own to the model
     reference_side: int = 0  # px; the sides of references are whole numbers of it; 0: of tokens
     placements: tuple[str, ...] = ()  # the `reference_latents_method`s that its newest host reads
     default_placement: str | None = None  # None: the model's own

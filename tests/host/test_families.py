@@ -14,6 +14,9 @@ from subject_dla.loaders import reference_latents
 from subject_dla.loaders.dit import context_width
 from subject_dla.loaders.host import reads_references
 from subject_dla.loaders.reference_latents import add_identity, reference_method
+from subject_dla.nodes.encode import SubjectAddIdentity
+from subject_dla.nodes.sample import SubjectImageGuidance, SubjectStagedGuider
+from subject_dla.nodes.stages import SubjectApplyStages
 from subject_dla.sampling import patch
 from subject_dla.sampling.patch import PREDICT_NOISE
 from subject_dla.sampling.stages import Keyframe, Stages, preset
@@ -103,7 +106,7 @@ def test_a_family_without_a_record_is_reported_where_references_are_added(monkey
     with caplog.at_level(logging.WARNING):
         add_identity(bare, subject.model, vae, picture(64, 64))
         assert not caplog.records
-        monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "flux3")
+        monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "nameless")
         out = add_identity(bare, subject.model, vae, picture(64, 64))
     assert len(out[0][1]["reference_latents"]) == 1
     assert "does not know the diffusion model Flux" in caplog.text and "FLUX.2" in caplog.text
@@ -131,7 +134,7 @@ def foreign(request, monkeypatch):
     """A subject on a model of no family of ours: the host's FLUX.1 by another name, or Chroma."""
     subject = Subject("flux", tiny_flux(24))
     if request.param == "unknown":
-        monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "flux3")
+        monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "nameless")
     else:
         subject.model = tiny_chroma()
     return subject
@@ -333,3 +336,96 @@ def test_z_image_omnis_strengths_masks_and_regions_are_textbook_attention(batch,
     subject.model = textbook(subject.model, calls)
     theirs = subject.host(*bare, batch=batch, cfg=cfg)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pad_tokens_multiple": 5}])
+def test_ming_image_reads_each_frame_of_a_reference_by_itself(sizes):
+    """With padding as Ming-Image Layer has it, too; against textbook attention, in the blocks that refine the image."""
+    subject = tiny_subject("ming_image", **sizes)
+    latents = subject.condition(9, 2)[0][1]["reference_latents"]
+    latents[0] = torch.cat((latents[0], latents[0] + 1), 2)
+    bare = [with_settings(subject.condition(9, seed), reference_latents=latents) for seed in (2, 3)]
+    pair = [with_settings(c, **{STRENGTHS: [0.5, 1.5], MASKS: [SOFT.T.contiguous(), None], REGIONS: [LEFT, SOFT]})
+            for c in bare]  # fmt: skip
+    ours = subject.staged(Stages((Keyframe(1, 0.6, 1),)), *pair, batch=3)
+
+    grids = [[side // 2 for side in size] for size in subject.references]
+    masked = torch.nn.functional.interpolate(SOFT.T[None, None], size=grids[0], mode="area").flatten()
+    spans = [torch.full((9 + 8,), log(0.6)), torch.zeros(16), *[(0.5 * masked).log()] * 2]
+    spans.append(torch.full((grids[1][0] * grids[1][1],), log(1.5)))
+    multiple = sizes.get("pad_tokens_multiple", 1)
+    spans[0] = torch.nn.functional.pad(spans[0], (0, -17 % multiple), value=log(0.6))
+    spans.append(torch.zeros(-sum(map(len, spans[1:])) % multiple))
+    starts = torch.tensor([0, *map(len, spans)]).cumsum(0).tolist()
+    bias = torch.cat(spans).repeat(starts[-1], 1)
+    for index, region in ((2, LEFT), (3, LEFT), (4, SOFT)):
+        weight = token_weights(subject, region).log()[:, None]
+        bias[starts[1] : starts[2], starts[index] : starts[index + 1]] += weight
+    refined = bias[starts[1] :, starts[1] :]
+    subject.model = textbook(subject.model, {(i, len(one)): one for one in (bias, refined) for i in (0, 1)})
+    theirs = subject.host(*bare, batch=3)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def named_flux3(model, where):
+    """The host's FLUX.1 under a name of FLUX 3, in one of the places where a host may have it."""
+    host = model.model
+    if where == "config":
+        host.model_config.unet_config["image_model"] = "flux3"
+    elif where == "class of the config":
+        host.model_config.__class__ = type("Flux3Klein", (type(host.model_config),), {})
+    elif where == "class":
+        host.__class__ = type("Flux3", (type(host),), {})
+    else:
+        module = host.diffusion_model
+        names = {"name": ("Flux3", type(module).__module__), "module": ("Model", "comfy.ldm.flux_3.model")}[where]
+        module.__class__ = type(names[0], (type(module),), {"__module__": names[1]})
+    return model
+
+
+@pytest.fixture(params=["config", "class of the config", "class", "name", "module"])
+def flux3(request):
+    subject = Subject("flux", tiny_flux(24))
+    named_flux3(subject.model, request.param)
+    return subject
+
+
+REFUSED = "FLUX 3 .* is refused.*source of it could not be read"
+
+
+@pytest.mark.shows("detected", "context off", "references off", "strengths", family="flux3", found="refused")
+@pytest.mark.parametrize("name", ["mllm_only", "vae_only", "semantics_first", "half"])
+def test_flux_3_is_refused_before_sampling_by_every_node_that_stages(flux3, name):
+    stages = Stages((Keyframe(1, 0.5, 1),)) if name == "half" else preset(name)
+    full = flux3.condition(9, 2)
+    with pytest.raises(ValueError, match=REFUSED):
+        SubjectApplyStages.execute(flux3.model, "both", "flow_time", 0.9, 0.8, stages=stages)
+    with pytest.raises(ValueError, match=REFUSED):
+        SubjectStagedGuider.execute(flux3.model, full, stages, 1.0)
+    with pytest.raises(ValueError, match=REFUSED):
+        flux3.staged(stages, full, None, cfg=1.0)
+    with pytest.raises(ValueError, match=REFUSED):
+        SubjectImageGuidance.execute(flux3.model, 1.5)
+    with pytest.raises(ValueError, match="Training needs FLUX.1"):
+        FrozenDiT(flux3.model)
+
+
+@pytest.mark.shows("parity both", family="flux3")
+def test_flux_3_with_all_on_is_the_hosts_picture(flux3):
+    full = flux3.condition(9, 2)
+    expected = flux3.host(full, full)
+    assert torch.equal(flux3.host(full, full, stages=preset("both")), expected)
+    assert torch.equal(flux3.staged(preset("both"), full, full), expected)
+
+
+@pytest.mark.shows("regions", "strengths", "trains", family="flux3", found="refused")
+def test_references_of_flux_3_come_from_the_hosts_nodes(flux3):
+    with pytest.raises(ValueError, match=REFUSED + ".*ComfyUI's own nodes"):
+        SubjectAddIdentity.execute(
+            flux3.condition(9, 2, False), flux3.model, TinyVAE(flux3.backbone), picture(64, 64), strength=1.0
+        )
+    for settings in ({STRENGTHS: [0.5, 1.0]}, {REGIONS: [LEFT, None]}):
+        with pytest.raises(ValueError, match=REFUSED):
+            flux3.staged(preset("both"), with_settings(flux3.condition(9, 2), **settings), None, cfg=1.0)
+    with pytest.raises(ValueError, match="Training needs FLUX.1"):
+        FrozenDiT(flux3.model)

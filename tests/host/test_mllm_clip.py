@@ -204,6 +204,15 @@ def test_another_text_encoder_gets_a_clear_error():
         mllm_from_clip(clip)
 
 
+@pytest.mark.shows("MLLM sources", "stock context equal", family="ming_image", found="refused")
+def test_ming_images_text_encoder_is_refused():
+    """Its context is made by queries and a connector behind the LLM, not of layers; the LLM is a class of its own."""
+    ming = pytest.importorskip("comfy.text_encoders.ming_image", reason="not on this host")
+    module = ming.te()(device="meta", dtype=torch.bfloat16)
+    with pytest.raises(MLLMError, match="'ming_image', expected an LLM.*Load MLLM"):
+        mllm_from_clip(SimpleNamespace(cond_stage_model=module, tokenizer=None, patcher=None))
+
+
 @pytest.mark.shows("MLLM sources", "stock context equal", family="flux", found="refused")
 def test_flux_1s_text_encoders_hold_no_llm():
     module = flux.FluxClipModel.__new__(flux.FluxClipModel)  # its T5 has 4.7 thousand million weights

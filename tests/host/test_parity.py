@@ -53,6 +53,8 @@ class Subject:
             for index, n in enumerate(references):
                 found += [(index, n), (f"padding {index}", padding(n))]
             return [*found, ("image", self.tokens(*image)), ("other", padding(self.tokens(*image)))]
+        if self.backbone.name == "ming_image":
+            context += self.direct(context)
         parts = {"context": [("context", context)], "image": [("image", self.tokens(*image))]}
         parts["reference"] = [*enumerate(references)]
         return [part for name in self.backbone.token_order for part in parts[name]]
@@ -61,11 +63,18 @@ class Subject:
         x = torch.randn(batch, self.format.latent_channels, h, w, generator=torch.Generator().manual_seed(seed))
         return x.unsqueeze(2) if self.format.latent_dimensions == 3 else x
 
+    def direct(self, context):
+        """Tokens of Ming-Image's `direct_context` beside so many others."""
+        return context - 1
+
     def condition(self, tokens, seed, references=True):
         width = context_width(self.model)
         values = {"pooled_output": None}
         if self.backbone.counts_context:
             values["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
+        if self.backbone.name == "ming_image" and self.direct(tokens):
+            size = 1, self.direct(tokens), self.model.model.diffusion_model.dim
+            values["direct_context"] = torch.randn(size, generator=torch.Generator().manual_seed(seed + 1))
         if references:
             values["reference_latents"] = [self.latent(*size, seed=5 + i) for i, size in enumerate(self.references)]
             if method := reference_method(self.model, "auto"):

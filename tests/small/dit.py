@@ -38,6 +38,11 @@ CONFIGS = {  # of full width and one layer
         ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
         siglip_feat_dim=1152,
     ),
+    "ming_image": dict(
+        image_model="ming_image", patch_size=2, in_channels=16, dim=3840, cap_feat_dim=2560, n_layers=1,
+        n_refiner_layers=1, qk_norm=True, n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512],
+        rope_theta=256.0, ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, masked_pad_multiple=32,
+    ),
     "qwen_image21": dict(num_layers=1),
 }  # fmt: skip
 CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
@@ -48,6 +53,7 @@ CLASSES = {  # of the host, under comfy.ldm; FLUX.1's for the others
     "joyimage": "joyimage.model.JoyImageTransformer3DModel",
     "boogu": "boogu.model.BooguTransformer2DModel",
     "z_image": "lumina.model.NextDiT",
+    "ming_image": "lumina.model.NextDiT",
     "qwen_image21": "qwen_image21.model.QwenImage21Transformer2DModel",
 }
 FAMILIES = tuple(CONFIGS)
@@ -75,6 +81,7 @@ TINY = {
         dim=256, n_heads=2, n_kv_heads=2, cap_feat_dim=24, n_layers=2, siglip_feat_dim=12,
         pad_tokens_multiple=5,
     ),
+    "ming_image": CONFIGS["ming_image"] | dict(dim=256, n_heads=2, n_kv_heads=2, cap_feat_dim=24, n_layers=2),
     "qwen_image21": dict(
         num_attention_heads=2, attention_head_dim=16, axes_dims_rope=[4, 6, 6], context_in_dim=24, num_layers=2
     ),
@@ -115,7 +122,7 @@ def _random(model, dtype, seed: int = 0, spread: float = 0.02) -> dict[str, torc
         deviation = spread if value.ndim > 1 else 0.1
         # a processor draws a thousand million normal numbers in half a minute: large matrices repeat some
         drawn = torch.empty(min(value.numel(), 2**22 + 15), dtype=dtype).normal_(0, deviation, generator=generator)
-        weights = drawn.repeat(-(-value.numel() // drawn.numel()))[: value.numel()].reshape(value.shape)
+        weights = drawn.repeat(-(-value.numel() // max(drawn.numel(), 1)))[: value.numel()].reshape(value.shape)
         out[key] = weights + one if value.ndim == 1 and not key.endswith("bias") else weights  # norm scales: near one
     return out
 
@@ -131,7 +138,7 @@ def load(family: str, monkeypatch, sizes=()):
         config = original(*args, **kwargs)
         if config and config.get("image_model") == "omnigen2":
             config.update(num_layers=1, num_refiner_layers=1)
-        if config and config.get("image_model") == "lumina2":
+        if config and config.get("image_model") in ("lumina2", "ming_image"):
             config.update(n_refiner_layers=1)
         return config
 

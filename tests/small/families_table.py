@@ -24,7 +24,9 @@ from ...loaders.backbones import BACKBONES
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs" / "families.md"
 TABLE = re.compile(r"^## (ComfyUI .+)\n\n((?:\|.*\n)+)", re.MULTILINE)
-OTHERS = {"unknown": "one without a record", "reads none": "one that reads no references"}
+OTHERS = {
+    "flux3": "FLUX 3, by its name", "unknown": "one without a record", "reads none": "one that reads no references",
+}  # fmt: skip
 ROWS = {name: backbone.title for name, backbone in BACKBONES.items()} | {"klein": "FLUX.2 Klein"}
 ROWS = dict(sorted(ROWS.items(), key=lambda row: row[1])) | OTHERS
 COLUMNS = (

@@ -121,6 +121,13 @@ def to_intermediate(samples: Tensor) -> Tensor:
     return samples if dtype is None else samples.to(dtype())
 
 
+def exact_attention() -> Callable[..., Tensor]:
+    """PyTorch's attention as the host calls it, without overrides: it neither rounds queries and keys nor skips any."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return getattr(attention_pytorch, "__wrapped__", attention_pytorch)
+
+
 @contextmanager
 def in_training() -> Iterator[None]:
     """Inside, later hosts use kernels that have gradients."""

@@ -14,8 +14,13 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..loaders.host import exact_attention
+
 CHANNELS = 8  # fast kernels want head widths in multiples of this
 MOST_PARTS = 16  # kernel calls for one joint attention; with more patterns (noise), all regions ride in extra channels
+# in the name of a kernel that may round queries and keys to 8 bits or fewer, where a bias beside them spoils both, or
+# skip keys; the last is the host's node that chooses any of its kernels
+INEXACT = ("sage", "int8", "fp8", "fp4", "sparse", "sol_attn", "set_model_optimized_attention")
 REMOVED = -3e3  # exp underflows to 0, and fp16 holds it times 16; only for keys that some rows of a batch keep
 
 
@@ -105,7 +110,8 @@ class KeyStrengthAttention:
     """An `optimized_attention_override` that applies the key strengths of one model call.
 
     With regions, the queries that read the same references have a kernel call of their own, over these keys. So a
-    region of zeros and ones needs no mask; queries at soft edges carry the bias in extra channels.
+    region of zeros and ones needs no mask; queries at soft edges carry the bias in extra channels. A kernel that would
+    round the bias does not get it: PyTorch's does these calls.
 
     Args:
         log_strength: (conditions, keys) float32, ln of the strength of each key for each condition of the call; -inf
@@ -126,6 +132,7 @@ class KeyStrengthAttention:
             not counted.
         prefix_cache: For the host's cache of keys and values of what is before the image, which depend on strengths.
         contextless: Whether calls without those tokens are counted, too.
+        inexact: Name of a kernel that did not get the calls with a bias, or "".
         reached: Whether there was one. Written only, so that a compiled model puts no guard on it.
     """
 
@@ -143,7 +150,7 @@ class KeyStrengthAttention:
     ):
         self._references, self._recount = list(references), recount
         self.previous = previous
-        self.applied, self.reached = 0, False
+        self.applied, self.reached, self.inexact = 0, False, ""
         self.contextless = joint_only is not None
         self.prefix_cache: Any = None
         image = pieces[-1].stop - pieces[-1].start if pieces else None
@@ -170,6 +177,7 @@ class KeyStrengthAttention:
         **kwargs: Any,
     ) -> Tensor:
         """The host's attention with the strengths, as `optimized_attention_override` is called."""
+        kernels = [attention] if self.previous is None else [self.previous, attention]
         if self.previous is not None:
             attention = _through(self.previous, attention)
         said = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens")
@@ -190,7 +198,12 @@ class KeyStrengthAttention:
         if not kwargs.pop("skip_reshape", False):
             width = q.shape[-1] // heads  # k and v may have fewer heads
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=width) for x in (q, k, v))
-        return call.attend(attention, q, k, v, heads, mask, **kwargs)
+        exact = attention
+        for name in map(full_name, kernels) if call.has_bias else ():
+            if any(word in name.lower() for word in INEXACT):
+                self.inexact, exact = name, exact_attention()
+                break
+        return call.attend(attention, exact, q, k, v, heads, mask, **kwargs)
 
 
 class _Call:
@@ -223,11 +236,17 @@ class _Call:
         """Whether it can do a call with so many queries."""
         return queries in self._parts if self._whole is None else self._queries in (None, queries)
 
-    def attend(self, attention: Callable, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Output of all queries; q: (b, h, n, d)."""
+    @property
+    def has_bias(self) -> bool:
+        """Whether some of its queries need a bias."""
+        whole = [self._whole] if self._whole is not None else []
+        return any(part.bias is not None for parts in (whole, *self._parts.values()) for part in parts)
+
+    def attend(self, attention: Callable, exact: Callable, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of all queries; q: (b, h, n, d). `exact` is the kernel for a bias."""
         if self._whole is not None:
-            return self._whole.attend(attention, q, *args, **kwargs)
-        outputs = [part.attend(attention, q, *args, **kwargs) for part in self._parts[q.shape[2]]]
+            return self._whole.attend(attention, exact, q, *args, **kwargs)
+        outputs = [part.attend(attention, exact, q, *args, **kwargs) for part in self._parts[q.shape[2]]]
         return torch.cat(outputs, -2).index_select(-2, self._order[q.shape[2]])
 
 
@@ -260,9 +279,17 @@ class _Part:
             self.bias = repeat(log_strength.clamp(min=REMOVED), "c n -> (c b) n", b=repeats).to(device)
 
     def attend(
-        self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **kwargs: Any
+        self,
+        attention: Callable,
+        exact: Callable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Output of these queries; q, k, v: (b, h, n, d)."""
+        """Output of these queries; q, k, v: (b, h, n, d). `exact` is the kernel for a bias."""
         if self.queries is not None:
             if mask is not None and mask.ndim > 1 and mask.shape[-2] == q.shape[2]:
                 mask = mask[..., self.queries, :]
@@ -272,7 +299,7 @@ class _Part:
             mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., self.keep]
         if self.bias is None:
             return attention(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
-        return attention_with_key_bias(attention, q, k, v, heads, self.bias, self.query_bias, mask=mask, **kwargs)
+        return attention_with_key_bias(exact, q, k, v, heads, self.bias, self.query_bias, mask=mask, **kwargs)
 
 
 def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions, count: int) -> list[_Part]:
@@ -299,6 +326,12 @@ def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Re
         bias = QueryBias(rearrange(weight[..., queries], "c g n -> c n g"), columns) if soft[queries[0]] else None
         parts.append(_Part(logs, repeats, device, queries, bias))
     return parts
+
+
+def full_name(function: Any) -> str:
+    """Where a function or a callable object comes from."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _through(override: Callable, attention: Callable) -> Callable:

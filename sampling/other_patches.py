@@ -2,19 +2,32 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
+import torch
+
 from ..loaders.backbones import Backbone
 from ..loaders.dit import dit_of
-from .attention import KeyStrengthAttention
+from .attention import KeyStrengthAttention, full_name
 from .stages import Stages
 
 OURS = "subject_"  # begins the keys of this pack's wrappers
 KEY = f"{OURS}stages"  # of those of the stages
 HOST_CACHES = ("easycache", "lazycache")  # keys of the host's step caches, which `restart_cache` knows
 COUNTS = ("total_steps_skipped", "output_change_rates", "approx_output_change_rates")  # of theirs, logged at the end
+
+
+def own_code(model_options: dict) -> AbstractContextManager[Any]:
+    """Where a compiled model must not take code that was compiled for other strengths: inside, it runs uncompiled.
+
+    The host's TorchCompileModel from 0.33 on tells torch to forget that its code depends on `transformer_options`, and
+    with them on the attention override. Without a guard filter, torch compiles anew for each override.
+    """
+    compiled = model_options.get("torch_compile_kwargs") or {}
+    # torch takes the filter out of `options`, which is None without one
+    return nullcontext() if compiled.get("options") is None else torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -64,7 +77,7 @@ def check_caches(model_options: dict, schedules: Iterable[Stages]) -> None:
         return
     names = _wrapper_names(model_options.get("transformer_options", {}))
     if "model_function_wrapper" in model_options:
-        names.append(_name(model_options["model_function_wrapper"]))
+        names.append(full_name(model_options["model_function_wrapper"]))
     found = [name for name in names if "cache" in name.lower() and not name.startswith(HOST_CACHES)]
     if found:
         raise ValueError(
@@ -96,7 +109,7 @@ def check_applied(
         return
     replaced = options.get("patches_replace", {}).get("dit", {})
     if applied and blocks - len(replaced) <= applied < blocks:
-        names = ", ".join(sorted({_name(function) for function in replaced.values()}))
+        names = ", ".join(sorted({full_name(function) for function in replaced.values()}))
         warn(
             f"Apply Stages: in {blocks - applied} of {blocks} blocks of the model, which another extension replaces "
             f"({names}), attention does not follow the stages. If it skips these blocks, nothing is lost; if it "
@@ -119,28 +132,22 @@ def _suspects(override: KeyStrengthAttention, backbone: Backbone, model: Any, op
     """Names of what may have replaced the attention, most likely first."""
     current = options.get("optimized_attention_override")
     if current is not override:
-        yield f"attention override {_name(current)}"
+        yield f"attention override {full_name(current)}"
     patches = options.get("patches", {})
     changes = (f for kind in ("post_input", "attn1_patch") for f in patches.get(kind, ()))
-    yield from (f"patch of the tokens {_name(f)}" for f in changes)
-    yield from (f"block replacement {_name(f)}" for f in options.get("patches_replace", {}).get("dit", {}).values())
+    yield from (f"patch of the tokens {full_name(f)}" for f in changes)
+    yield from (f"block replacement {full_name(f)}" for f in options.get("patches_replace", {}).get("dit", {}).values())
     for part in (block for name in backbone.joint_blocks for block in getattr(dit_of(model), name, ())):
         if "forward" in vars(part):
-            yield f"block function {_name(part.forward)}"
+            yield f"block function {full_name(part.forward)}"
         source = sys.modules[type(part).__module__]
         for function in (getattr(source, name, None) for name in ("attention", "optimized_attention")):
-            if function is not None and not _name(function).startswith("comfy."):
-                yield f"attention function {_name(function)}"
+            if function is not None and not full_name(function).startswith("comfy."):
+                yield f"attention function {full_name(function)}"
     yield from (f"wrapper {name}" for name in _wrapper_names(options) if not name.startswith(HOST_CACHES))
 
 
 def _wrapper_names(options: dict) -> list[str]:
     """Names of the wrappers in `transformer_options` that are not this pack's."""
     by_key = chain.from_iterable(kind.items() for kind in options.get("wrappers", {}).values())
-    return [f"{key} ({_name(found[0])})" for key, found in by_key if found and not str(key).startswith(OURS)]
-
-
-def _name(function: Any) -> str:
-    """Where a function or a callable object comes from."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    return [f"{key} ({full_name(found[0])})" for key, found in by_key if found and not str(key).startswith(OURS)]

@@ -19,7 +19,7 @@ from ..loaders.conditioning import (
 )
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
-from .other_patches import check_applied, own_prefix_cache, restart_cache
+from .other_patches import check_applied, own_code, own_prefix_cache, restart_cache
 from .reference_stages import Moment, RunSchedule
 from .tokens import grid, key_strengths, patch_size, recounted, reference_shapes, region_log_weight, spans, token_parts
 
@@ -44,6 +44,7 @@ class StagedRun:
         self._batch = 1  # pictures
         self._models: list[Any] = []  # of the guider, on each device
         self._guider = ""  # its class
+        self._options: dict = {}  # of the guider's model
         self._canvas = (0, 0)  # height and width of the noisy latent
         self._moment = EVERYTHING_ON  # of the last call
         self._stage: tuple | None = None  # its variant and keyframes
@@ -93,6 +94,7 @@ class StagedRun:
         stage = index, self._moment.keyframes
         clones = model_options.get("multigpu_clones", {}).values()
         self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
+        self._options = model_options
         if self._stage not in (None, stage):
             restart_cache(model_options, self._models)
         self._stage = stage
@@ -131,12 +133,17 @@ class StagedRun:
             override = self._override(backbone, x, c_crossattn, shapes, dit_of(executor.class_obj), options)
         if backbone is None or override is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
-        override.applied, override.reached = 0, False
+        override.applied, override.reached, override.inexact = 0, False, ""
         override.previous = options.get("optimized_attention_override")
         options["optimized_attention_override"] = override
-        with own_prefix_cache(override, executor.class_obj):
+        with own_prefix_cache(override, executor.class_obj), own_code(self._options):
             out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         check_applied(override, backbone, executor.class_obj, options, self._warn)
+        if override.inexact:
+            self._warn(
+                f"Apply Stages: attention of tokens with a strength between 0 and 1, or at soft edges, is computed by "
+                f"PyTorch instead of {override.inexact}, which may round strengths away or skip tokens."
+            )
         return out
 
     def _override(

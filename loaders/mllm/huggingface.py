@@ -5,9 +5,7 @@ prepares pixels, positions and image tokens: the library's own preprocessing cha
 torchvision resize, `mm_token_type_ids`), and features must not.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
 from ..host import make_patcher
+from .backbone import MLLMBackbone
 from .base import MLLM, MLLMError
 from .cast_layers import ParametersOnMeta, swap_layers
 from .checkpoint import Headers, check_keys, read_config, read_headers, read_tokenizer, rename
@@ -35,92 +34,6 @@ from .vision import (
     qwen_pixels,
     to_area,
 )
-
-
-class _StopForward(Exception):
-    """Raised by a hook at the first layer that is not wanted."""
-
-
-class MLLMBackbone(nn.Module):
-    """Holds the library's model, because the host sets `.device`, which the library's makes read-only."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.model: Any = model
-        self.compute_dtype = dtype
-
-    def move_unmanaged(self, device: torch.device) -> None:
-        """Moves to `device` what the host moves only on a full load: buffers, norm-sized raw parameters."""
-        with torch.inference_mode(False), torch.no_grad():
-            for module in self.modules():
-                if hasattr(module, "comfy_cast_weights"):
-                    continue
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    if tensor.device != device:
-                        tensor.data = tensor.data.to(device)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings (B, T, C) of ids (B, T), in the compute dtype."""
-        return self.model.language_model.embed_tokens(ids, out_dtype=self.compute_dtype)
-
-    def pooled_inputs(self, ids: Tensor, images: Tensor) -> dict[str, Any]:
-        """What Gemma 4's decoder reads beside embeddings, for ids (1, T) and each token's image (1, T), 0 = none.
-
-        Where its config asks for it, tokens of one image see each other in the layers of sliding attention.
-        """
-        decoder, extra = self.model.language_model, {}
-        config, seen = decoder.config, images > 0
-        if config.hidden_size_per_layer_input:
-            table = decoder.embed_tokens_per_layer(
-                ids.masked_fill(seen, config.pad_token_id), out_dtype=self.compute_dtype
-            )
-            extra["per_layer_inputs"] = rearrange(table, "b t (l c) -> b t l c", l=len(decoder.layers))
-        if config.use_bidirectional_attention == "vision" and seen.any():
-            at = torch.arange(ids.shape[1], device=ids.device)
-            behind = at[:, None] - at
-            together = seen[0, :, None] & (images[0, :, None] == images[0])
-            near = (behind < config.sliding_window) & ((behind >= 0) | together)
-            extra["attention_mask"] = {
-                "full_attention": (behind >= 0)[None, None],
-                "sliding_attention": near[None, None],
-            }
-        return extra
-
-    def states(
-        self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], store: Callable, **extra: Any
-    ) -> list[Tensor]:
-        """Hidden states (1, T, C) of the layers `wanted` (ascending), each put through `store` as soon as it exists.
-
-        State i < L is the input of decoder layer i, however the library of this release numbers it; state L is the
-        final norm's output.
-        """
-        decoder, top = self.model.language_model, wanted[-1]
-        count = len(decoder.layers)
-        found, hooks = {}, []
-        if 0 in wanted:
-            found[0] = store(embeds)
-
-        def read(number, module, args, kwargs):
-            if number in wanted:
-                found[number] = store(args[0] if args else kwargs["hidden_states"])
-            if number == top:
-                raise _StopForward
-
-        if top > 0:
-            try:
-                for number in range(1, min(top, count - 1) + 1):
-                    layer = decoder.layers[number]
-                    hooks.append(layer.register_forward_pre_hook(partial(read, number), with_kwargs=True))
-                # a mask of ones keeps the library from reading image positions as packed sequences
-                extra.setdefault("attention_mask", torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
-                out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra)
-                found[count] = store(out.last_hidden_state)
-            except _StopForward:
-                pass
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return [found[number] for number in wanted]
 
 
 class TransformersMLLM(MLLM):

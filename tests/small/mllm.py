@@ -147,7 +147,7 @@ def build_gemma4(
             "layer_types": kinds, "max_position_embeddings": 131072, "num_attention_heads": heads,
             "num_global_key_value_heads": 1 if large else None, "num_hidden_layers": layers,
             "num_key_value_heads": kv_heads, "num_kv_shared_layers": 0 if large else layers // 2, "pad_token_id": 0,
-            "rms_norm_eps": 1e-06, "sliding_window": 12, "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-06, "sliding_window": 20, "tie_word_embeddings": True,
             "use_bidirectional_attention": "vision" if large else None, "use_cache": True,
             "use_double_wide_mlp": not large, "vocab_size": 151680, "vocab_size_per_layer_input": 151680,
             "rope_parameters": {

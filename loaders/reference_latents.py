@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .backbones import backbone_of, titles, unread_family
+from .backbones import backbone_of, pixel_family, titles, unread_family
 from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
 from .host import IGNORES_REFERENCES, mentions, reads_references, show_on_node
@@ -26,6 +26,10 @@ UNREAD = (
     "Add Identity: {family} ({model}) is refused. ComfyUI's source of it could not be read when this pack was written: "
     "at which size it wants reference latents, how it places them and how many it takes is not known. Add them with "
     "ComfyUI's own nodes, as the model's template does, or choose another model (docs/backbones.md), as FLUX.2 Klein."
+)
+PIXEL_REFERENCES = (
+    "Add Identity: {family} reads reference images as patches of pixels and has no VAE, so that there are no VAE "
+    "tokens to add. Remove Add Identity and connect the images to ComfyUI's node for this model (HiDream-O1 Reference Images)."
 )
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
 
@@ -60,6 +64,8 @@ def add_identity(
     diffusion_model = dit_of(model.model)
     if family := unread_family(model):
         raise ValueError(UNREAD.format(family=family, model=type(diffusion_model).__name__))
+    if family := pixel_family(model):
+        raise ValueError(PIXEL_REFERENCES.format(family=family))
     if not reads_references(diffusion_model):
         log.warning(IGNORES_REFERENCES, "Add Identity", type(diffusion_model).__name__)
     elif backbone is None:

@@ -122,6 +122,7 @@ class KeyStrengthAttention:
         regions: Which references the image's tokens read; None = all. Queries and keys are then the same tokens, or the
             keys alone hold the references, last (a cache of the host's).
         joint_only: Tokens in a row that other attention calls of the model leave out; None = it has no such calls.
+        refined: Tokens in a row that the model also refines among themselves with attention calls over these alone.
         pieces: Of the tokens, in order, where attention has a call for each, over the keys up to its end. The last is
             the image; `regions.image` counts from its start.
         references: Tokens of each reference. Where the host says other numbers, it is believed.
@@ -144,6 +145,7 @@ class KeyStrengthAttention:
         previous: Callable | None = None,
         regions: Regions | None = None,
         joint_only: slice | None = None,
+        refined: slice | None = None,
         pieces: Sequence[slice] = (),
         references: Sequence[int] = (),
         recount: "Callable[[Sequence[int]], KeyStrengthAttention | None] | None" = None,
@@ -160,6 +162,9 @@ class KeyStrengthAttention:
             logs = log_strength[:, : piece.stop]
             if not logs.isneginf().all():  # else nothing reads this piece
                 self._before[piece.stop] = _Call(logs, repeats, device, None, piece.stop - piece.start)
+        if refined is not None:
+            logs = log_strength[:, refined]
+            self._before[logs.shape[1]] = _Call(logs, repeats, device, None)
         if joint_only is not None:
             rest = torch.ones(log_strength.shape[1], dtype=torch.bool)
             rest[joint_only] = False

@@ -17,6 +17,9 @@ UNREAD = (
     " nothing; or another model (docs/backbones.md), as FLUX.2 Klein."
 )
 
+# values of a condition by which models of families that are not known here read its prompt beside the context
+OTHER_TEXT = ("conditioning_llama3", "conditioning_mt5xl", "conditioning_byt5small", "text_input_ids", "t5xxl_ids")
+
 
 def check_family(model: Model, changes: bool) -> None:
     """Raises ValueError for a model of a family that could not be read, where something is to be changed in its run."""
@@ -55,6 +58,14 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 f"The {name} condition has tokens of width {tokens.shape[-1]}, but this diffusion model "
                 f"({backbone.title if backbone else type(model.model).__name__}) reads width {wanted}. Use the text "
                 f"encoder that belongs to the model, or a DLA trained with context width {wanted}."
+            )
+        others = [key for key in OTHER_TEXT if condition.get(key) is not None]
+        if others and not backbone and any(not context for context, _ in stages.variants()):
+            raise ValueError(
+                "The stage schedule has a stage without MLLM tokens, but this diffusion model "
+                f"({type(model.model).__name__}) reads the prompt of the {name} condition also from {', '.join(others)}, "
+                "which this pack cannot leave out: the stage would still follow the prompt. Choose the preset "
+                "semantics_first or both."
             )
         if not references and name == "positive" and (False, True) in stages.variants():
             raise ValueError(

@@ -16,7 +16,7 @@ import comfy.model_sampling
 import comfy.patcher_extension
 from torch import Tensor
 
-from ..loaders.backbones import backbone_of
+from ..loaders.backbones import backbone_of, pixel_family
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
 from ..loaders.host import IGNORES_REFERENCES, reads_references
@@ -34,6 +34,10 @@ APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 NO_REFERENCES = (
     "Apply Stages: no condition has a reference latent, so the schedule's VAE strengths have no effect. Add one with "
     "ReferenceLatent, Add Identity or Subject Conditioning; TextEncodeQwenImageEditPlus adds one if it has a VAE."
+)
+PIXEL_REFERENCES = (
+    "Apply Stages: %s reads reference images as patches of pixels, not as VAE tokens. The schedule's VAE strengths 0 "
+    "and 1 switch all of them, with what the model's own vision tower sees; others are refused."
 )
 
 log = logging.getLogger(__name__)
@@ -99,7 +103,9 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     referenced = any(map(reference_latents, conditions))
     if not referenced and {key.reference for key in stages.keyframes} not in ({0}, {1}):
         log.warning(NO_REFERENCES)
-    if referenced and not reads_references(module):
+    if referenced and (family := pixel_family(guider.model_patcher)):
+        log.warning(PIXEL_REFERENCES, family)
+    elif referenced and not reads_references(module):
         log.warning(IGNORES_REFERENCES, "Apply Stages", type(module).__name__)
     schedule = RunSchedule.of(stages, conditions)
     check_caches(guider.model_options, schedule.all)

@@ -187,12 +187,18 @@ class StagedRun:
             regions = Regions(image, [span for _, span in of], weights[:, [index for index, _ in of]])
         # without references there is nothing to do in these, and refiners of the image have as many keys
         left_out = [span for part, span in placed if part.joint_only and backbone.contextless_blocks and count]
+        seen = [span for part, span in placed if part.joint_only and part.group != "context"]  # by SigLIP
+        refined = slice(seen[0].start, seen[-1].stop) if seen and count else None
+        if refined and refined.stop == 2 * refined.start:  # the context is refined in calls of as many keys
+            self._warn("Apply Stages: there are as many SigLIP as context tokens; SigLIP's refiner has no strengths.")
+            refined = None
         return KeyStrengthAttention(
             logs,
             len(x) // len(uuids),
             x.device,
             regions=regions,
             joint_only=slice(left_out[0].start, left_out[-1].stop) if left_out else None,
+            refined=refined,
             pieces=[span for _, span in placed] if backbone.references_in_context else [],
             references=[part.tokens for part in parts if part.group == "reference" and not part.joint_only],
             recount=lambda tokens: self._weighted(backbone, recounted(parts, tokens), count, uuids, x),

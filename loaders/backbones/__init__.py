@@ -13,13 +13,16 @@ from .base import Backbone, DiTSizes, MLLMSizes, Part, Release, Training
 
 __all__ = [
     "BACKBONES", "TRAINED", "Backbone", "DiTSizes", "MLLMSizes", "Part", "Release", "Training", "backbone_of",
-    "backbone_of_keys", "titles", "unread_family",
+    "backbone_of_keys", "pixel_family", "titles", "unread_family",
 ]  # fmt: skip
 
 _MODULES = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
 _FOUND = (module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE"))
 BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _FOUND}
-UNREAD = {"flux3": "FLUX 3"}  # how names of the host's classes, modules and configs begin, without "_"
+# how names of the host's classes, modules and configs begin, without "_": families that are refused, and those that
+# read references as patches of pixels, without a VAE
+UNREAD = {"flux3": "FLUX 3"}
+PIXELS = {"hidreamo1": "HiDream-O1", "sensenova": "SenseNova"}
 TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 
 
@@ -36,13 +39,23 @@ def backbone_of(model: Model) -> Backbone | None:
 
 def unread_family(model: Model) -> str | None:
     """Title of a MODEL's family where it is one that is refused since its source could not be read; else None."""
+    return _named(model, UNREAD)
+
+
+def pixel_family(model: Model) -> str | None:
+    """Title of a MODEL's family where it reads references as patches of pixels, so that there are no VAE tokens."""
+    return _named(model, PIXELS)
+
+
+def _named(model: Model, families: Mapping[str, str]) -> str | None:
+    """Title of the one of `families` with whose start a name in a MODEL begins."""
     host = model.model
     module, config = getattr(host, "diffusion_model", None), getattr(host, "model_config", None)
     classes = [type(one) for one in (host, getattr(module, "_orig_mod", module), config)]
     names = [str((getattr(config, "unet_config", None) or {}).get("image_model"))]
     names += [name for one in classes for name in (one.__name__, *one.__module__.split("."))]
     plain = [name.lower().replace("_", "") for name in names]
-    return next((title for start, title in UNREAD.items() if any(name.startswith(start) for name in plain)), None)
+    return next((title for start, title in families.items() if any(name.startswith(start) for name in plain)), None)
 
 
 def backbone_of_keys(shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> Backbone | None:

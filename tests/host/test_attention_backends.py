@@ -19,9 +19,7 @@ from subject_dla.tests.host.test_guider import condition, host
 from subject_dla.tests.small.dit import tiny_flux
 
 HALF = Stages((Keyframe(1, 0.5, 0.25),))
-ONLY_PART = torch.cat(
-    [torch.zeros(32, 48), torch.ones(32, 48)]
-)  # of a reference, beside a condition that has all
+ONLY_PART = torch.cat([torch.zeros(32, 48), torch.ones(32, 48)])  # of a reference, beside a condition that has all
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from subject_dla.loaders import reference_latents
+from subject_dla.loaders.backbones import pixel_family
 from subject_dla.loaders.dit import context_width
 from subject_dla.loaders.host import reads_references
 from subject_dla.loaders.reference_latents import add_identity, reference_method
@@ -330,9 +331,9 @@ def test_z_image_omnis_strengths_masks_and_regions_are_textbook_attention(batch,
     bias = columns.repeat(len(columns), 1)
     for index, span in readers:
         bias[image, span] += token_weights(subject, regions[index]).log()[:, None]
-    refined = bias[-45:, -45:]
-    calls = {(i, len(one)): one for one in (bias, refined) for i in (0, 1)}
-    assert len(bias) == context + 65
+    refined, seen = bias[-45:, -45:], bias[context:-45, context:-45]
+    calls = {(i, len(one)): one for one in (bias, refined, seen) for i in (0, 1)}
+    assert len(bias) == context + 65 and len(seen) == 20
     subject.model = textbook(subject.model, calls)
     theirs = subject.host(*bare, batch=batch, cfg=cfg)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
@@ -429,3 +430,28 @@ def test_references_of_flux_3_come_from_the_hosts_nodes(flux3):
             flux3.staged(preset("both"), with_settings(flux3.condition(9, 2), **settings), None, cfg=1.0)
     with pytest.raises(ValueError, match="Training needs FLUX.1"):
         FrozenDiT(flux3.model)
+
+
+@pytest.mark.parametrize("name, title", [("HiDreamO1", "HiDream-O1"), ("SenseNovaU15", "SenseNova")])
+def test_families_that_read_pixels_have_no_vae_tokens_to_add(name, title, monkeypatch, caplog):
+    subject = Subject("flux", tiny_flux(24))
+    bare, full = subject.condition(9, 2, False), subject.condition(9, 2)
+    model = SimpleNamespace(model=type(name, (), {"diffusion_model": subject.model.model.diffusion_model})())
+    with pytest.raises(ValueError, match=f"{title} reads reference images as patches of pixels and has no VAE"):
+        add_identity(bare, model, TinyVAE(subject.backbone), picture(64, 64))
+    assert pixel_family(subject.model) is None
+    monkeypatch.setattr(patch, "pixel_family", lambda model: title)
+    subject.staged(preset("semantics_first"), full, None, cfg=1.0)
+    assert f"Apply Stages: {title} reads reference images as patches of pixels" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["conditioning_llama3", "text_input_ids"])
+def test_a_prompt_that_is_read_beside_the_context_is_not_left_half_on(key, monkeypatch):
+    """As HiDream's from Llama, of a family without a record."""
+    subject = Subject("flux", tiny_flux(24))
+    pair = [with_settings(subject.condition(9, seed), **{key: torch.zeros(1, 3)}) for seed in (2, 3)]
+    assert subject.staged(preset("vae_only"), *pair).isfinite().all()  # FLUX.1 does not read it
+    monkeypatch.setitem(subject.model.model.model_config.unet_config, "image_model", "hidream")
+    assert subject.staged(preset("semantics_first"), *pair).isfinite().all()
+    with pytest.raises(ValueError, match=f"stage without MLLM tokens.*reads the prompt .*from {key}.*semantics_first"):
+        subject.staged(preset("vae_only"), *pair)

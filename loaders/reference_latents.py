@@ -29,7 +29,8 @@ UNREAD = (
 )
 PIXEL_REFERENCES = (
     "Add Identity: {family} reads reference images as patches of pixels and has no VAE, so that there are no VAE "
-    "tokens to add. Remove Add Identity and connect the images to ComfyUI's node for this model (HiDream-O1 Reference Images)."
+    "tokens to add. Remove Add Identity and connect the images to ComfyUI's node for this model (HiDream-O1 Reference "
+    "Images)."
 )
 LARGEST_AREA = 1024 * 1024  # of the other families' defaults; smaller pictures are not enlarged
 

@@ -63,9 +63,9 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
         if others and not backbone and any(not context for context, _ in stages.variants()):
             raise ValueError(
                 "The stage schedule has a stage without MLLM tokens, but this diffusion model "
-                f"({type(model.model).__name__}) reads the prompt of the {name} condition also from {', '.join(others)}, "
-                "which this pack cannot leave out: the stage would still follow the prompt. Choose the preset "
-                "semantics_first or both."
+                f"({type(model.model).__name__}) reads the prompt of the {name} condition also from "
+                f"{', '.join(others)}, which this pack cannot leave out: the stage would still follow the prompt. "
+                "Choose the preset semantics_first or both."
             )
         if not references and name == "positive" and (False, True) in stages.variants():
             raise ValueError(

@@ -126,7 +126,7 @@ class KeyStrengthAttention:
         pieces: Of the tokens, in order, where attention has a call for each, over the keys up to its end. The last is
             the image; `regions.image` counts from its start.
         references: Tokens of each reference. Where the host says other numbers, it is believed.
-        recount: Makes the same object for other numbers.
+        recount: Makes the same object for other numbers, and for so many tokens before and behind the context.
 
     Attributes:
         applied: Number of joint attention calls so far, of the image where pieces have their own; a compiled model is
@@ -148,9 +148,9 @@ class KeyStrengthAttention:
         refined: slice | None = None,
         pieces: Sequence[slice] = (),
         references: Sequence[int] = (),
-        recount: "Callable[[Sequence[int]], KeyStrengthAttention | None] | None" = None,
+        recount: "Callable[[Sequence[int], tuple[int, int]], KeyStrengthAttention | None] | None" = None,
     ):
-        self._references, self._recount = list(references), recount
+        self._references, self._added, self._recount = list(references), (0, 0), recount
         self.previous = previous
         self.applied, self.reached, self.inexact = 0, False, ""
         self.contextless = joint_only is not None
@@ -186,11 +186,8 @@ class KeyStrengthAttention:
         if self.previous is not None:
             attention = _through(self.previous, attention)
         said = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens")
-        if said and self._recount is not None and list(said) != self._references and len(said) == len(self._references):
-            other = self._recount(said)
-            self._references = list(said)
-            if other is not None:
-                self._calls, self._before = other._calls, other._before
+        if said and len(said) == len(self._references):
+            self.expect(said, self._added)
         queries, keys = (x.shape[2] if kwargs.get("skip_reshape") else x.shape[1] for x in (q, k))
         call = self._calls.get(keys) or self._before.get(keys)
         if call is None or not call.takes(queries):
@@ -209,6 +206,19 @@ class KeyStrengthAttention:
                 self.inexact, exact = name, exact_attention()
                 break
         return call.attend(attention, exact, q, k, v, heads, mask, **kwargs)
+
+    def add_tokens(self, before: int, behind: int) -> None:
+        """Expects tokens without strengths around the context, which a patch of another extension adds there."""
+        self.expect(self._references, (before, behind))
+
+    def expect(self, references: Sequence[int], added: tuple[int, int]) -> None:
+        """Expects these numbers of tokens: of each reference, and before and behind the context."""
+        if self._recount is None or (list(references), added) == (self._references, self._added):
+            return
+        self._references, self._added = list(references), added
+        other = self._recount(references, added)
+        if other is not None:
+            self._calls, self._before = other._calls, other._before
 
 
 class _Call:

@@ -47,6 +47,30 @@ def own_prefix_cache(override: KeyStrengthAttention, model: Any) -> Iterator[Non
         override.prefix_cache, module.prefix_cache = module.prefix_cache, host
 
 
+def counting_added_tokens(override: KeyStrengthAttention, options: dict) -> dict:
+    """`transformer_options` by which the override knows what patches add around the context (USO's style)."""
+    patches = options.get("patches", {})
+    others = patches.get("post_input")
+    if not others:
+        return options
+    contexts = []
+
+    def first(arguments: dict) -> dict:
+        contexts.append(arguments["txt"])
+        return arguments
+
+    def last(arguments: dict) -> dict:
+        context, tokens = contexts.pop(), arguments["txt"]
+        added = tokens.shape[1] - context.shape[1]
+        if added > 0 and torch.equal(tokens[:, added:], context):
+            override.add_tokens(added, 0)
+        elif added > 0 and torch.equal(tokens[:, :-added], context):
+            override.add_tokens(0, added)
+        return arguments
+
+    return options | {"patches": patches | {"post_input": [first, *others, last]}}
+
+
 def restart_cache(model_options: dict, models: Iterable[Any]) -> None:
     """Lets the host's EasyCache, LazyCache, FluxKVCache and prefix cache begin anew: theirs is the stage before's.
 

@@ -19,9 +19,19 @@ from ..loaders.conditioning import (
 )
 from ..loaders.dit import dit_of
 from .attention import KeyStrengthAttention, Regions
-from .other_patches import check_applied, own_code, own_prefix_cache, restart_cache
+from .other_patches import check_applied, counting_added_tokens, own_code, own_prefix_cache, restart_cache
 from .reference_stages import Moment, RunSchedule
-from .tokens import grid, key_strengths, patch_size, recounted, reference_shapes, region_log_weight, spans, token_parts
+from .tokens import (
+    grid,
+    key_strengths,
+    patch_size,
+    recounted,
+    reference_shapes,
+    region_log_weight,
+    spans,
+    token_parts,
+    with_added,
+)
 
 EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
 
@@ -137,7 +147,8 @@ class StagedRun:
         override.previous = options.get("optimized_attention_override")
         options["optimized_attention_override"] = override
         with own_prefix_cache(override, executor.class_obj), own_code(self._options):
-            out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+            counting = counting_added_tokens(override, options)
+            out = executor(x, t, c_concat, c_crossattn, control, counting, **inputs)
         check_applied(override, backbone, executor.class_obj, options, self._warn)
         if override.inexact:
             self._warn(
@@ -201,7 +212,9 @@ class StagedRun:
             refined=refined,
             pieces=[span for _, span in placed] if backbone.references_in_context else [],
             references=[part.tokens for part in parts if part.group == "reference" and not part.joint_only],
-            recount=lambda tokens: self._weighted(backbone, recounted(parts, tokens), count, uuids, x),
+            recount=lambda tokens, added: self._weighted(
+                backbone, with_added(recounted(parts, tokens), *added), count, uuids, x
+            ),
         )
 
     def _settings(

@@ -74,6 +74,12 @@ def recounted(parts: Sequence[Part], tokens: Sequence[int]) -> list[Part]:
     return [one(part) if part.group == "reference" and not part.joint_only else part for part in parts]
 
 
+def with_added(parts: Sequence[Part], before: int, behind: int) -> list[Part]:
+    """The same with so many tokens, which have no strengths, before and behind the context."""
+    at = next(index for index, part in enumerate(parts) if part.group == "context")
+    return [*parts[:at], Part("other", before), parts[at], Part("other", behind), *parts[at + 1 :]]
+
+
 def spans(parts: Sequence[Part]) -> list[slice]:
     """Where each part lies among the tokens."""
     return [slice(*ends) for ends in pairwise(accumulate((part.tokens for part in parts), initial=0))]

@@ -4,6 +4,7 @@ and tiles of other packs, compiled models, split runs."""
 import logging
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from uuid import uuid4
 
 import comfy.model_patcher
@@ -305,6 +306,33 @@ def test_a_wrapper_that_runs_the_model_twice_is_no_error(model):
     expected = host(clone, *conditions)
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "twice", twice)
     assert torch.allclose(host(clone, *conditions), expected, atol=1e-5)
+
+
+def style_reference(model, tokens=5):
+    """USO's: tokens of SigLIP before the context, by the host's own patch."""
+    node = pytest.importorskip("comfy_extras.nodes_model_patch")
+    if not hasattr(node, "UsoStyleProjectorPatch"):
+        pytest.skip("not on this host")
+    style, clone = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(7)), model.clone()
+    patch = node.UsoStyleProjectorPatch(SimpleNamespace(model=lambda image: style), torch.zeros(1))
+    patch.models = list  # none to load
+    clone.set_model_post_input_patch(patch)
+    return clone
+
+
+@pytest.mark.parametrize("context, reference", [(0.5, 0.25), (0, 1), (1, 0.5), (2, 0)])
+def test_tokens_that_a_patch_adds_to_the_context_have_no_strength(model, context, reference):
+    styled = style_reference(model)  # takes one picture and condition at a time
+    strengths = [1.0] * 5 + [context] * CONTEXT + [1.0] * IMAGE + [reference] * (FIRST + SECOND) * (reference > 0)
+    stages, conditions = Stages((Keyframe(1, context, reference),)), (condition(), condition(seed=4))
+    theirs = conditions if reference else (condition(references=0), condition(seed=4, references=0))
+    theirs = host(dense_oracle(styled, torch.tensor(strengths).log()), *theirs)
+    ours = host(apply_stages(styled, stages), *conditions)
+    assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
+    assert not torch.allclose(ours, host(apply_stages(model, stages), *conditions), atol=1e-3)
+    if not context:
+        others = condition(seed=8), condition(9, seed=9)
+        assert torch.equal(host(apply_stages(styled, stages), *others), ours)
 
 
 def test_skipped_blocks_are_named_and_no_error(model, caplog):

@@ -16,7 +16,7 @@ from .protocols import CLIP, VAE, Model
 
 # of a node, and a class of the host's
 IGNORES_REFERENCES = (
-    "%s: the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
+    "the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
     "ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 # What the host's loader calls the options of its Load Diffusion Model.

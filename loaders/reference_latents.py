@@ -19,7 +19,7 @@ from .protocols import VAE, Model
 
 UNO_LONGEST_SIDE = 512  # UNO's own preprocessing for one reference (it uses 320 for several)
 UNKNOWN_FAMILY = (
-    "Add Identity: this pack does not know the diffusion model %s (it knows %s). At which size it "
+    "this pack does not know the diffusion model %s (it knows %s). At which size it "
     "wants reference latents, and how placed, is not known: compare pictures. Only strengths 0 and 1 work."
 )
 UNREAD = (
@@ -67,10 +67,8 @@ def add_identity(
         raise ValueError(UNREAD.format(family=family, model=type(diffusion_model).__name__))
     if family := pixel_family(model):
         raise ValueError(PIXEL_REFERENCES.format(family=family))
-    if not reads_references(diffusion_model):
-        log.warning(IGNORES_REFERENCES, "Add Identity", type(diffusion_model).__name__)
-    elif backbone is None:
-        log.warning(UNKNOWN_FAMILY, type(diffusion_model).__name__, titles())
+    if doubt := _doubt(model):
+        log.warning("Add Identity: %s", doubt)
     method = reference_method(model, placement)
     side = backbone.reference_grid if backbone else 16
     images = collect_images(image)
@@ -128,8 +126,18 @@ def reference_method(model: Model, placement: str) -> str | None:
     return method
 
 
+def _doubt(model: Model) -> str | None:
+    """Why a MODEL may not do what is asked of its references; None = nothing speaks against it."""
+    module = dit_of(model.model)
+    if not reads_references(module):
+        return IGNORES_REFERENCES % type(module).__name__
+    return None if backbone_of(model) else UNKNOWN_FAMILY % (type(module).__name__, titles())
+
+
 def report_placement(model: Model, conditioning: list, files: Iterable[str], node_id: str | None = None) -> None:
     """Shows a CONDITIONING's placement on its node in the editor; warns, also in the log, where a file wants another.
+
+    What is not known of the model's family is shown there, too.
 
     It is shown where all is well, too: the editor takes no empty text, so that nothing else would clear a warning.
 
@@ -154,6 +162,8 @@ def report_placement(model: Model, conditioning: list, files: Iterable[str], nod
     ]
     for warning in warnings:
         log.warning("Add Identity: %s", warning)
+    if doubt := _doubt(model):
+        warnings.append(doubt)
     show_on_node("\n".join([f"Placement: {name}", *(f"Warning: {warning}" for warning in warnings)]), node_id)
 
 

@@ -106,7 +106,7 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
     if referenced and (family := pixel_family(guider.model_patcher)):
         log.warning(PIXEL_REFERENCES, family)
     elif referenced and not reads_references(module):
-        log.warning(IGNORES_REFERENCES, "Apply Stages", type(module).__name__)
+        log.warning(f"Apply Stages: {IGNORES_REFERENCES}", type(module).__name__)
     schedule = RunSchedule.of(stages, conditions)
     check_caches(guider.model_options, schedule.all)
     sigmas = [float(s) for s in sigmas]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import comfy.sd
 import pytest
 import torch
+from subject_dla.loaders import reference_latents
 from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.loaders.images import collect_images
 from subject_dla.loaders.reference_latents import add_identity, reference_size, report_placement, resize
@@ -154,6 +155,18 @@ def test_a_file_whose_name_wants_another_placement_is_reported(monkeypatch, capl
         assert all(word in message and word in text for word in words), message
     report_placement(tiny(family), condition(), files, "7")
     assert len(sent) == 1  # there is no reference
+
+
+@pytest.mark.parametrize("reads, words", [(True, "does not know the diffusion model Flux"), (False, "does not read")])
+def test_what_is_not_known_of_a_family_is_shown_on_the_node(monkeypatch, reads, words):
+    sent = []
+    monkeypatch.setattr(reference_latents, "show_on_node", lambda *text: sent.append(text))
+    monkeypatch.setattr(reference_latents, "reads_references", lambda module: reads)
+    model = tiny("flux")
+    monkeypatch.setitem(model.model.model_config.unet_config, "image_model", "nameless")
+    report_placement(model, condition(reference_latents=[torch.zeros(1)]), [KONTEXT], "7")
+    ((text, node),) = sent
+    assert node == "7" and text.startswith("Placement: offset\nWarning: ") and words in text
 
 
 def test_a_2511_file_that_tells_the_host_its_placement_needs_no_choice(caplog, monkeypatch):

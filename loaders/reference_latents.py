@@ -27,7 +27,7 @@ UNREAD = (
     "at which size it wants reference latents, how it places them and how many it takes is not known. Add them with "
     "ComfyUI's own nodes, as the model's template does, or choose another model (docs/backbones.md), as FLUX.2 Klein."
 )
-PIXEL_REFERENCES = (
+NO_VAE_TOKENS = (
     "Add Identity: {family} reads reference images as patches of pixels and has no VAE, so that there are no VAE "
     "tokens to add. Remove Add Identity and connect the images to ComfyUI's node for this model (HiDream-O1 Reference "
     "Images)."
@@ -66,9 +66,9 @@ def add_identity(
     if family := unread_family(model):
         raise ValueError(UNREAD.format(family=family, model=type(diffusion_model).__name__))
     if family := pixel_family(model):
-        raise ValueError(PIXEL_REFERENCES.format(family=family))
-    if doubt := _doubt(model):
-        log.warning("Add Identity: %s", doubt)
+        raise ValueError(NO_VAE_TOKENS.format(family=family))
+    if warning := _model_warning(model):
+        log.warning("Add Identity: %s", warning)
     method = reference_method(model, placement)
     side = backbone.reference_grid if backbone else 16
     images = collect_images(image)
@@ -126,7 +126,7 @@ def reference_method(model: Model, placement: str) -> str | None:
     return method
 
 
-def _doubt(model: Model) -> str | None:
+def _model_warning(model: Model) -> str | None:
     """Why a MODEL may not do what is asked of its references; None = nothing speaks against it."""
     module = dit_of(model.model)
     if not reads_references(module):
@@ -162,8 +162,8 @@ def report_placement(model: Model, conditioning: list, files: Iterable[str], nod
     ]
     for warning in warnings:
         log.warning("Add Identity: %s", warning)
-    if doubt := _doubt(model):
-        warnings.append(doubt)
+    if unsure := _model_warning(model):
+        warnings.append(unsure)
     show_on_node("\n".join([f"Placement: {name}", *(f"Warning: {warning}" for warning in warnings)]), node_id)
 
 

@@ -154,8 +154,8 @@ def report_placement(model: Model, conditioning: list, files: Iterable[str], nod
     placement = placed[0] or getattr(getattr(module, "params", module), "default_ref_method", None)
     name = placement or "the model's own"
     warnings = [
-        f"by its name, {file!r} is for the placement {' or '.join(release.placements)} ({release.title}), but these"
-        f" references get {name}. Choose the placement {release.title!r}."
+        f"choose the placement {release.title!r}. By its name, {file!r} is for {' or '.join(release.placements)}, but"
+        f" these references get {name}."
         for file in files
         for release in (backbone.releases if backbone else ())
         if re.search(release.file_name, file.lower().replace("_", "-")) and placement not in release.placements

@@ -132,12 +132,12 @@ EDIT = "qwen_image_edit_{}_fp8mixed.safetensors"
     ("flux", "uxo", [KONTEXT], [(KONTEXT, "offset or index", "'Kontext'")]), ("flux", "offset", [KONTEXT], []),
     ("flux", "index", ["Flux/fluxKontext_v1.gguf"], []),
     ("flux", "index_timestep_zero", [KONTEXT], [(KONTEXT, "offset", "index_timestep_zero")]),
-    ("flux", "offset", ["flux1-dev.safetensors", USO], [(USO, "placement uxo", "'UNO, USO'")]),
-    ("flux", "index", ["UNO/dit_lora.safetensors"], [("UNO/dit_lora", "placement uxo", "get index")]),
+    ("flux", "offset", ["flux1-dev.safetensors", USO], [(USO, "is for uxo", "'UNO, USO'")]),
+    ("flux", "index", ["UNO/dit_lora.safetensors"], [("UNO/dit_lora", "is for uxo", "get index")]),
     ("flux", "uxo", [USO, "flux1-dev.safetensors"], []),
     ("flux", "offset", ["flux1-dev-unofficial.safetensors", "musou.safetensors"], []),
     ("flux2", "offset", [USO], []), ("qwen_image", None, [EDIT.format(2509), USO], []),
-    ("qwen_image", None, [EDIT.format(2511)], [("2511_fp8", "placement index_timestep_zero", "2511'")]),
+    ("qwen_image", None, [EDIT.format(2511)], [("2511_fp8", "is for index_timestep_zero", "2511'")]),
     ("qwen_image", "index_timestep_zero", [EDIT.format(2511)], []),
 ])  # fmt: skip
 def test_a_file_whose_name_wants_another_placement_is_reported(monkeypatch, caplog, family, method, files, wanted):

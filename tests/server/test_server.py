@@ -129,7 +129,7 @@ def test_a_kontext_file_with_unos_placement_is_reported(server, prompt):
             if node["class_type"] == "SubjectAddIdentity":
                 node["inputs"]["placement"] = placement
         assert run(server, prompt)
-        said = server.log.read_text(encoding="utf-8").count("'demo-kontext.safetensors' is for the placement offset")
+        said = server.log.read_text(encoding="utf-8").count("'demo-kontext.safetensors' is for offset")
         assert said == (0 if placement == "Kontext" else 2)  # of each reference's node
 
 

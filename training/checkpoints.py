@@ -89,8 +89,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
     """Raises RecipeError where a checkpoint's state is of a run with other FIXED settings."""
+    begun = Recipe.from_dict(state["recipe"]).to_dict()  # options that are newer than the run have their defaults
     for key in FIXED:
-        before, now = (reduce(getitem, key.split("."), values) for values in (state["recipe"], recipe.to_dict()))
+        before, now = (reduce(getitem, key.split("."), values) for values in (begun, recipe.to_dict()))
         if before != now:
             raise RecipeError(
                 f"Run '{recipe.run.name}' was begun with {key} = {before}, now it is {now}. Put it back to resume that "

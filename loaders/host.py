@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.dtypes import DTYPES
 from .protocols import CLIP, VAE, Model
 
-# of a node, and a class of the host's
+# %s: a class of the host's
 IGNORES_REFERENCES = (
     "the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
     "ComfyUI, or choose a model for reference images (docs/backbones.md)."

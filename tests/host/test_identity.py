@@ -11,7 +11,8 @@ from subject_dla.loaders.backbones import BACKBONES
 from subject_dla.loaders.images import collect_images
 from subject_dla.loaders.reference_latents import add_identity, reference_size, report_placement, resize
 from subject_dla.nodes.encode import SubjectAddIdentity
-from subject_dla.tests.small.dit import on_this_host, tiny, tiny_flux
+from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
+from subject_dla.tests.small.dit import tiny, tiny_flux
 from subject_dla.tests.small.models import host_shapes, random_like
 
 WIDTH = 24
@@ -141,8 +142,7 @@ EDIT = "qwen_image_edit_{}_fp8mixed.safetensors"
     ("qwen_image", "index_timestep_zero", [EDIT.format(2511)], []),
 ])  # fmt: skip
 def test_a_file_whose_name_wants_another_placement_is_reported(monkeypatch, caplog, family, method, files, wanted):
-    if not on_this_host(family):
-        pytest.skip("not on this host")
+    skip_what_the_host_lacks(family)
     sent = []
     server = SimpleNamespace(client_id="me", send_progress_text=lambda *text, sid: sent.append((*text, sid)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))

@@ -45,6 +45,15 @@ def build_qwen25vl(folder, *, width=64, layers=3, heads=4, kv_heads=2, seed=0, d
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
 
 
+# of Qwen3-VL and Qwen3.5
+QWEN3_VL_PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+QWEN3_VL_LAYOUT = {"language_model.": "model.language_model.", "visual.": "model.visual."}
+
+
 def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dtype=torch.bfloat16, shards=1) -> Path:
     """Qwen3-VL as Qwen/Qwen3-VL-8B-Instruct lays it out: keys "model.language_model…", DeepStack."""
     config = {
@@ -67,13 +76,7 @@ def build_qwen3vl(folder, *, width=64, layers=4, heads=4, kv_heads=2, seed=0, dt
             "temporal_patch_size": 2,
         },
     }  # fmt: skip
-    processor = {
-        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
-        "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "temporal_patch_size": 2, "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-    }  # fmt: skip
-    layout = {"language_model.": "model.language_model.", "visual.": "model.visual."}
-    return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards)
+    return _build(folder, config, QWEN3_VL_PROCESSOR, QWEN3_VL_LAYOUT, "lm_head.weight", (), seed, dtype, shards)
 
 
 def build_qwen35(
@@ -107,14 +110,9 @@ def build_qwen35(
             "temporal_patch_size": 2,
         },
     }  # fmt: skip
-    processor = {
-        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
-        "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "temporal_patch_size": 2, "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-    }  # fmt: skip
-    layout = {"language_model.": "model.language_model.", "visual.": "model.visual."}
     extra = {"mtp.fc.weight": (width, 2 * width), "mtp.layers.0.mlp.up_proj.weight": (2 * width, width)}
     around_zero = r"(layernorm|[qk]_norm|language_model\.norm)\.weight"  # these norms scale by 1 + weight
+    processor, layout = QWEN3_VL_PROCESSOR, QWEN3_VL_LAYOUT
     return _build(folder, config, processor, layout, "lm_head.weight", (), seed, dtype, shards, extra, around_zero)
 
 

@@ -3,6 +3,9 @@ encoded, and both are fit for a backward pass."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from itertools import count
 
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from subject_dla.common import bootstrap
 from subject_dla.common.picture_files import load_picture
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
 from subject_dla.loaders.mllm.huggingface import load_folder
@@ -373,3 +377,48 @@ def test_stacked_prompts_give_the_context_that_each_gives_alone(options):
             assert together.attention_mask[row].sum() == alone.attention_mask.sum() == length > 0
             torch.testing.assert_close(together.tokens[row, :length], alone.tokens[0], atol=1e-5, rtol=1e-4)
             assert torch.equal(together.modality[row, :length], alone.modality[0])
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("kind", ["latents", "features"])
+def test_several_processes_fill_one_cache_and_one_is_killed(tmp_path, pictures, kind):
+    """What is there in the end is what one process writes, bit for bit, and nearly nothing is encoded twice."""
+    for picture in pictures:
+        os.link(picture, tmp_path / picture.name)
+    build_qwen25vl(tmp_path / "mllm")
+
+    def start(folder, pause):
+        command = [sys.executable, bootstrap.__file__, "tests.small.filling", tmp_path / folder, tmp_path / "mllm"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*map(str, command), str(pause)], **pipes)
+
+    def go(processes):
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    alone, *several = processes = [start("alone", 0), *(start("several", 0.1) for _ in range(3))]
+    go(processes)
+    victim, *others = several
+    seen = []
+    for line in victim.stdout:
+        seen.append(line)
+        if line == f"encodes {kind}\n":
+            break
+    victim.kill()  # while it encodes, with the entry's lock in its hands
+    seen += victim.stdout.readlines()
+    outputs = [process.communicate(timeout=240)[0].splitlines(keepends=True) for process in (alone, *others)]
+    assert [process.returncode for process in (alone, *others)] == [0, 0, 0] and victim.wait() == -signal.SIGKILL
+    expected = contents(tmp_path / "alone")
+    assert len(expected) == 8 + 12 and contents(tmp_path / "several") == expected  # neither locks nor parts are left
+    together = [*seen, *outputs[1], *outputs[2]]
+    for name, entries in (("latents", 8), ("features", 12)):
+        assert outputs[0].count(f"encodes {name}\n") == entries
+        assert entries <= together.count(f"encodes {name}\n") <= entries + (name == kind)  # what the killed one began
+        assert all(f"encodes {name}\n" in output for output in outputs)  # each has done a part

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -108,9 +109,7 @@ class Batches:
     def encode(self, plans: Iterable[PassPlan]) -> None:
         """Encodes what these passes need, first by the VAE, then by the MLLM, each on the device in turn."""
         plans = list(plans)
-        for plan in plans:
-            for index in plan.indices:
-                self._latents(index)
+        self.latents.prefetch(image for plan in plans for index in plan.indices for image in self._images(index))
         self.features.prefetch([prompt for plan in plans for prompt in plan.prompts])
 
     def load(self, plan: PassPlan) -> Batch:
@@ -136,8 +135,12 @@ class Batches:
         return replace(batch, t=t, noise=torch.randn(batch.noise.shape, generator=draw))
 
     def _latents(self, index: int) -> list[Tensor]:
+        return [self.latents.get(*image) for image in self._images(index)]
+
+    def _images(self, index: int) -> list[tuple[Path, int, int]]:
+        """(path, width, height) of an example's target and references."""
         example, sizes = self.examples[index], self.sizes[index]
-        return [self.latents.get(path, *size) for path, size in zip((example.target, *example.references), sizes)]
+        return [(path, *size) for path, size in zip((example.target, *example.references), sizes)]
 
 
 def _choose(shares: dict[str, float], draw: float) -> str:

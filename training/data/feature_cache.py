@@ -18,6 +18,7 @@ from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContex
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
 from .latent_cache import fingerprint
+from .shared import compute_once, each
 
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")
 HEADER = 700  # bytes of a file beside its values
@@ -59,24 +60,32 @@ class FeatureSource:
     # Not inference mode, for the reasons of LatentCache.get.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, prompt: str, references: tuple[Path, ...]) -> EncodedPrompt:
-        """Features of one prompt, read together with its references. Raises ImageError, MLLMError."""
+    def get(self, prompt: str, references: tuple[Path, ...], wait: bool = True) -> EncodedPrompt | None:
+        """Features of one prompt, read together with its references. Raises ImageError, MLLMError.
+
+        None only without `wait`, where another process encodes it at present.
+        """
         references = references if self.reads_images else ()
         key = self._key(prompt, references)
         if key not in self._memory:
-            self._memory[key] = self._read(key) or self._encode(key, prompt, references)
+            found = self._read_or_encode(key, prompt, references, wait)
+            if found is None:
+                return None
+            self._memory[key] = found
         self._memory.move_to_end(key)
         while len(self._memory) > self.keep:
             self._memory.popitem(last=False)
         return self._memory[key]
 
     def prefetch(self, wanted: Iterable[Prompt]) -> None:
-        """Encodes these prompts one after the other, so that the MLLM is loaded once for them."""
+        """Encodes these prompts one after the other, so that the MLLM is loaded once for them.
+
+        Those that another process encodes at present come last.
+        """
         wanted = list(wanted)
         if self.folder is None:
             self.keep = max(self.keep, len(wanted))
-        for prompt in wanted:
-            self.get(*prompt)
+        each(wanted, lambda prompt, wait: self.get(*prompt, wait=wait))
 
     def size(self, wanted: Iterable[Prompt]) -> int:
         """Estimate of the bytes on disk that these prompts will take, each once.
@@ -99,6 +108,14 @@ class FeatureSource:
         fixed = HEADER + (0 if encoded.pooled is None else encoded.pooled.nbytes)
         return round(sum(token * (text_tokens(p, len(r)) + picture * len(r)) + fixed for p, r in wanted))
 
+    def _read_or_encode(self, key: str, prompt: str, references: tuple[Path, ...], wait: bool) -> EncodedPrompt | None:
+        def encode() -> EncodedPrompt:
+            return self._encode(key, prompt, references)
+
+        if self.folder is None:
+            return encode()
+        return compute_once(self.folder / f"{key}.safetensors", lambda: self._read(key), encode, wait)
+
     def _encode(self, key: str, prompt: str, references: tuple[Path, ...]) -> EncodedPrompt:
         pictures = [load_picture(path) for path in references]
         features = self.mllm.encode(prompt, pictures, image_size=self.image_size, layers=self.layers)
@@ -110,14 +127,11 @@ class FeatureSource:
         facts |= {"info": asdict(features.info), "grids": [asdict(grid) for grid in features.grids[0]]}
         facts["stock"] = features.stock and asdict(features.stock)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.folder / f"{key}.safetensors", tensors, {"features": json.dumps(facts)})
         return _assemble(tensors, facts)
 
     def _read(self, key: str) -> EncodedPrompt | None:
         """The prompt's file; None where there is none, or a damaged one."""
-        if self.folder is None:
-            return None
         try:
             with safe_open(self.folder / f"{key}.safetensors", framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}

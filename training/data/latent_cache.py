@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...common.files import save_tensors
 from ...common.picture_files import load_picture
 from ...loaders.reference_latents import resize
+from .shared import compute_once, each
 
 HEADER = 88  # bytes of a latent's file beside its values
 
@@ -29,10 +30,11 @@ class LatentCache:
     # DiT meanwhile, whose weights autograd could then not use.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, path: Path, width: int, height: int) -> Tensor:
+    def get(self, path: Path, width: int, height: int, wait: bool = True) -> Tensor | None:
         """Returns the latent of an image cropped to width x height px, (c, h, w) or (c, 1, h, w), fp32 on the CPU.
 
-        Raises ImageError where the image cannot be read, ValueError where the latent is not finite.
+        None only without `wait`, where another process encodes it at present. Raises ImageError where the image cannot
+        be read, ValueError where the latent is not finite.
         """
         key = self._key(path, width, height)
         if self.folder is None:
@@ -40,12 +42,23 @@ class LatentCache:
                 self._memory[key] = self._encode(path, width, height)
             return self._memory[key]
         file = self.folder / f"{key}.safetensors"
-        try:
-            return load_file(file)["latent"]
-        except (SafetensorError, OSError, KeyError):  # not there yet, or damaged
+
+        def read() -> Tensor | None:
+            try:
+                return load_file(file)["latent"]
+            except (SafetensorError, OSError, KeyError):  # not there yet, or damaged
+                return None
+
+        def compute() -> Tensor:
             latent = self._encode(path, width, height)
             self._save(file, latent)
             return latent
+
+        return compute_once(file, read, compute, wait)
+
+    def prefetch(self, images: Iterable[tuple[Path, int, int]]) -> None:
+        """Encodes these images (path, width, height), those last that another process encodes at present."""
+        each(dict.fromkeys(images), lambda image, wait: self.get(*image, wait=wait))
 
     def put(self, path: Path, width: int, height: int, latent: Tensor) -> None:
         """Stores on disk a latent that was encoded elsewhere, in the form that `get` returns."""

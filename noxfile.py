@@ -4,7 +4,7 @@
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest: -m method for those without ComfyUI)
     nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
-    nox -s bench -- strength        a benchmark: ratios against the host's own way in the same run
+    nox -s bench                    ratios against the host's own way in the same run (-- --full: on an accelerator)
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
 All use one environment per host and transformers, made by `tools/environment.py`:
@@ -96,7 +96,7 @@ def check_references(session: nox.Session, found: environment.Environment, work:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """One benchmark: `nox -s bench -- strength`; its last line is one JSON object of ratios."""
+    """All benchmarks with a limit, or one: `nox -s bench -- strength`; the last line is one JSON object of ratios."""
     found = prepare(session)
     session.run(
         str(found.python),

@@ -9,12 +9,9 @@ a quarter of the picture wide between the halves. Last line: one JSON object.
 
 import argparse
 import json
-import os
-import statistics
-import time
 from math import isqrt
 
-from ...common.bootstrap import start_host
+from ._measure import device_name, start, time_rounds
 
 
 def main(argv: list[str]) -> None:
@@ -24,14 +21,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
 
+    device = start()
     import torch
-
-    start_host(os.environ["COMFYUI_PATH"], cpu=not torch.cuda.is_available())
     from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 
     from ...sampling.attention import KeyStrengthAttention, Regions
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads, width, context, side = 24, 128, 512, isqrt(options.tokens)
     tokens = side * side
@@ -57,32 +52,22 @@ def main(argv: list[str]) -> None:
         "soft": lambda: soft(optimized_attention, q, k, v, heads, skip_reshape=True),
         "dense_mask": lambda: optimized_attention_masked(q, k, v, heads, mask=soft_mask, skip_reshape=True),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    peak = {}
-    for repeat in range(options.repeats + 1):  # the first round warms up
-        for name, form in forms.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            form()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                peak[name] = torch.cuda.max_memory_allocated()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    plain = statistics.median(seconds["plain"])
+    timed = time_rounds(forms, options.repeats, device)
     with_hard = optimized_attention_masked(q, k, v, heads, mask=hard_mask, skip_reshape=True)
     result = {
         "benchmark": "region",
-        "device": device.type,
+        "device": device_name(device),
         "dtype": str(dtype),
         "tokens": tokens,
         "keys": keys,
-        "plain_seconds": round(plain, 4),
-        **{f"{name}_ratio": round(statistics.median(seconds[name]) / plain, 3) for name in forms if name != "plain"},
+        "plain_seconds": round(timed.median("plain"), 4),
+        **{f"{name}_ratio": timed.ratio(name, "plain", 3) for name in forms if name != "plain"},
         "hard_difference": float((forms["hard"]() - with_hard).abs().max()),
         "soft_difference": float((forms["soft"]() - forms["dense_mask"]()).abs().max()),
-        **{f"{name}_peak_ratio": round(peak[name] / peak["plain"], 3) for name in peak if name != "plain"},
+        **{
+            f"{name}_peak_ratio": round(timed.peak[name] / timed.peak["plain"], 3)
+            for name in timed.peak
+            if name != "plain"
+        },
     }
     print(json.dumps(result))

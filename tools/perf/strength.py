@@ -7,11 +7,8 @@ FLUX's attention (24 heads of 128) on this machine's device, all forms in one ru
 
 import argparse
 import json
-import os
-import statistics
-import time
 
-from ...common.bootstrap import start_host
+from ._measure import device_name, start, time_rounds
 
 
 def main(argv: list[str]) -> None:
@@ -23,15 +20,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
 
+    device = start()
     import torch
-
-    start_host(os.environ["COMFYUI_PATH"], cpu=not torch.cuda.is_available())
     from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 
     from ...sampling.attention import attention_with_key_bias
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads, width = 24, 128
     q, k, v = (torch.randn(1, heads, options.tokens, width, device=device, dtype=dtype) for _ in range(3))
     bias = torch.zeros(1, options.tokens, device=device)
@@ -42,30 +37,18 @@ def main(argv: list[str]) -> None:
         "channels": lambda: attention_with_key_bias(optimized_attention, q, k, v, heads, bias),
         "mask": lambda: optimized_attention_masked(q, k, v, heads, mask=mask, skip_reshape=True),
     }
-    seconds = {name: [] for name in forms}
-    peak = {}
-    for repeat in range(options.repeats + 1):  # the first round warms up
-        for name, form in forms.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            form()
-            if device == "cuda":
-                torch.cuda.synchronize()
-                peak[name] = torch.cuda.max_memory_allocated()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    plain = statistics.median(seconds["plain"])
+    timed = time_rounds(forms, options.repeats, device)
     result = {
         "benchmark": "strength",
-        "device": device,
+        "device": device_name(device),
         "dtype": str(dtype),
         "tokens": options.tokens,
-        "plain_seconds": round(plain, 4),
-        "channels_ratio": round(statistics.median(seconds["channels"]) / plain, 3),
-        "mask_ratio": round(statistics.median(seconds["mask"]) / plain, 3),
+        "plain_seconds": round(timed.median("plain"), 4),
+        "channels_ratio": timed.ratio("channels", "plain", 3),
+        "mask_ratio": timed.ratio("mask", "plain", 3),
         "max_difference": float((forms["channels"]() - forms["mask"]()).abs().max()),
     }
-    result |= {f"{name}_peak_ratio": round(peak[name] / peak["plain"], 3) for name in peak if name != "plain"}
+    result |= {
+        f"{name}_peak_ratio": round(timed.peak[name] / timed.peak["plain"], 3) for name in timed.peak if name != "plain"
+    }
     print(json.dumps(result))

@@ -1,0 +1,84 @@
+"""What the benchmarks share: the device, timed rounds of several forms side by side, ratios."""
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ...common.bootstrap import start_host
+
+
+def start(full: bool = False) -> Any:
+    """Starts the host on this machine's device and returns the `torch.device`.
+
+    Args:
+        full: Sizes that need an accelerator; without one the process ends with a message.
+    """
+    import torch
+
+    found = torch.cuda.is_available()
+    if full and not found:
+        sys.exit("--full needs an accelerator that PyTorch sees (torch.cuda.is_available() is False here).")
+    start_host(os.environ["COMFYUI_PATH"], cpu=not found)
+    return torch.device("cuda" if found else "cpu")
+
+
+def device_name(device: Any) -> str:
+    """Name of a device as results show it, e.g. "NVIDIA H100 80GB HBM3"; "cpu" for the processor."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class Timed(NamedTuple):
+    """What the rounds measured, by form."""
+
+    seconds: dict[str, list[float]]  # one for each round
+    peak: dict[str, int]  # bytes that PyTorch had allocated on an accelerator; empty on a CPU
+
+    def median(self, form: str) -> float:
+        """Median of a form's seconds."""
+        return statistics.median(self.seconds[form])
+
+    def ratio(self, form: str, baseline: str, digits: int = 4) -> float:
+        """Median over the rounds of a form's time over the baseline's of the same round."""
+        return round(statistics.median(self._ratios(form, baseline)), digits)
+
+    def spread(self, form: str, baseline: str, digits: int = 4) -> list[float]:
+        """First and third quartile of the same."""
+        low, _, high = statistics.quantiles(self._ratios(form, baseline), n=4)
+        return [round(low, digits), round(high, digits)]
+
+    def _ratios(self, form: str, baseline: str) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.seconds[form], self.seconds[baseline], strict=True)]
+
+
+def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any) -> Timed:
+    """Runs the forms in turn, `rounds` times in alternating order, after one round that warms up.
+
+    Args:
+        forms: By name, what is measured.
+        rounds: Timed ones.
+        device: `torch.device`; an accelerator is synchronised around each form.
+    """
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    peak: dict[str, int] = {}
+    for number in range(rounds + 1):
+        for name in list(forms)[:: 1 if number % 2 else -1]:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            forms[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peak[name] = torch.cuda.max_memory_allocated()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return Timed(seconds, peak)

@@ -7,7 +7,6 @@ Each round is a fresh process; the median is reported. Last line: one JSON objec
 
 import argparse
 import asyncio
-import importlib
 import json
 import logging
 import os
@@ -42,7 +41,8 @@ def _load() -> dict[str, float]:
     """Loads the pack once, as a server does."""
     started = time.perf_counter()
     start_host(os.environ["COMFYUI_PATH"])
-    nodes = importlib.import_module("nodes")  # the host's, not this pack's folder of that name
+    from execution import nodes
+
     logging.disable()  # of those that lack a package
     asyncio.run(nodes.init_builtin_extra_nodes())
     logging.disable(logging.NOTSET)

@@ -344,10 +344,10 @@ def test_a_run_begun_by_0_1_0_is_continued(tmp_path):
         image = {"filename": "a.png", "type": "output"}
         return {} if path == "/queue" else {path.rsplit("/", 1)[1]: {"outputs": {"4": {"images": [image]}}}}
 
-    always = dict(answers=lambda: True, upload=lambda path, name: name, fetch=lambda image: picture)
+    always = dict(problem=lambda: "", upload=lambda path, name: name, fetch=lambda image: picture)
     client = SimpleNamespace(address="http://127.0.0.1:8188", id="id", post=post, get=get, **always)
     wanted = cases(found.items)
-    result = Benchmark(client, template, out, root=found.root, facts=facts).run(wanted)
+    result = Benchmark([client], template, out, root=found.root, facts=facts).run(wanted)
     assert result == {"pictures": 5, "made": 2, "failed": 0, "cases": 5} and not found.problems
     texts = [prompt["2"]["inputs"]["text"] for prompt in prompts]
     assert texts == ["a cat that fails", "a cat to come"], "a picture that was there was generated again"

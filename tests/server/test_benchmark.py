@@ -1,5 +1,6 @@
 """A benchmark through the queue: the server killed and restarted in the middle, the run killed and started again; every
-picture once, one bad prompt recorded. And the table of what the score nodes in the workflow measured."""
+picture once, one bad prompt recorded. The table of what the score nodes in the workflow measured, by one server and by
+two of which one is killed."""
 
 import json
 import os
@@ -37,9 +38,19 @@ def measures(comfyui, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_server(comfyui, new_dlas, measures, tmp_path):
+def make_server(comfyui, new_dlas, measures, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums of several threads may differ in their last bits
     packs, models = {"dreamo": Path(__file__).with_name("dreamo"), PACK: ROOT}, [MODELS, new_dlas, measures]
-    with Server(comfyui, tmp_path / "host", packs=packs, models=models, arguments=["--cpu"]) as running:
+
+    def make(name):
+        return Server(comfyui, tmp_path / name, packs=packs, models=models, arguments=["--cpu"])
+
+    return make
+
+
+@pytest.fixture
+def own_server(make_server):
+    with make_server("host") as running:
         yield running
 
 
@@ -254,6 +265,58 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
     refused = draw(tmp_path / "other.json")
     assert refused.returncode == 1 and "another --out" in refused.stderr and "Traceback" not in refused.stderr
     assert len(lines(out)) == pictures
+
+
+def test_two_servers_of_which_one_is_killed_make_the_table_of_one(
+    own_server, make_server, small_workflow, questions, tmp_path
+):
+    prompt = json.loads(small_workflow.read_text())
+    add_scores(prompt)
+    small_workflow.write_text(json.dumps(prompt))
+
+    def start(out, *servers):
+        command = [
+            sys.executable,
+            BENCHMARK,
+            "run",
+            questions,
+            "--workflow",
+            small_workflow,
+            "--out",
+            out,
+            "--limit",
+            few,
+        ]
+        for server in servers:
+            command += ["--server", server.address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, **pipes)
+
+    def end(process):
+        said = process.communicate(timeout=300)
+        assert process.returncode == 1 and "Traceback" not in said[1], said[1]  # of the bad prompt
+        return json.loads(said[0].splitlines()[-1]), said[1]
+
+    two, one, few = tmp_path / "two", tmp_path / "one", BAD + 3
+    with make_server("other") as other:
+        process = start(two, own_server, other)
+        deadline = time.monotonic() + 300
+        while [line["server"] for line in lines(two)].count(other.address) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, lines(two)
+            time.sleep(0.05)
+        end_group(other.process)
+        result, said = end(process)
+    assert f"{other.address} does not answer" in said and list(result["lost"]) == [other.address]
+    by = result["servers"]
+    assert by[other.address] >= 2 and sum(by.values()) == result["pictures"] == few - 1
+    alone, _ = end(start(one, own_server))
+    assert alone["lost"] == {} and alone["scores"]["one"] == result["scores"]["two"] and result["failed"] == 1
+    for mine, theirs in zip(lines(two), lines(one), strict=True):
+        assert (mine["name"], mine["status"]) == (theirs["name"], theirs["status"])
+        if mine["status"] == "failed":
+            assert mine["prompt"] == "# nothing to draw" and mine["error"] == theirs["error"]
+        else:
+            assert torch.equal(pixels(two / mine["picture"]), pixels(one / theirs["picture"])), mine["server"]
 
 
 def test_every_system_takes_a_reference_and_a_prompt(own_server):

@@ -63,7 +63,13 @@ class Ledger:
             if case.name not in done and (found := read_mark(path)):
                 done[case.name] = found | {"status": "done", "picture": path.name}
         self.lines = done
-        save_text(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in done.values()))
+        self.sort(wanted)
+
+    def sort(self, wanted: Sequence[Case]) -> None:
+        """Puts the lines into the order of the cases, whatever server was the faster; others come first."""
+        place = {case.name: number for number, case in enumerate(wanted)}
+        self.lines = dict(sorted(self.lines.items(), key=lambda line: place.get(line[0], -1)))
+        save_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines.values()))
 
     def _has_picture(self, entry: dict) -> bool:
         name = entry.get("picture")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..comfy_client import workflow
 from ..comfy_client.client import title
@@ -35,7 +35,7 @@ class Template:
         self.loaders = workflow.nodes_of(prompt, "LoadImage")
         if not workflow.nodes_of(prompt, "SaveImage"):
             raise WorkflowFileError("This workflow has no Save Image node, so there is no picture to collect.")
-        self.used = _upstream(prompt)
+        self.used = upstream(prompt)
 
     @property
     def digest(self) -> str:
@@ -57,7 +57,7 @@ class Template:
                 f"This workflow draws nothing from {len(images)} reference(s): it has {len(self.loaders)} Load Image "
                 "nodes and needs them all. Give more (--references), or take nodes out."
             )
-        left = _upstream(prompt)
+        left = upstream(prompt)
         lost = [key for key in self.loaders[: len(images)] if key in self.used and key not in left]
         if lost:
             raise WorkflowFileError(
@@ -92,9 +92,9 @@ def _seed_inputs(prompt: dict) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def _upstream(prompt: dict) -> set[str]:
-    """Ids of the nodes that saved pictures are made from."""
-    wanted, found = workflow.nodes_of(prompt, "SaveImage"), set()
+def upstream(prompt: dict, starts: Iterable[str] | None = None) -> set[str]:
+    """Ids of some nodes, None: those that save pictures, and of all that they are made from."""
+    wanted, found = list(workflow.nodes_of(prompt, "SaveImage") if starts is None else starts), set()
     while wanted:
         key = wanted.pop()
         if key in prompt and key not in found:
@@ -107,6 +107,11 @@ def _upstream(prompt: dict) -> set[str]:
 def _bypass(prompt: dict, key: str, object_info: dict) -> None:
     """Removes a node as the editor's bypass does, one of its linked inputs in an output's stead; dependents too."""
     node = prompt.pop(key)
+    if not object_info:
+        raise WorkflowFileError(
+            "There are fewer references than Load Image nodes, and no server shows its nodes (/object_info), by which "
+            "the others could be bypassed. Give more (--references), or take nodes out."
+        )
     info = object_info[node["class_type"]]
     inputs = sockets(info, node["inputs"])
     links = [node["inputs"].get(socket.name) for socket in inputs]

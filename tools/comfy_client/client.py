@@ -1,5 +1,6 @@
 """The HTTP interface of any ComfyUI server: upload, queue, wait, fetch."""
 
+import base64
 import json
 import threading
 import time
@@ -7,10 +8,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 
+ABSENT = (404, 405, 501)  # what is said for a part of the interface that a service does not have
 Progress = Callable[[str, int, int], None]  # called with the node's id, the step reached, and the number of steps
 
 
@@ -23,35 +25,72 @@ class WorkflowError(RuntimeError):
 
 
 class Client:
-    """Requests to one server, at an `address` such as http://127.0.0.1:8188.
+    """Requests to one server, or to a service with ComfyUI's interface.
 
-    `alive` (whether its process runs) and `log_tail` (the end of its log, for errors) are given where they are known.
+    Args:
+        address: Such as http://127.0.0.1:8188 or https://user:password@example.org/comfy. Without the password, it is
+            the attribute `address`.
+        headers: Sent with each request, for services that ask for a key; not where an answer redirects to.
+        alive: Whether its process runs, where that is known.
+        log_tail: The end of its log, for errors.
     """
 
     def __init__(
-        self, address: str, *, alive: Callable[[], bool] = lambda: True, log_tail: Callable[[], str] = lambda: ""
+        self,
+        address: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        alive: Callable[[], bool] = lambda: True,
+        log_tail: Callable[[], str] = lambda: "",
     ):
-        self.address, self.alive, self.log_tail = address, alive, log_tail
+        parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        password, _, host = parts.netloc.rpartition("@")
+        self.address, self.headers = parts._replace(netloc=host).geturl().rstrip("/"), dict(headers or {})
+        if password:
+            code = base64.b64encode(urllib.parse.unquote(password).encode()).decode()
+            self.headers["Authorization"] = f"Basic {code}"
+        self.alive, self.log_tail = alive, log_tail
         self.id = uuid.uuid4().hex
 
     def answers(self) -> bool:
         """Whether a ComfyUI answers at the address."""
-        try:
-            self.get("/system_stats", timeout=5)
-            return True
-        except (OSError, HTTPException, ValueError):  # ValueError: something else answers, not in JSON
-            return False
+        return not self.problem()
+
+    def problem(self) -> str:
+        """Why no ComfyUI answers at the address, nor a service with the part of its interface that jobs need; or ""."""
+        reasons = []
+        for path in ("/system_stats", f"/history/{self.id}"):  # services may have the second alone
+            try:
+                self.get(path, timeout=10)
+                return ""
+            except urllib.error.HTTPError as error:
+                if reasons and error.code == 404 and "json" in error.headers.get("Content-Type", ""):
+                    return ""  # it has no such job
+                reasons.append(why(error))
+                if error.code not in ABSENT:
+                    break
+            except ValueError:  # a web page
+                reasons.append("what answers is no ComfyUI")
+            except (OSError, HTTPException) as error:
+                reasons.append(why(error))
+                break
+        return reasons[0]
 
     def get(self, path: str, timeout: float = 60):
         """The JSON at a path; `timeout` in seconds."""
-        with urllib.request.urlopen(self.address + path, timeout=timeout) as answer:
+        with self._open(path, timeout=timeout) as answer:
             return json.load(answer)
 
-    def post(self, path: str, body: bytes, kind: str):
+    def post(self, path: str, body: bytes, kind: str, timeout: float = 60):
         """The JSON that a request with a body of MIME type `kind` is answered with."""
-        request = urllib.request.Request(self.address + path, body, {"Content-Type": kind})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with self._open(path, body, {"Content-Type": kind}, timeout) as answer:
             return json.load(answer)
+
+    def _open(self, path: str, body: bytes | None = None, headers: dict | None = None, timeout: float = 60):
+        request = urllib.request.Request(self.address + path, body, headers or {})
+        for name, value in self.headers.items():
+            request.add_unredirected_header(name, value)
+        return urllib.request.urlopen(request, timeout=timeout)
 
     def version(self) -> str:
         """ComfyUI's version."""
@@ -100,8 +139,15 @@ class Client:
     def fetch(self, image: dict) -> bytes:
         """The bytes of a picture in a job's outputs."""
         query = urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")})
-        with urllib.request.urlopen(f"{self.address}/view?{query}", timeout=60) as answer:
+        with self._open(f"/view?{query}") as answer:
             return answer.read()
+
+
+def why(error: Exception) -> str:
+    """What an error of a request says, in a few words."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    return str(getattr(error, "reason", "") or error) or type(error).__name__
 
 
 def title(node: str, prompt: dict, titles: dict[str, str]) -> str:

@@ -56,6 +56,13 @@ def _is_widget(kind: str, options: dict) -> bool:
     return options.get("widgetType", kind) in WIDGETS and not options.get("forceInput")
 
 
+def choices(info: dict) -> dict[str, list]:
+    """The values that a node lists for its inputs, by name; without inputs whose files are uploaded."""
+    combos = [(name, options) for name, kind, options in _specs(info["input"]) if kind == "COMBO"]
+    found = {name: options.get("options") for name, options in combos if not any("upload" in key for key in options)}
+    return {name: values for name, values in found.items() if isinstance(values, list)}
+
+
 def widget_values(info: dict, saved: list | dict) -> dict:
     """Values of a node's widgets by name; `saved` is in the schema's order, with the editor's own in between."""
     return saved if isinstance(saved, dict) else dict(_take(deque(saved), info["input"], info.get("input_order")))

@@ -6,6 +6,7 @@ left out. Passes per hour are in proportion to its inverse where two DiTs use a 
 """
 
 from itertools import accumulate
+from typing import Any
 
 from ...common.markdown import markdown
 from ...loaders.backbones import TRAINED, Backbone, DiTSizes
@@ -14,7 +15,7 @@ from .memory import GIB, blocks, first_that_fits, in_words, steps_of, token_coun
 FLASH_BACKWARD = 5 / 2  # of attention's forward pass: five matrix products in place of two, scores computed again
 
 
-def flops(
+def forward(
     backbone: Backbone,
     *,
     sizes: DiTSizes | None = None,
@@ -22,9 +23,8 @@ def flops(
     references: int = 1,
     reference_side: int = 512,
     context_tokens: int = 512,
-    checkpointing: bool = True,
-) -> float:
-    """Floating point operations of a training pass of one example through the DiT.
+) -> tuple[float, float]:
+    """Floating point operations of one call of the DiT without gradients: of its linear maps, of its attention.
 
     Args:
         backbone: One of TRAINED.
@@ -33,11 +33,10 @@ def flops(
         references: Their number.
         reference_side: Of each, squares, px.
         context_tokens: Prompt and image tokens of the MLLM.
-        checkpointing: Whether blocks are computed again in the backward pass.
     """
     dit = sizes or backbone.training.sizes
     image, reference = token_counts(backbone, (resolution, resolution), references, reference_side)
-    again, linear, attention = int(checkpointing), 0, 0
+    linear, attention = 0.0, 0.0
     for block in blocks(dit, context_tokens, image, reference, lora=True):
         pieces = [block.tokens]
         if dit.pieces:
@@ -46,6 +45,19 @@ def flops(
         linear += block.count * 2 * maps * block.tokens
         pairs = sum(queries * keys for queries, keys in zip(pieces, accumulate(pieces)))
         attention += block.count * 4 * pairs * dit.width
+    return linear, attention
+
+
+def flops(backbone: Backbone, *, checkpointing: bool = True, **settings: Any) -> float:
+    """Floating point operations of a training pass of one example through the DiT.
+
+    Args:
+        backbone: One of TRAINED.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        **settings: As for `forward`.
+    """
+    linear, attention = forward(backbone, **settings)
+    again = int(checkpointing)
     return linear * (2 + again) + attention * (1 + FLASH_BACKWARD + again)
 
 

@@ -80,6 +80,8 @@ def main() -> int:
         print(result.text(), file=sys.stderr)
         files, losses = {"dla": str(result.dla), "lora": result.lora and str(result.lora)}, result.history.losses
         print(json.dumps({**files, "steps": len(losses), "loss": losses[-1] if losses else None}), flush=True)
+    if accelerator is not None:
+        accelerator.end_training()
     return 0
 
 
@@ -106,9 +108,17 @@ def _accelerate():
     """Hugging Face's Accelerator where it launched several processes; sets this process's device, before the host."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from accelerate import Accelerator
+    from datetime import timedelta
 
-    return Accelerator()
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    # gradients in the buffers that are sent, not beside them; and the others wait while one validates and samples
+    settings = (
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+    )
+    return Accelerator(kwargs_handlers=[*settings])
 
 
 def _start_host(options: argparse.Namespace, host_options: list[str]) -> None:

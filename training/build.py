@@ -68,8 +68,14 @@ def build(recipe: Recipe, models: TrainingModels, cache: Path) -> Components:
     return Components(data, module, make_optimizer(recipe, dla, lora), Batches(data.training, *inputs), held_out)
 
 
-def required_memory(components: Components, recipe: Recipe) -> int:
-    """Returns the bytes to leave free beside the DiT's weights for a training step with the largest images."""
+def required_memory(components: Components, recipe: Recipe, shards: int = 1) -> int:
+    """Returns the bytes to leave free beside the DiT's weights for a training step with the largest images.
+
+    Args:
+        components: Of the run.
+        recipe: Of the run.
+        shards: Over how many processes what is trained is spread.
+    """
     backbone, dla = components.module.backbone, components.module.dla
     if comfy.model_management.is_device_cpu(backbone.device):
         return 0
@@ -86,7 +92,9 @@ def required_memory(components: Components, recipe: Recipe) -> int:
         lora_rank=recipe.lora.rank,
         optimizer="adamw" if recipe.training.optimizer == "adamw" else "adamw8bit",
         batch_size=recipe.training.batch_size,
+        accumulate=recipe.training.accumulate,
         checkpointing=recipe.training.checkpointing,
+        shards=shards,
     )
     # what is trained is on the device from the first step on, its moments after it
     return found.passing + (found.trained if not components.optimizer.state else 0)

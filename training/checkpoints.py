@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
 
 from ..common.files import sync
 from ..dla.aggregator import DualLayerAggregator
@@ -39,12 +38,12 @@ class CheckpointError(ValueError):
 
 
 def save(
-    folder: Path, step: int, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer, state: dict, keep: int
+    folder: Path, step: int, dla: DualLayerAggregator, lora: LoRA | None, moments: dict, state: dict, keep: int
 ) -> Path:
     """Writes the checkpoint of `step`, whole or not at all, and keeps the `keep` newest.
 
-    `state` is what else the run needs to resume, as JSON can hold it. Raises ValueError for weights that are not
-    finite; earlier checkpoints stay then.
+    `moments` is the state of the optimizer's state_dict, `state` what else the run needs to resume, as JSON can hold
+    it. Raises ValueError for weights that are not finite; earlier checkpoints stay then.
     """
     final = folder / f"{PREFIX}{step:08d}"
     if final in checkpoints(folder):
@@ -56,7 +55,7 @@ def save(
     if lora is not None:
         check_finite(work / "lora.safetensors", lora.weights())
         lora.save(work / "lora.safetensors")
-    tensors, rest = _pack(optimizer.state_dict()["state"])
+    tensors, rest = _pack(moments)
     save_file(tensors, work / "optimizer.safetensors")
     (work / "state.json").write_text(json.dumps({"step": step, "optimizer": rest, **state}), encoding="utf-8")
     for file in work.iterdir():
@@ -100,8 +99,8 @@ def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer) -> int:
-    """Loads weights and moments, but no learning rates; returns the step.
+def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None) -> dict[int, dict[str, Any]]:
+    """Loads the weights; returns the moments, as a state_dict of the optimizer has them under "state".
 
     Raises CheckpointError where a file is damaged, or the DLA has another config than the one that is trained now.
     """
@@ -122,9 +121,7 @@ def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None, optim
                 "the run began with, or choose another run name to begin a new one.",
             )
     dla.load_state_dict(saved.state_dict())
-    groups = optimizer.state_dict()["param_groups"]  # rates and decay are the recipe's, which may have changed
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return state["step"]
+    return moments
 
 
 def _damaged(checkpoint: Path, problem: str) -> CheckpointError:

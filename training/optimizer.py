@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .dit.lora import LoRA
 from .recipe import Recipe, RecipeError
 
 
@@ -18,7 +19,7 @@ def rate(recipe: Recipe, step: int) -> float:
     return rise * (0.5 + 0.5 * math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
-def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, dla: nn.Module, lora: LoRA | None) -> torch.optim.Optimizer:
     """Makes AdamW over groups that keep their learning rate under "base".
 
     Raises RecipeError where there is nothing to train, or a package is missing.
@@ -33,7 +34,7 @@ def make_optimizer(recipe: Recipe, dla: nn.Module, lora: nn.Module | None) -> to
         {"params": kinds["other"], "base": base},
         {"params": kinds["gate"], "base": base * options.gate_rate, "weight_decay": 0.0},
         {"params": kinds["layers"], "base": base, "weight_decay": 0.0},
-        {"params": list(lora.parameters()) if lora is not None else [], "base": recipe.lora.learning_rate},
+        {"params": lora.in_order() if lora is not None else [], "base": recipe.lora.learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

@@ -1,9 +1,12 @@
 """Where a run keeps its files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recipe import Recipe
+from ..common.locks import holder, lock
+from .recipe import Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,23 @@ class RunPaths:
     def samples(self) -> Path:
         """Directory of the sample images."""
         return self.output_dir / "samples"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process trains this run. Raises RecipeError where another one does."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        file = self.output_dir / "run.lock"
+        try:
+            with lock(file) as held:
+                if not held:
+                    raise RecipeError(
+                        f"Run '{self.output_dir.name}' is being trained by {holder(file)}. Stop it or wait until it "
+                        "ends; to train another run beside it, choose another run.name."
+                    )
+                yield
+        finally:
+            with suppress(OSError):  # of a run that has written nothing
+                self.output_dir.rmdir()
 
 
 def run_paths(recipe: Recipe, output: Path | None = None) -> RunPaths:

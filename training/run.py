@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .export import check_free, export, provenance
 from .models import TrainingModels
 from .optimizer import rate
 from .paths import RunPaths
+from .processes import Moments, Processes, full
 from .recipe import Recipe, RecipeError
 from .reporting.losses import table, write_table
 from .reporting.plots import validation_plot
@@ -47,31 +48,32 @@ def train(
 
     Raises ValueError before anything is trained or written, where the settings, data or files cannot be used.
     """
+    processes = Processes(accelerator)
     # Hosts run nodes under inference mode, where nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        return _Run(recipe, models, paths, callback, accelerator).train()
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        processes.from_main(lambda: stack.enter_context(paths.alone()))
+        stack.enter_context(processes.interrupts())
+        return _Run(recipe, models, paths, callback, processes).train()
 
 
 class _Run:
     """The loop and its state."""
 
-    def __init__(self, recipe, models, paths, callback, accelerator):
+    def __init__(self, recipe, models, paths, callback, processes):
         self.recipe, self.models, self.paths, self.callback = recipe, models, paths, callback
-        self.accelerator = accelerator
-        self.rank = accelerator.process_index if accelerator else 0
-        self.world_size = accelerator.num_processes if accelerator else 1
-        self.main = self.rank == 0
+        self.processes, self.main = processes, processes.main
         self.components = build(recipe, models, paths.cache_dir)
         self.data, self.module, self.optimizer, self.batches, self.held_out = self.components
-        self.wrapped: nn.Module = accelerator.prepare_model(self.module) if self.world_size > 1 else self.module
+        self.wrapped: nn.Module = self.module  # what training passes call
         self.history = History(recipe.run.name, frequencies(recipe.shares, self.batches.times))
         self._encoded: deque[PassPlan] = deque()  # the coming passes whose inputs are encoded, the DiT on the device
         self._consistent = True  # weights, moments and losses are those of the same step
 
     def train(self) -> Result:
         """Runs all phases until `recipe.steps`."""
+        self._check_same_data()
         self._resume()
-        check_free(self.paths, self.history.identity)
+        ended = False
         if self.module.lora is not None:
             self.module.lora.attach()
         try:
@@ -82,27 +84,51 @@ class _Run:
                 self._train_step()
                 seconds = (time.perf_counter() - started) / (self.history.step - first)
                 self.callback(Progress(self.history, self.recipe.steps, seconds))
+                if self.processes.stopped:
+                    raise KeyboardInterrupt
                 self._between_steps()
             if self.main and not self.paths.dla.exists():  # a finished run whose file was removed
                 self._export()
+            ended = True
         finally:
             if self.module.lora is not None:
                 self.module.lora.detach()
-            if self.main and self._consistent and self.history.step:
+            # sharded weights are saved by all processes together: not where one of them failed
+            if self._consistent and self.history.step and (ended or not self.processes.apart):
                 self._save()
         return Result(self.paths.dla, self.paths.lora, self.history, self.data.problems)
 
     # before the first step ------------------------------------------------------------------------------------------
 
+    def _check_same_data(self) -> None:
+        """Raises RecipeError where the main process reads other data than this one."""
+        counts = len(self.data.training), len(self.data.validation)
+        expected = self.processes.from_main(lambda: counts)
+        if counts != expected:
+            raise RecipeError(
+                f"data.source: process {self.processes.rank} reads {counts[0]} examples to train on and {counts[1]} "
+                f"held out, expected the main process's {expected[0]} and {expected[1]}. Give every machine the same "
+                "files, or a folder that all share."
+            )
+
     def _resume(self) -> None:
-        found = checkpoints(self.paths.output_dir)
-        if not found:
-            return
-        state = read_state(found[-1])
-        self._check_same_run(state)
-        self.history.restore(state)
-        restore(found[-1], self.module.dla, self.module.lora, self.optimizer)
-        self._say(f"Resuming from step {self.history.step} ({found[-1].name})")
+        """Takes over the newest checkpoint, which the main process alone reads, and prepares for several processes."""
+        moments: Moments = {}
+
+        def read() -> dict[str, Any]:
+            found, state = checkpoints(self.paths.output_dir), {}
+            if found:
+                state = read_state(found[-1])
+                self._check_same_run(state)
+                self.history.restore(state)
+                moments.update(restore(found[-1], self.module.dla, self.module.lora))
+                self._say(f"Resuming from step {self.history.step} ({found[-1].name})")
+            check_free(self.paths, self.history.identity)
+            return self.history.to_dict()
+
+        self.history.restore(self.processes.from_main(read))
+        self.wrapped = self.processes.prepare(self.module, self.optimizer)
+        self.processes.load_moments(self.optimizer, moments)
 
     def _check_same_run(self, state: dict) -> None:
         """Raises RecipeError where the checkpoint is of another run."""
@@ -122,12 +148,14 @@ class _Run:
             self._say("The data have changed since this run began: it continues with the new ones.")
 
     def _announce(self) -> None:
-        self.paths.output_dir.mkdir(parents=True, exist_ok=True)
         data, features = self.data, self.batches.features
         self._say(
             f"{len(data.training)} examples to train on, {len(data.validation)} held out, {len(data.problems)} left "
             f"out; {sum(p.numel() for p in self.module.parameters()):,} parameters are trained"
         )
+        if self.processes.count > 1:
+            each = "its share" if self.processes.sharded else "all"
+            self._say(f"{self.processes.count} processes, each with {each} of what is trained")
         for problem in data.problems:
             self._say(f"left out: {problem}")
         if self.recipe.data.cache_features and self.main:
@@ -140,22 +168,21 @@ class _Run:
     def _encode_ahead(self, position: int) -> None:
         """Plans and encodes this process's passes from `position` on; afterwards the DiT has the device."""
         count = max(1, self.recipe.data.encode_ahead // self.recipe.training.batch_size)
-        self._encoded.extend(self.batches.plan(position + i * self.world_size) for i in range(count))
+        self._encoded.extend(self.batches.plan(position + i * self.processes.count) for i in range(count))
         self.batches.encode(self._encoded)
-        self.module.backbone.load(required_memory(self.components, self.recipe))
+        self.module.backbone.load(required_memory(self.components, self.recipe, self.processes.shards))
 
     def _train_step(self) -> None:
         options, step = self.recipe.training, self.history.step
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(self._pass(step * options.accumulate + part) for part in range(options.accumulate))
-        if self.world_size > 1:
-            loss = float(self.accelerator.reduce(torch.tensor(loss, device=self.module.backbone.device), "mean"))
+        loss = self.processes.mean(loss, self.module.backbone.device)
         self._expect_finite("loss", loss)
         parameters = list(self.module.parameters())
         for parameter in parameters:  # without a gradient in this step: zero, whichever way it was run
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf)
+        norm = full(nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf))
         self._expect_finite("gradients' norm", float(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate(self.recipe, step)
@@ -168,17 +195,14 @@ class _Run:
         """Accumulates the gradients of pass `number` of this process; returns its share of the step's loss."""
         if not self._encoded:
             # counted so that n processes are one that accumulates n times as many passes
-            self._encode_ahead(number * self.world_size + self.rank)
+            self._encode_ahead(number * self.processes.count + self.processes.rank)
         batch: Batch = self.batches.load(self._encoded.popleft())
         last = (number + 1) % self.recipe.training.accumulate == 0
-        with nullcontext() if self.world_size == 1 or last else self.accelerator.no_sync(self.wrapped):
-            with self.module.backbone.gradients():
-                loss = self.wrapped(batch).mean() / self.recipe.training.accumulate
-                if self.world_size > 1:
-                    loss = loss + self.module.untouched().to(loss.device)
-                    self.accelerator.backward(loss)
-                else:
-                    loss.backward()
+        with self.processes.training_pass(self.wrapped, last), self.module.backbone.gradients():
+            loss = self.wrapped(batch).mean() / self.recipe.training.accumulate
+            if self.processes.count > 1:
+                loss = loss + self.module.untouched().to(loss.device)
+            loss.backward()
         comfy.model_management.throw_exception_if_processing_interrupted()
         return float(loss.detach())
 
@@ -198,17 +222,19 @@ class _Run:
             return bool(every) and (step % every == 0 or step == self.recipe.steps)
 
         sheet = self.paths.samples / f"step-{step:08d}.jpg"
-        if self.main and self.held_out is not None and due(options.validate_every):
-            if step not in self.history.validation:
-                self._validate()
-        if self.main and due(options.sample_every) and not sheet.exists():
-            self._sample(sheet)
+        validates = self.held_out is not None and due(options.validate_every) and step not in self.history.validation
+        samples = due(options.sample_every)
+        if validates or samples:
+            with self.processes.whole(self.module, self.module.backbone.device):
+                if validates and self.main:
+                    self._validate()
+                if samples and self.main and not sheet.exists():
+                    self._sample(sheet)
         if self.main and step and (due(options.save_every) or due(options.validate_every)):
             self._show(self.history.curve(), self.paths.output_dir / "loss.png")
-        if self.main and step and due(options.save_every):
+        if step and due(options.save_every):
             self._save()
-        if self.world_size > 1:
-            self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _validate(self) -> None:
         self._encoded.clear()  # the DiT leaves the device, and other features take these passes' memory
@@ -225,11 +251,15 @@ class _Run:
         self._show(sample_sheet(self.recipe, self.module, examples, self.models.vae), sheet)
 
     def _save(self) -> None:
+        """Writes checkpoint, losses and finished files in the main process; all come here, for sharded weights."""
         folder, step, module = self.paths.output_dir, self.history.step, self.module
-        save(folder, step, module.dla, module.lora, self.optimizer, self._state(), self.recipe.run.keep)
-        with open(folder / "loss.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("step", "loss"), *enumerate(self.history.losses, 1)])
-        self._export()
+        moments = self.processes.moments(self.optimizer)
+        with self.processes.whole(module):
+            if self.main:
+                save(folder, step, module.dla, module.lora, moments, self._state(), self.recipe.run.keep)
+                with open(folder / "loss.csv", "w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([("step", "loss"), *enumerate(self.history.losses, 1)])
+                self._export()
 
     def _export(self) -> None:
         made = provenance(self.recipe, self.history, self.module.backbone.family.name, len(self.data.training))

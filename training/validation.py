@@ -27,7 +27,8 @@ def evaluate(module: TrainingStep, batches: Batches, count: int) -> list[Loss]:
         for number, name in enumerate(NAMES):
             batch = batches.at_bin(held_out, index, number)
             for condition in CONDITIONS:
-                found[condition, name].append(float(module(batch.under(condition))))
+                # `forward`: a call of sharded modules would wait for the other processes
+                found[condition, name].append(float(module.forward(batch.under(condition))))
                 comfy.model_management.throw_exception_if_processing_interrupted()
     return [Loss.of(*key, values) for key, values in found.items()]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -362,6 +363,30 @@ def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(workspace
     with passes() as seen, pytest.raises(ValueError, match=r"damaged/checkpoint-00000002: .* Move this folder away"):
         workspace.train("damaged")
     assert not seen and before == everything(workspace.folder / "damaged", *workspace.targets)
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_trains(workspace, whole):
+    refusals = []
+
+    def again(progress):
+        if progress.seconds is not None and progress.step == 2:
+            before = everything(workspace.folder / "locked")
+            with pytest.raises(RecipeError, match=rf"'locked' is being trained by process {os.getpid()} on .* choose"):
+                workspace.train("locked")
+            assert before == everything(workspace.folder / "locked")
+            refusals.append(progress.step)
+
+    workspace.train("locked", again)
+    assert refusals == [2] and not (workspace.folder / "locked" / "run.lock").exists()
+    assert_equal(workspace.end("locked"), whole)
+
+
+def test_a_refused_run_leaves_no_folder(workspace):
+    with pytest.raises(RecipeError, match="mllm_only"):
+        workspace.train("refused", training={"mllm_only": 0.9, "vae_only": 0.9})
+    with pytest.raises(ValueError):
+        workspace.train("refused", data={"source": str(workspace.folder / "nowhere")})
+    assert not (workspace.folder / "refused").exists()
 
 
 def test_an_interrupt_saves_and_is_the_hosts(workspace, whole):

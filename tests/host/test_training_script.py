@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from subject_dla.demo.family.layout import MODELS, ROOT
 from subject_dla.tests.small.training import paint_subjects, small_family
+from subject_dla.training.checkpoints import read_state
 
 RECIPE = """
 models = {{diffusion_model = "{diffusion_model}", vae = "{vae}", mllm = "{mllm}"}}
@@ -20,6 +23,8 @@ data = {{source = "subjects", resolution = 64, reference_size = 64, validation =
 training = {{stage = 2, steps = 4, batch_size = 2, warmup = 0, learning_rate = 1e-3}}
 run = {{name = "one", dtype = "fp32", save_every = 2, validate_every = 4, validation_examples = 2, sample_every = 0}}
 """
+# accelerate's launcher starts several processes for devices alone, and hands over to this one; on CPUs, this one
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +36,12 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def start(workspace: Path, *arguments: str, launch: tuple[str, ...] = (), **keywords) -> subprocess.Popen:
+def start(workspace: Path, *arguments: str, launch: tuple[str, ...] = (), **variables) -> subprocess.Popen:
     folders = ["--comfyui", os.environ["COMFYUI_PATH"], "--models", MODELS, "--models", workspace / "models"]
     folders += ["--output", workspace]
     command = [*(launch or (sys.executable,)), ROOT / "training", workspace / "recipe.toml", *folders]
-    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
     return subprocess.Popen([*map(str, command), *arguments], cwd=ROOT, env=environment, **keywords)
 
 
@@ -71,12 +76,62 @@ def test_processes_are_accumulated_passes_and_a_kill_is_resumed(workspace):
     assert "resumes" in err
     facts = sorted((workspace / "subject_dla" / "runs" / "two").glob("checkpoint-*"))
     assert int(facts[-1].name.split("-")[1]) >= 3
-    # accelerate's launcher starts several processes for devices alone, and hands over to this one; on CPUs, this one
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    parallel, err = finish(start(workspace, "--set", "run.name='three'", launch=launch))
+    parallel, err = finish(start(workspace, "--set", "run.name='three'", launch=TWO))
     assert difference(weights(whole), weights(parallel)) < 1e-4
     resumed, err = finish(start(workspace, "--set", "run.name='three'", "--set", "training.steps=5", *changes))
     assert "Resuming from step 4" in err
+
+
+def two_machines(workspace: Path, *arguments: str) -> list[subprocess.Popen]:
+    """A process on each of two machines that share no output folder, with accelerate's switch for FSDP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
+    others = [[], ["--output", str(workspace / "other")]]
+    return [
+        start(workspace, *arguments, *more, launch=(*launch, str(rank)), ACCELERATE_USE_FSDP="true")
+        for rank, more in enumerate(others)
+    ]
+
+
+def test_sharded_on_two_machines_it_is_the_same_run_and_resumes_as_another(workspace):
+    """FSDP by accelerate's own switch; checkpoints are those of one process, before and behind it."""
+    single = ["--set", "training.accumulate=2", "--set", "run.name='single'"]
+    whole, _ = finish(start(workspace, *single))
+    name = ["--set", "run.name='sharded'"]
+    first, second = two_machines(workspace, *name)
+    parts, err = finish(first)
+    assert "2 processes, each with its share" in err and "held-out" in err
+    assert finish(second)[0] == ""  # the main process alone reports and writes
+    assert [path.name for path in (workspace / "other" / "subject_dla").iterdir()] == ["cache"]
+    assert difference(weights(whole), weights(parts)) < 1e-4
+    runs, files = workspace / "subject_dla" / "runs", ("dla", "lora", "optimizer")
+
+    def newest(run):
+        return {file: load_file(runs / run / f"checkpoint-00000004/{file}.safetensors") for file in files}
+
+    assert all(difference(newest("single")[file], newest("sharded")[file]) < 1e-3 for file in files)
+    # from sharded processes to one: without the newest checkpoint, which it makes again
+    shutil.rmtree(runs / "sharded" / "checkpoint-00000004")
+    resumed, err = finish(start(workspace, *name, *single[:2]))
+    assert "Resuming from step 2" in err and difference(weights(whole), weights(resumed)) < 1e-4
+    # and from one to sharded processes, which end behind the same step when one of them is interrupted
+    first, second = two_machines(workspace, *name, "--set", "training.steps=90")
+    seen = []
+    for line in first.stderr:
+        seen.append(line)
+        if line.startswith("step 6/"):
+            second.send_signal(signal.SIGTERM)
+            break
+    for process in (first, second):
+        process.communicate(timeout=300)
+    assert any("Resuming from step 4" in line for line in seen)
+    last = sorted((runs / "sharded").glob("checkpoint-*"))[-1]
+    state = read_state(last)
+    assert 6 <= state["step"] == len(state["losses"]) < 90 and not (runs / "sharded" / "run.lock").exists()
+    assert all(value.isfinite().all() for file in files for value in load_file(last / f"{file}.safetensors").values())
 
 
 def test_bad_recipes_are_named(workspace):

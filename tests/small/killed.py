@@ -17,8 +17,9 @@ from torch.nn import Linear, ModuleDict, ModuleList
 
 from ...dla import DLAConfig, DualLayerAggregator, MLLMInfo
 from ...loaders.backbones import BACKBONES
-from ...training.checkpoints import checkpoints, restore, save
+from ...training.checkpoints import checkpoints, read_state, restore, save
 from ...training.dit.lora import LoRA
+from ...training.processes import Processes
 
 
 class Trained:
@@ -42,10 +43,12 @@ class Trained:
             self.optimizer.state[parameter]["exp_avg"].fill_(value)
 
     def save(self, folder, step, keep=2):
-        return save(folder, step, self.dla, self.lora, self.optimizer, {"losses": [0.1] * step}, keep)
+        moments = Processes().moments(self.optimizer)
+        return save(folder, step, self.dla, self.lora, moments, {"losses": [0.1] * step}, keep)
 
     def restore(self, checkpoint):
-        return restore(checkpoint, self.dla, self.lora, self.optimizer)
+        Processes().load_moments(self.optimizer, restore(checkpoint, self.dla, self.lora))
+        return read_state(checkpoint)["step"]
 
     def values(self):
         moments = [self.optimizer.state[p]["exp_avg"] for p in self.parameters]

@@ -8,6 +8,7 @@ the inputs, and `in_place` lets autograd know of the writes.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -21,14 +22,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 def recomputed(blocks: Iterable[nn.Module], trained: Callable[[nn.Module], Sequence[nn.Parameter]] = lambda _: ()):
     """Inside, each of `blocks` keeps its inputs alone and is computed again in the backward pass.
 
-    `trained` gives the trained parameters that a block reaches (a LoRA's); all its own are taken to be frozen.
+    `trained` gives the trained parameters that a block reaches (a LoRA's), when it runs: sharded ones are whole only
+    then. All its own are taken to be frozen.
     """
     covered = []
     try:
         for block in blocks:
             before = block.__dict__.get("forward")
             covered.append((block, before))
-            block.forward = _recomputing(block.forward, list(trained(block)))
+            block.forward = _recomputing(block.forward, partial(trained, block))
         yield
     finally:
         for block, before in covered:
@@ -91,7 +93,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:
+def _recomputing(forward: Callable, trained: Callable[[], Sequence[nn.Parameter]]) -> Callable:
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -105,7 +107,7 @@ def _recomputing(forward: Callable, parameters: list[nn.Parameter]) -> Callable:
             args, kwargs = tree_unflatten(inputs, layout)
             return forward(*args, **kwargs)
 
-        out = _Recompute.apply(block, len(indices), *(leaves[i] for i in indices), *parameters)
+        out = _Recompute.apply(block, len(indices), *(leaves[i] for i in indices), *trained())
         for index in indices:
             leaves[index] = None  # kept by the function, which knows when they are done with
         return out

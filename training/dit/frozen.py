@@ -50,6 +50,11 @@ class FrozenDiT:
         self.shift = sigma / (1 - sigma)  # the model's time shift, see flow.FlowTimes
         check_rotation()
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the host's arithmetic in the DiT, whatever its weights' storage."""
+        return self.base.manual_cast_dtype or self.base.get_dtype()
+
     def load(self, memory_required: int = 0) -> None:
         """Puts the DiT on the device, with so many bytes left free, in weights that autograd can use."""
         make_trainable_through(self.base)

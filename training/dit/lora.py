@@ -12,6 +12,14 @@ from ...common.files import save_tensors
 from ...loaders.backbones import Backbone
 
 
+class Pair(nn.Module):
+    """A (rank, in) and B (out, rank) of one linear map; a module so that they can be sharded together."""
+
+    def __init__(self, a: Tensor, b: Tensor):
+        super().__init__()
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+
+
 class LoRA(nn.Module):
     """y + (alpha / rank) B A x at every linear map of the DiT's attention; B starts at zero, so a new one does nothing.
 
@@ -32,11 +40,11 @@ class LoRA(nn.Module):
                 f"{targets!r}). Train without one (rank 0), or load the model with ComfyUI's own loader."
             )
         generator = torch.Generator().manual_seed(seed)
-        self.A, self.B, self.parts = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.pairs, self.parts = nn.ModuleDict(), {}
         for name, part in found.items():
             key = name.replace(".", "/")  # parameter names have no dots
             start = torch.empty(rank, part.in_features).normal_(0, part.in_features**-0.5, generator=generator)
-            self.A[key], self.B[key] = nn.Parameter(start), nn.Parameter(torch.zeros(part.out_features, rank))
+            self.pairs[key] = Pair(start, torch.zeros(part.out_features, rank))
             self.parts[key] = (part,)  # in a tuple: the DiT is no part of this module
         self._hooks = []
 
@@ -53,9 +61,9 @@ class LoRA(nn.Module):
 
     def _hook(self, key: str):
         def add(_, inputs, output: Tensor) -> Tensor:
-            x = inputs[0]
-            low = nn.functional.linear(x, self.A[key].to(x.dtype))
-            return output + nn.functional.linear(low, self.B[key].to(x.dtype)) * (self.alpha / self.rank)
+            x, pair = inputs[0], self.pairs[key]
+            low = nn.functional.linear(x, pair.A.to(x.dtype))
+            return output + nn.functional.linear(low, pair.B.to(x.dtype)) * (self.alpha / self.rank)
 
         return add
 
@@ -63,15 +71,19 @@ class LoRA(nn.Module):
         """The parameters of the linear maps in `block`."""
         parts = set(block.modules())
         keys = [key for key, (part,) in self.parts.items() if part in parts]
-        return [tensor for key in keys for tensor in (self.A[key], self.B[key])]
+        return [tensor for key in keys for tensor in (self.pairs[key].A, self.pairs[key].B)]
+
+    def in_order(self) -> list[nn.Parameter]:
+        """Returns all parameters as checkpoints number them: every A, then every B."""
+        return [pair.A for pair in self.pairs.values()] + [pair.B for pair in self.pairs.values()]
 
     def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Keys as the host's LoRA loader reads them for any model."""
         out = {}
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")
-            out[f"{name}.lora_A.weight"] = self.A[key].detach().to("cpu", dtype).contiguous()
-            out[f"{name}.lora_B.weight"] = self.B[key].detach().to("cpu", dtype).contiguous()
+            out[f"{name}.lora_A.weight"] = self.pairs[key].A.detach().to("cpu", dtype).contiguous()
+            out[f"{name}.lora_B.weight"] = self.pairs[key].B.detach().to("cpu", dtype).contiguous()
             out[f"{name}.alpha"] = torch.tensor(self.alpha)
         return out
 
@@ -100,5 +112,5 @@ class LoRA(nn.Module):
                 )
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")
-            self.A[key].copy_(state[f"{name}.lora_A.weight"])
-            self.B[key].copy_(state[f"{name}.lora_B.weight"])
+            self.pairs[key].A.copy_(state[f"{name}.lora_A.weight"])
+            self.pairs[key].B.copy_(state[f"{name}.lora_B.weight"])

@@ -9,7 +9,7 @@ with the allocator's peak on a CPU. Assumed:
   activations without checkpointing;
 - trained weights, their gradients and AdamW's moments are fp32, and the optimiser's step has no temporaries of its own
   (AdamW with fused=True; its foreach form takes 4 bytes more per trained parameter);
-- one device; data parallel training takes 4 bytes more per trained parameter.
+- data parallel, gradients are in the buffers that are sent; sharded, all that is trained is gathered for a pass.
 """
 
 from collections.abc import Sequence
@@ -147,9 +147,11 @@ def estimate(
     compute_bytes: int = 2,  # of its arithmetic
     optimizer: str = "adamw",  # one of OPTIMIZERS
     batch_size: int = 1,
+    accumulate: int = 1,  # passes whose gradients make one step
     checkpointing: bool = True,  # whether blocks are computed again in the backward pass
+    shards: int = 1,  # processes over which what is trained is spread; 1 = each has all of it
 ) -> Estimate:
-    """Memory of a training step on one device.
+    """Memory of a training step on one device, of one process.
 
     The VAE and the MLLM are not on it then: their outputs are cached, or the host offloads them, see `encoding`. Raises
     ValueError for a family that is not trained and for an unknown optimizer.
@@ -173,7 +175,7 @@ def estimate(
 
     def cast(b: Block) -> int:  # weights in another dtype than the arithmetic's are cast, and autograd keeps the result
         frozen = b.weights() if weight_bytes != compute_bytes else 0
-        return (frozen + (b.lora(lora_rank) if compute_bytes != 4 else 0)) * compute_bytes
+        return (frozen + (b.lora(lora_rank) if compute_bytes != 4 and shards == 1 else 0)) * compute_bytes
 
     size = batch_size * compute_bytes
     whole = {b: b.saved(lora_rank) * size + cast(b) for b in kinds}
@@ -187,14 +189,20 @@ def estimate(
         again = 0
     features = batch_size * context_tokens * (layers + 1) * mllm_width * compute_bytes
     # of the DLA's pooling: forward results and their gradients of one chunk of tokens, see dla.pooling.chunk_length
+    gathered = 0
+    if shards > 1:  # weights and gradients for a pass, a LoRA's in the arithmetic's dtype; sums over passes are in fp32
+        gathered = 8 * dla_parameters + lora * (compute_bytes + max(compute_bytes, 4 * (accumulate > 1)))
+        gathered += 4 * max(dla_parameters, *(b.lora(lora_rank) // len(b.attention) for b in kinds))  # one is averaged
     pooling = 2 * min(MAX_CHUNK_BYTES, features // compute_bytes * (16 + 10 * compute_bytes))
     return Estimate(
         {
             "DiT weights": dit.parameters * weight_bytes,
-            "DLA": dla_parameters * (4 + (compute_bytes if compute_bytes != 4 else 0)),  # and a copy in that dtype
-            "LoRA": lora * 4,
-            "gradients": trained * 4,
-            "optimiser": round(trained * OPTIMIZERS[optimizer]),
+            # and a copy in the arithmetic's dtype
+            "DLA": dla_parameters * 4 // shards + dla_parameters * (compute_bytes if compute_bytes != 4 else 0),
+            "LoRA": lora * 4 // shards,
+            "gradients": trained * 4 // shards,
+            "optimiser": round(trained * OPTIMIZERS[optimizer] / shards),
+            "gathered for a pass": gathered,
             "features": features,
             "activations": kept,
             "one block again": again,

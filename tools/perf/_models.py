@@ -137,10 +137,3 @@ def random_dla(mllm: Any, family: str, width: int) -> Any:
     config = DLAConfig(mllm.info, width, family)
     shapes = {key: value.shape for key, value in DualLayerAggregator(config, device="meta").state_dict().items()}
     return DLA(config, random_state(shapes), "random")
-
-
-def device_name() -> str:
-    """Of the accelerator, else the processor's number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"

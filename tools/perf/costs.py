@@ -16,8 +16,6 @@ object.
 import argparse
 import gc
 import json
-import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,9 +27,10 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-from ...common.bootstrap import ROOT, start_host
+from ...common.bootstrap import ROOT
 from ...common.console import say
 from ...common.markdown import markdown
+from ._measure import device_name, start
 
 FAMILIES, SIZES, REFERENCES, STEPS = ("flux", "flux2"), (512, 1024, 2048), (1, 2, 3, 4, 5), 20
 MEASURED = (1, 3, 5)  # numbers of references that --full times; the figure's lines join them
@@ -59,16 +58,8 @@ def main(argv: Sequence[str]) -> None:
         write_docs(json.loads(Path(options.write_docs).read_text("utf-8").strip().splitlines()[-1]))
         return
 
-    import torch
-
-    if options.full and not torch.cuda.is_available():
-        sys.exit(
-            "costs --full times whole models, which takes an accelerator: torch.cuda.is_available() is False here."
-        )
-    start_host(os.environ["COMFYUI_PATH"], cpu=not torch.cuda.is_available())
-    from ._models import device_name
-
-    result: dict[str, Any] = {"benchmark": "costs", "device": device_name(), "steps": STEPS}
+    device = start(options.full)
+    result: dict[str, Any] = {"benchmark": "costs", "device": device_name(device), "steps": STEPS}
     result["models"] = {family: counted(family) for family in FAMILIES}
     if options.full or options.tiny:
         for family in FAMILIES:
@@ -187,7 +178,9 @@ def time_model(family: str, model: dict[str, Any], full: bool) -> None:
 
     rows = [row for row in model["rows"] if row["references"] in MEASURED and (full or row["px"] == min(SIZES))]
     encoded = time_encodes(family, model["mllm"], full)
+    free()
     halves = time_vae(family, {row["px"] for row in rows}, full)
+    free()
     module = random_dit(family, release_sizes(family), torch.bfloat16) if full else dit.tiny(family)
     for row in rows:
         references = row["references"]
@@ -197,6 +190,7 @@ def time_model(family: str, model: dict[str, Any], full: bool) -> None:
         row["parts_seconds"] = {"mllm": seconds, "vae_encode": encode, "vae_decode": decode}
         row["seconds"] = per_picture(row["steps"], row["step_seconds"], row["parts_seconds"])
         say(json.dumps({name: row[name] for name in ("px", "references", "step_seconds", "parts_seconds", "seconds")}))
+    del module
     free()
 
 
@@ -221,7 +215,6 @@ def time_encodes(family: str, name: str, full: bool) -> dict[int, tuple[float, i
             seconds = best(partial(encode, images, found), 2)
             out[references] = seconds, found[0].shape[1]
             say(f"{name}, {references} references: {out[references]}")
-    free()
     return out
 
 
@@ -237,16 +230,16 @@ def time_vae(family: str, sides: set[int], full: bool) -> dict[int, tuple[float,
         latent = vae.encode(pixels)
         out[px] = best(partial(vae.encode, pixels), 2), best(partial(vae.decode, latent), 2)
     say(f"VAE: {out}")
-    free()
     return out
 
 
 def free() -> None:
-    """Takes every model off the accelerator; the next one is measured as alone."""
+    """Ends what no name holds any more, so that the next model is alone on the accelerator."""
     import comfy.model_management
 
-    comfy.model_management.unload_all_models()
     gc.collect()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
 
 
 def time_steps(model: Any, family: str, row: dict, repeats: int, kinds: Sequence[str]) -> dict[str, float]:

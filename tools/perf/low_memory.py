@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from ...common.bootstrap import ROOT, start_host
 from ...common.console import say
 from ...common.markdown import markdown
+from ._measure import device_name
 
 BUDGETS, SIDE, STEPS, GIB = (24, 16, 12), 1024, 6, 2**30
 TIMEOUT = 150  # seconds for one set of models
@@ -118,7 +119,7 @@ def run_models(models: Models, full: bool) -> None:
     import comfy.model_management as management
 
     from ...tests.small import dit
-    from ._models import CONTEXT_WIDTHS, device_name, random_dit, random_dla, random_mllm, random_vae, release_sizes
+    from ._models import CONTEXT_WIDTHS, random_dit, random_dla, random_mllm, random_vae, release_sizes
 
     logging.getLogger().setLevel(logging.INFO)
     started = time.perf_counter()
@@ -135,7 +136,7 @@ def run_models(models: Models, full: bool) -> None:
         gc.collect()
         management.soft_empty_cache()
         emulate(budget)
-        row: dict[str, Any] = {"budget": budget, "device": device_name(), "parts": {}}
+        row: dict[str, Any] = {"budget": budget, "device": device_name(management.get_torch_device()), "parts": {}}
         try:
             picture(models, mllm, model, dla, vae, SIDE if full else 64, row)
             row |= {"fits": True, "error": ""}

@@ -18,7 +18,7 @@ from ..common.bootstrap import ROOT
 from ..common.console import say
 from ..tools.comfy_client import workflow
 from ..tools.comfy_client.client import HostError, WorkflowError
-from ..tools.comfy_client.server import Server
+from ..tools.comfy_client.server import Server, device
 from .family.layout import MODELS
 from .showcase import showcase
 
@@ -115,15 +115,6 @@ def _save(path: Path, data: bytes) -> str:
     free.write_bytes(data)
     say(f"  {free}")
     return str(free.resolve())
-
-
-def device() -> list[str]:
-    """The host's arguments for this machine: it finds an accelerator by itself, but fails without one."""
-    import torch
-
-    xpu = getattr(torch, "xpu", None)
-    found = torch.cuda.is_available() or (xpu and xpu.is_available()) or torch.backends.mps.is_available()
-    return [] if found else ["--cpu"]
 
 
 class _Progress:

@@ -24,6 +24,8 @@ from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools import environment
 from subject_dla.tools.comfy_client import editor_graph, workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
+from subject_dla.tools.perf.batch import FORMS, SUBJECT, changes
+from subject_dla.tools.perf.batch import graph as batch_graph
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SAVED_BY_0_1_0 = sorted((ROOT / "tests" / "fixtures" / "0.1.0" / "workflows").glob("*.json"))
@@ -75,7 +77,8 @@ def small_server(comfyui, tmp_path_factory):
     build_measures(models, comfyui)
     for name in DREAMO_LORAS:
         shutil.copyfile(models / "loras" / "dit_lora.safetensors", models / "loras" / f"{name}.safetensors")
-    packs = {"small_host": Path(__file__).with_name("small_host"), "dreamo": DREAMO, PACK: ROOT}
+    own = {name: Path(__file__).with_name(name) for name in ("small_host", "load_counts")}
+    packs = {**own, "dreamo": DREAMO, PACK: ROOT}
     base = tmp_path_factory.mktemp("small-host")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
@@ -215,6 +218,19 @@ def test_staging_by_one_node_adds_two_nodes_at_most(small_server):
     assert added == {"SubjectMLLMFromCLIP", "SubjectConditioning", "SubjectApplyStages"}
     prompt = workflow.to_api(ours, small_server.client.object_info())
     assert workflow.text_inputs(prompt) == [(key_of(prompt, "SubjectConditioning"), "prompt")]
+
+
+def test_a_further_prompt_moves_models_as_seldom_as_with_the_hosts_nodes(small_server):
+    """Each change of the model is a move where memory holds one at a time. The host's edit node reads the reference
+    with the VAE for each prompt, too; without that a prompt takes three: encoder, DiT, VAE."""
+    small_server.client.upload(SUBJECT, "subject.jpg")
+    found = {}
+    for form in FORMS:
+        for number in range(2):
+            before = len(small_server.client.get("/loads"))
+            run(small_server, batch_graph(form, f"the subject, number {number}", number))
+        found[form] = changes(small_server.client.get("/loads")[before:])
+    assert found["stock"] == 3 and found["ours"] <= 4, found
 
 
 def test_qwen_image_2_1_staged_is_the_stock_graph_with_a_node_more(small_server):

@@ -126,6 +126,15 @@ class Server:
             end_group(self.process)
 
 
+def device() -> list[str]:
+    """The host's arguments for this machine: it finds an accelerator by itself, but fails without one."""
+    import torch
+
+    xpu = getattr(torch, "xpu", None)
+    found = torch.cuda.is_available() or (xpu and xpu.is_available()) or torch.backends.mps.is_available()
+    return [] if found else ["--cpu"]
+
+
 def end_group(process: subprocess.Popen) -> None:
     """Kills a process that leads its own group, and the whole group."""
     if POSIX:

@@ -34,7 +34,12 @@ class Row(NamedTuple):
         return f"≤ {self.limit:g}"
 
 
-TABLE = (Row("import_seconds", "importing the pack at server start, s", 0.10, "importing"),)
+TABLE = (
+    Row("import_seconds", "importing the pack at server start, s", 0.10, "importing"),
+    Row("batch_drift", "100 prompts on one subject: last ten over first ten", 1.05, "batch"),
+    Row("batch_growth", "growth of the server's memory over them", 0.02, "batch"),
+    Row("fleet", "a benchmark over N servers: N times its time over that of one", 1.15, "fleet"),
+)
 TAKE_FULL: tuple[str, ...] = ()  # the benchmarks that know --full
 
 

@@ -207,6 +207,7 @@ class Processes:
             mesh = init_device_mesh(before[0].device.type, (self.count,))
         else:
             mesh = mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
+            self.shards = mesh.size(mesh.ndim - 1)
         pairs = list(module.lora.pairs.values()) if module.lora is not None else []
         # as the LoRA would cast them at each use; they are averaged in fp32
         policy = MixedPrecisionPolicy(param_dtype=module.backbone.compute_dtype, reduce_dtype=torch.float32)

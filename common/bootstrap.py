@@ -34,7 +34,11 @@ def start_host(comfyui: str | Path, options: Sequence[str] = (), *, cpu: bool = 
     """
     os.environ["COMFYUI_PATH"] = str(comfyui)
     sys.path.insert(0, str(Path(comfyui).resolve()))
-    sys.argv = [*sys.argv[:1], *options]  # the host reads the command line when its options are imported
+    if options:  # else the host does not read the command line, which it does when its options are imported
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+    sys.argv = [*sys.argv[:1], *options]
     from comfy.cli_args import args
 
     args.cpu = args.cpu or cpu

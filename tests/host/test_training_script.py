@@ -141,3 +141,12 @@ def test_bad_recipes_are_named(workspace):
         assert name in err and "Traceback" not in err
     out, _ = finish(start(workspace, "--template"))
     assert "[training]" in out
+
+
+def test_the_host_reads_its_own_options():
+    code = "import bootstrap, os; bootstrap.start_host(os.environ['COMFYUI_PATH'], ['--reserve-vram', '2']);"
+    code += "from comfy.cli_args import args; print(args.reserve_vram)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "common", capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "2.0"

@@ -22,7 +22,7 @@ UNKNOWN_FAMILY = (
     "this pack does not know the diffusion model %s (it knows %s). At which size it "
     "wants reference latents, and how placed, is not known: compare pictures. Only strengths 0 and 1 work."
 )
-UNREAD = (
+IDENTITY_REFUSED = (
     "Add Identity: {family} ({model}) is refused. ComfyUI's source of it could not be read when this pack was written: "
     "at which size it wants reference latents, how it places them and how many it takes is not known. Add them with "
     "ComfyUI's own nodes, as the model's template does, or choose another model (docs/backbones.md), as FLUX.2 Klein."
@@ -64,7 +64,7 @@ def add_identity(
     backbone = backbone_of(model)
     diffusion_model = dit_of(model.model)
     if family := unread_family(model):
-        raise ValueError(UNREAD.format(family=family, model=type(diffusion_model).__name__))
+        raise ValueError(IDENTITY_REFUSED.format(family=family, model=type(diffusion_model).__name__))
     if family := pixel_family(model):
         raise ValueError(NO_VAE_TOKENS.format(family=family))
     if warning := _model_warning(model):

@@ -9,7 +9,7 @@ from ..loaders.protocols import Model
 from .reference_stages import RunSchedule
 from .stages import Stages
 
-UNREAD = (
+STAGES_REFUSED = (
     "Stages and Image Guidance: {family} ({model}) is refused. ComfyUI's source of it could not be read when this pack "
     "was written, so it is not known which of the attention's tokens are its text and its references, nor what it makes"
     " of none; a guess would give wrong pictures without an error. Remove this pack's node and use the model as its"
@@ -25,7 +25,7 @@ def check_family(model: Model, changes: bool) -> None:
     """Raises ValueError for a model of a family that could not be read, where something is to be changed in its run."""
     family = unread_family(model)
     if family and changes:
-        raise ValueError(UNREAD.format(family=family, model=type(dit_of(model.model)).__name__))
+        raise ValueError(STAGES_REFUSED.format(family=family, model=type(dit_of(model.model)).__name__))
 
 
 def changes_strengths(stages: Stages) -> bool:

@@ -21,8 +21,8 @@ _FOUND = (module.BACKBONE for module in _MODULES if hasattr(module, "BACKBONE"))
 BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _FOUND}
 # how names of the host's classes, modules and configs begin, without "_": families that are refused, and those that
 # read references as patches of pixels, without a VAE
-UNREAD = {"flux3": "FLUX 3"}
-PIXELS = {"hidreamo1": "HiDream-O1", "sensenova": "SenseNova"}
+UNREAD_FAMILIES = {"flux3": "FLUX 3"}
+PIXEL_FAMILIES = {"hidreamo1": "HiDream-O1", "sensenova": "SenseNova"}
 TRAINED = tuple(backbone for backbone in BACKBONES.values() if backbone.training)
 
 
@@ -39,12 +39,12 @@ def backbone_of(model: Model) -> Backbone | None:
 
 def unread_family(model: Model) -> str | None:
     """Title of a MODEL's family where it is one that is refused since its source could not be read; else None."""
-    return _named(model, UNREAD)
+    return _named(model, UNREAD_FAMILIES)
 
 
 def pixel_family(model: Model) -> str | None:
     """Title of a MODEL's family where it reads references as patches of pixels, so that there are no VAE tokens."""
-    return _named(model, PIXELS)
+    return _named(model, PIXEL_FAMILIES)
 
 
 def _named(model: Model, families: Mapping[str, str]) -> str | None:

@@ -34,6 +34,7 @@ class HostEncoder:
     text_only: bool = False  # whether images are refused although the LLM reads them
     own_images: bool = False  # whether this pack prepares and rotates images, since the host does not as the original
     cut_tail: bool = False  # whether the stock model drops the template's tail, too
+    image_sizes: str = ""  # of the LLM that read images, where others do not
     most_images: int | None = None  # that its template has room for
     default_size: int = 0  # px, as in MLLMFamily; 0 = the family's
     resize: Callable[[Tensor, int], Tensor] = to_area  # of an image (H, W, 3) to a size in px
@@ -108,7 +109,7 @@ ENCODERS = (
         drop_leading_template=False, resize=to_square,
     ),
     # the LLMs of no DiT: template and dropped tokens are those of Load MLLM, so that a DLA reads either
-    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",)),
+    HostEncoder("Gemma 4", "", FAMILIES["gemma4"], ("gemma4",), image_sizes="E2B, E4B"),
     HostEncoder(
         "Qwen3.5", "", FAMILIES["qwen3_5"], ("qwen35_08b", "qwen35_2b", "qwen35_4b", "qwen35_9b", "qwen35_27b"),
         stock=StockContext((-2,), always_masked=True), own_images=True,
@@ -144,7 +145,7 @@ def table() -> str:
         rows.append((
             encoder.title,
             f"`{encoder.kind}`" if encoder.kind else "any other",
-            "yes" if encoder.reads_images else "no, text only",
+            (encoder.image_sizes or "yes") if encoder.reads_images else "no, text only",
             context + ", before the norm" * (not stock.normed),
             ("the user's turn" if encoder.drop_leading_template else "all") + ", and padding" * stock.padding,
         ))  # fmt: skip

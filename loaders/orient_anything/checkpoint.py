@@ -17,7 +17,7 @@ from ...common.dtypes import FILE_DTYPES
 from ...common.safetensors_header import SafetensorsError, read_header, signature
 from .network import BACKBONE, HEAD, SIZES, published_shapes, rotation_bins
 
-UNREAD = ("num_batches_tracked", "mask_token")  # training's; may be missing
+TRAINING_ONLY = ("num_batches_tracked", "mask_token")  # training's; may be missing
 OF_TORCH = (b"PK\x03\x04", b"\x80\x02")  # how torch's own files begin: zip, and pickle before 1.6
 
 
@@ -104,7 +104,7 @@ def _check_keys(path: Path, found: Mapping[str, tuple[tuple[int, ...], torch.dty
         raise fail(f"{first}: {error} Take one of the published files.") from None
     size, layers = SIZES[width]
     expected = published_shapes(width, layers, out)
-    missing = [key for key in expected if key not in found and not key.endswith(UNREAD)]
+    missing = [key for key in expected if key not in found and not key.endswith(TRAINING_ONLY)]
     extra = [key for key in found if key not in expected]
     what = f"Orient Anything V1 {size} ({layers} layers)"
     if missing:
@@ -116,7 +116,7 @@ def _check_keys(path: Path, found: Mapping[str, tuple[tuple[int, ...], torch.dty
         if shape != expected[key]:
             raise fail(f"{key} has shape {list(shape)}, expected {list(expected[key])} for {what}. Download it again.")
         floating = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
-        if not floating and not key.endswith(UNREAD):
+        if not floating and not key.endswith(TRAINING_ONLY):
             raise fail(f"{key} does not hold floating-point numbers. Download it again.")
 
 

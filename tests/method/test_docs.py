@@ -107,6 +107,7 @@ def test_a_run_of_all_tests_finds_what_the_page_says(change, words):
 def test_text_encoders():
     text = (ROOT / "web" / "docs" / "SubjectMLLMFromCLIP.md").read_text("utf-8")
     assert encoders.table() in text, f"this is missing or has changed:\n{encoders.table()}"
+    assert re.search(r"\| Gemma 4 +\| any other +\| E2B, E4B +\|", text)  # larger ones read text alone
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("*.toml")), ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ LATENTS, METHOD, POOLED, MASK = "reference_latents", "reference_latents_method",
 # Z-Image Omni's, one for each reference: SigLIP's features, and captions, which may be more
 ALIGNED = VISION, CAPTIONS = "clip_vision_outputs", "reference_latents_text_embeds"
 DIRECT = "direct_context"  # Ming-Image's tokens beside the context that are as wide as the DiT
+CONTROL, CONTROL_TEXT = "control", "cross_attn_controlnet"  # a ControlNet, and what it reads in place of the context
 SLOTS, WITH_IMAGES = "image_slots", "subject_context_with_images"
 Condition = dict[str, Any]
 
@@ -186,13 +187,18 @@ def area_of(condition: Condition, canvas: tuple[int, int]) -> tuple[int, int, in
     return min(area[sides - 2], canvas[0] - top), min(area[sides - 1], canvas[1] - left), top, left
 
 
-def stage_variant(condition: Condition, context: bool, reference: bool, backbone: Backbone | None) -> Condition:
+def stage_variant(
+    condition: Condition, context: bool, reference: bool, backbone: Backbone | None, controlled: bool = False
+) -> Condition:
     """A condition with the token groups of one stage.
 
     References that are off are left out altogether. A context that is off keeps a token, since hosts fail on none: the
     attention override takes its keys out, or, where the model's token layout is not known (no `backbone`), it is zero.
     References of strength 0 are never on. Where references have places in the context, the one for stages without them
     is that which holds the images. Raises ValueError where there is none.
+
+    controlled: whether a ControlNet may read the condition. What it does with the token that a context that is off
+    keeps does not pass through the override: it gets a zero one.
     """
     condition = dict(condition)
     latents = reference_latents(condition)
@@ -217,6 +223,8 @@ def stage_variant(condition: Condition, context: bool, reference: bool, backbone
     if not context and condition.get("cross_attn") is not None:
         tokens = condition["cross_attn"][:, : backbone.context_off_tokens if backbone else 1]
         condition["cross_attn"] = tokens if backbone else torch.zeros_like(tokens)
+        if controlled or condition.get(CONTROL_TEXT) is not None:
+            condition[CONTROL_TEXT] = torch.zeros_like(tokens)
         if condition.get(MASK) is not None:
             condition[MASK] = torch.ones_like(condition[MASK][:, : tokens.shape[1]])
     return condition

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..loaders.backbones import Backbone, Part
 from ..loaders.conditioning import (
+    CONTROL,
     Condition,
     area_of,
     reference_latents,
@@ -72,11 +73,12 @@ class StagedRun:
         """
         original = dict(conds)
         self.names = list(original)
+        controlled = any(one.get(CONTROL) is not None for found in original.values() for one in found)
         for index, (context, reference) in enumerate(self.variants):
             for name, conditions in original.items():
                 conds[_name(name, index)] = [
                     {
-                        **stage_variant(condition, context, reference, self.backbone),
+                        **stage_variant(condition, context, reference, self.backbone, controlled),
                         "uuid": uuid4() if index else condition["uuid"],
                         "prompt_type": condition.get("prompt_type", name),
                     }

@@ -13,6 +13,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.controlnet import ControlBase
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
@@ -354,6 +355,34 @@ def test_a_prompt_that_ends_half_way_is_nothing_to_complain_of(model):
     ending = [[c, {**v, "start_percent": 0.0, "end_percent": 0.5}] for c, v in condition()]
     ours = host(apply_stages(model, HALF), ending, ending)
     assert torch.allclose(ours, host(dense_oracle(model, HALF_LOGS), ending, ending), atol=2e-4)
+
+
+class ReadText(ControlBase):
+    """A ControlNet that writes down what text it is given, as ComfyUI's own reads it, and adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options=None):
+        self.read.append(cond.get("crossattn_controlnet", cond["c_crossattn"]))
+
+    def copy(self):
+        return self
+
+
+@pytest.mark.parametrize("old_node", [False, True])
+def test_a_controlnet_reads_no_word_of_a_context_that_is_off(model, old_node):
+    """Its attention does not pass through the override, so that the one token that is left would be a word."""
+    control, conditions = ReadText(), [condition(CONTEXT, 1), condition(7, 2)]
+    for _, values in [*conditions[0], *conditions[1]][: 1 if old_node else 2]:
+        values |= {"control": control, "control_apply_to_uncond": old_node}
+    conditions[1][0][1]["cross_attn_controlnet"] = torch.ones(1, 3, 24)
+    host(apply_stages(model, preset("both")), *conditions, cfg=2.5)
+    assert control.read and all(text.any() for text in control.read)
+    control.read.clear()
+    host(apply_stages(model, preset("vae_only")), *conditions, cfg=2.5)
+    assert control.read and not any(text.any() for text in control.read)
 
 
 @pytest.mark.parametrize("stages", [HALF, preset("vae_only"), preset("semantics_first", tau1=0.7)])

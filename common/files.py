@@ -1,4 +1,4 @@
-"""Atomic writes: a file is the old one or the new one, never a part."""
+"""Atomic writes: a file is the old one or the new one, never a part; and the error for files that cannot be used."""
 
 import os
 import tempfile
@@ -7,6 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+class DataError(ValueError):
+    """A folder, file or entry that cannot be used; the text says what was found and what was expected."""
 
 
 @contextmanager

@@ -7,24 +7,27 @@ A list is a .json (a list of objects) or a .jsonl (an object on each line), in U
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
+from .files import DataError
 from .images import ImageError
-from .picture_files import shown_size, whole_pictures
+from .picture_files import PictureFile, shown_size, whole_pictures
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = (".json", ".jsonl")
 REFERENCES = ("image_paths", "image_path")
 TARGETS = ("image_tgt_path", "target_path", "target")  # UNO's key first
 Size = tuple[int, int]  # (width, height) in px of a picture as shown
-
-
-class DataError(ValueError):
-    """A folder, file or entry that cannot be used; the text says what was found and what was expected."""
+# Names that need no look at the disk to know where they lead, but for symbolic links.
+PLAIN = re.compile(r"(?!\.\.?(?:/|$))[^/\\:\0]+(?:/(?!\.\.?(?:/|$))[^/\\:\0]+)*")
+DECODE = json.JSONDecoder().raw_decode
+SPACE = re.compile(r"[ \t\n\r]*")
+CHUNK = 2**20  # characters of a .json that are read at a time
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,20 @@ class Example:
 
     subject: str
     prompt: str
-    references: tuple[Path, ...]
-    target: Path | None = None
+    references: tuple[PictureFile, ...]
+    target: PictureFile | None = None
     target_size: Size | None = None
     reference_sizes: tuple[Size, ...] = ()
     source: str = ""  # where it was read, for messages
+
+
+class Entry(NamedTuple):
+    """An entry of a list, its pictures' paths from the root, with slashes."""
+
+    number: int  # from 1; of a .jsonl, the line's
+    subject: str
+    prompt: str
+    pictures: tuple[str, ...]  # the target first, if there is to be one
 
 
 class DataReader:
@@ -71,24 +83,35 @@ class DataReader:
             yield folder, {path: size for path in pictures if (size := self._size(path, f"{name}/{path.name}"))}
 
     def entries(self, path: Path, root: Path, *, target: bool = False, max_references: int = 0) -> Iterator[Example]:
-        """The usable entries of a list, each picture decoded once. Raises DataError where the file is no list.
-
-        Its paths start from `root` and stay in it, also by symbolic links. With `target`, an entry needs one;
-        `max_references` 0: any number.
-        """
-        found = []
-        for number, value in self._values(path):
-            source = f"{path.name} entry {number}"
-            try:
-                found.append((source, *self._parse(value, root, target, max_references)))
-            except DataError as error:
-                self.problem(source, str(error))
-        self._decode(path for *_, paths in found for path in paths)
-        for source, subject, prompt, paths in found:
-            sizes = [size for path in paths if (size := self._size(path, source))]
+        """The usable examples of a list, each picture decoded once; see `parsed`."""
+        found, sizes_of = list(self.parsed(path, root, target=target, max_references=max_references)), Confined(root)
+        names = dict.fromkeys(name for entry in found for name in entry.pictures)
+        with whole_pictures(), ThreadPoolExecutor(8) as pool:
+            self._sizes.update(zip(map(root.joinpath, names), pool.map(sizes_of, names)))
+        for number, subject, prompt, pictures in found:
+            source, paths = f"{path.name} entry {number}", [root / name for name in pictures]
+            sizes = [size for picture in paths if (size := self._size(picture, source))]
             if len(sizes) == len(paths):
                 goal, goal_size = (paths[0], sizes[0]) if target else (None, None)
                 yield Example(subject, prompt, tuple(paths[target:]), goal, goal_size, tuple(sizes[target:]), source)
+
+    def parsed(self, path: Path, root: Path, *, target: bool = False, max_references: int = 0) -> Iterator[Entry]:
+        """The entries of a list, read one by one, without a look at their pictures.
+
+        Args:
+            path: The list.
+            root: Where its paths start; they stay in it, also by symbolic links (those of plain names: `Confined`).
+            target: An entry needs one.
+            max_references: 0 = any number.
+
+        Raises:
+            DataError: The file is no list.
+        """
+        for number, value in self._values(path):
+            try:
+                yield Entry(number, *self._parse(value, root, target, max_references))
+            except DataError as error:
+                self.problem(f"{path.name} entry {number}", str(error))
 
     def require(self, found: Collection, source: Path, purpose: str, expected: str) -> None:
         """Raises DataError with the first problems where nothing was found."""
@@ -99,23 +122,24 @@ class DataReader:
     def _values(self, path: Path) -> Iterator[tuple[int, object]]:
         """(number from 1, value) of each entry; those of a .jsonl are its lines."""
         if path.suffix.lower() == ".json":
-            yield from enumerate(read_json_list(path), 1)
+            yield from enumerate(_json_values(path), 1)
             return
-        for number, line in enumerate(read_text(path, "surrogateescape").split("\n"), 1):
+        for number, line in enumerate(_lines(path), 1):
             if line.strip():
                 try:
                     yield number, json.loads(line.encode("utf-8", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
                     self.problem(f"{path.name} entry {number}", f"is not JSON ({error})")
 
-    def _parse(self, value: object, root: Path, target: bool, most: int) -> tuple[str, str, list[Path]]:
+    def _parse(self, value: object, root: Path, target: bool, most: int) -> tuple[str, str, tuple[str, ...]]:
         """Subject, prompt, and the paths of the target, if asked for, and of the references."""
         if not isinstance(value, dict):
             raise DataError(f"is {type(value).__name__}, expected an object")
         prompt, subject = value.get("prompt"), value.get("subject")
         if not is_text(prompt):
             raise DataError(f"prompt is {prompt!r:.60}, expected text")
-        names = next((value[key] for key in REFERENCES if value.get(key) is not None), _xverse(value.get("modulation")))
+        names = next((value[key] for key in REFERENCES if value.get(key) is not None), None)
+        names = _xverse(value.get("modulation")) if names is None else names
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not names or not all(map(is_text, names)):
             raise DataError(f"image_paths is {names!r:.60}, expected a list of one path or more")
@@ -126,12 +150,13 @@ class DataReader:
             raise DataError(f"image_tgt_path is {goal[0]!r:.60}, expected a path")
         if subject is not None and not is_text(subject):
             raise DataError(f"subject is {subject!r:.60}, expected text, or none")
-        paths, first = [self._inside(name, root) for name in (*goal, *names)], PureWindowsPath(names[0])
-        named = paths[target].relative_to(root) if first.anchor else Path(*first.parts)
-        return subject or named.with_suffix("").as_posix(), prompt.strip(), paths
+        paths = tuple(self._inside(name, root) for name in (*goal, *names))
+        return subject or _without_suffix(names[0], paths[target]), prompt.strip(), paths
 
-    def _inside(self, name: str, root: Path) -> Path:
-        """The path of a picture in `root`, which a list may write with either slash, through `..`, or absolute."""
+    def _inside(self, name: str, root: Path) -> str:
+        """The path from `root` of a picture, which a list may write with either slash, through `..`, or absolute."""
+        if PLAIN.fullmatch(name):
+            return name
         plain, absolute = PureWindowsPath(name), Path(name).is_absolute()
         path = Path(name) if absolute else root.joinpath(*plain.parts)
         try:
@@ -141,7 +166,9 @@ class DataReader:
             found, inside = None, not absolute
         if not inside or (plain.anchor and not absolute):
             raise DataError(f"{name!r:.60} leads out of {root}, expected a picture inside it{self.hint}")
-        return root / found.relative_to(base) if found and (absolute or ".." in plain.parts) else path
+        if found is not None and (absolute or ".." in plain.parts):
+            return found.relative_to(base).as_posix()
+        return path.relative_to(root).as_posix()
 
     def _pictures(self, folder: Path) -> list[Path] | None:
         try:
@@ -154,7 +181,7 @@ class DataReader:
     def _decode(self, paths: Iterable[Path]) -> None:
         new = [path for path in dict.fromkeys(paths) if path not in self._sizes]
         with whole_pictures(), ThreadPoolExecutor(8) as pool:
-            self._sizes.update(zip(new, pool.map(_size_or_problem, new)))
+            self._sizes.update(zip(new, pool.map(size_or_problem, new)))
 
     def _size(self, path: Path, source: str) -> Size | None:
         found = self._sizes[path]
@@ -162,6 +189,30 @@ class DataReader:
             return found
         self.problem(source, found if os.path.exists(path) else f"{found} (in {path.parent}){self.hint}")
         return None
+
+
+class Confined:
+    """The sizes of pictures below a folder that none of them may leave, also not by a symbolic link."""
+
+    def __init__(self, root: Path):
+        self.root, self._base = root, os.path.realpath(root)
+        self._folders: dict[str, bool] = {}  # whether a folder is inside
+
+    def __call__(self, name: str, whole: bool = True) -> Size | str:
+        """The size of a picture by its path from the folder, or why it cannot be used; see `shown_size`."""
+        path = f"{self._base}{os.sep}{name}"
+        try:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                self._folders[folder] = self._is_inside(os.path.realpath(folder))
+            if not self._folders[folder] or os.path.islink(path) and not self._is_inside(os.path.realpath(path)):
+                return f"{name!r:.60} leads out of {self.root}, expected a picture inside it"
+        except (OSError, ValueError):  # too long, a loop of links, a null: nothing that can be read
+            pass
+        return size_or_problem(self.root / name, whole)
+
+    def _is_inside(self, path: str) -> bool:
+        return path == self._base or path.startswith(self._base.rstrip(os.sep) + os.sep)
 
 
 def is_list(source: Path) -> bool:
@@ -193,14 +244,80 @@ def read_json_list(path: Path) -> list:
     return found
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8 or UTF-16, one by one; bytes that are neither are escaped. Raises DataError."""
+    try:
+        with open(path, encoding=_encoding(path), errors="surrogateescape", newline="\n") as file:
+            yield from (line.removesuffix("\n") for line in file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected text in UTF-8 or UTF-16.") from None
+
+
+def _json_values(path: Path) -> Iterator[object]:
+    """The values in the list of a .json file, a part of which is in memory at a time. Raises DataError."""
+    count, opener, text, at = 0, "[", "", 0
+    try:
+        with open(path, encoding=_encoding(path), errors="surrogatepass", newline="") as file:
+            while (more := file.read(CHUNK)) and len(text) - at < 16 * CHUNK:
+                text, at = text[at:] + more, 0
+                while (found := _value(text, at, opener)) is not None:
+                    value, at = found
+                    yield value
+                    count, opener = count + 1, ","
+        whole = re.fullmatch(r"[ \t\n\r]*\][ \t\n\r]*", text[at:]) if count else None
+    except (OSError, UnicodeDecodeError):
+        whole = None
+    if not whole or more:
+        yield from read_json_list(path)[count:]  # or its error
+
+
+def _value(text: str, at: int, opener: str) -> tuple[object, int] | None:
+    """The value behind an opening sign, and where the sign after it is; None where these are not all in the text."""
+    at = _skip_space(text, at)
+    if not text.startswith(opener, at):
+        return None
+    try:
+        value, end = DECODE(text, _skip_space(text, at + 1))
+    except (ValueError, RecursionError):
+        return None
+    end = _skip_space(text, end)
+    return (value, end) if text.startswith((",", "]"), end) else None
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _encoding(path: Path) -> str:
+    with open(path, "rb") as file:
+        return json.detect_encoding(file.read(4))
+
+
 def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that is not blank and that UTF-8 can write (JSON may hold halves of surrogate pairs)."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def digest(*parts: object) -> str:
     """SHA-256 of the parts' texts, in hexadecimal digits; file names among them need not be UTF-8."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _without_suffix(name: str, path: str) -> str:
+    """A subject's name: its first reference as the list writes it, from the root where it is absolute."""
+    if PLAIN.fullmatch(name):
+        folder, slash, last = name.rpartition("/")
+        dot = last.rfind(".")  # as pathlib finds a suffix
+        return folder + slash + (last[:dot] if 0 < dot < len(last) - 1 else last)
+    first = PureWindowsPath(name)
+    return (Path(path) if first.anchor else Path(*first.parts)).with_suffix("").as_posix()
 
 
 def _xverse(modulation: Any) -> object:
@@ -211,8 +328,9 @@ def _xverse(modulation: Any) -> object:
         return modulation
 
 
-def _size_or_problem(path: Path) -> Size | str:
+def size_or_problem(path: PictureFile, whole: bool = True) -> Size | str:
+    """The size of a picture as shown, or why it cannot be used; see `shown_size`."""
     try:
-        return shown_size(path)
+        return shown_size(path, whole)
     except ImageError as error:
         return str(error)

@@ -1,5 +1,6 @@
 """Picture files to tensors. Damaged ones are an ImageError, whatever Pillow raises for them."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,21 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .images import SLIMMEST, SMALLEST, ImageError
+from .tar_files import TarMember
 
+PictureFile = Path | TarMember
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
 
-def load_picture(path: Path) -> Tensor:
+def file_version(file: PictureFile) -> tuple[Path | str, int, int]:
+    """Where a file is, its bytes, and when it was changed in ns: for the keys of caches."""
+    if isinstance(file, TarMember):
+        return f"{file.tar.resolve()}/{file.member} at {file.offset}", file.size, file.tar.stat().st_mtime_ns
+    status = file.stat()
+    return file.resolve(), status.st_size, status.st_mtime_ns
+
+
+def load_picture(path: PictureFile) -> Tensor:
     """(H, W, 3) float32 in 0..1: turned as EXIF says, transparency over white, 16 bits a channel reduced to 8."""
     with _reading(path), whole_pictures(), _open(path) as file:
         picture = ImageOps.exif_transpose(file)
@@ -27,13 +38,25 @@ def load_picture(path: Path) -> Tensor:
         return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)
 
 
-def shown_size(path: Path) -> tuple[int, int]:
-    """(width, height) in px of a picture as shown, after decoding all of it; to be called in `whole_pictures`."""
+def shown_size(path: PictureFile, whole: bool = True) -> tuple[int, int]:
+    """(width, height) in px of a picture as shown; to be called in `whole_pictures`.
+
+    Args:
+        path: The picture.
+        whole: Decode all of it, so that damage is found; else read its header alone.
+
+    Raises:
+        ImageError: It cannot be read, or has sizes that nothing can be done with.
+    """
     with _reading(path), _open(path) as file:
         size = file.size
-        file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
-        file.load()
-        size = size[::-1] if file.getexif().get(ORIENTATION) in TURNED else size
+        if whole or _exif_behind_pixels(file):
+            file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
+            file.load()
+            turned = file.getexif().get(ORIENTATION)
+        else:
+            turned = Image.Image.getexif(file).get(ORIENTATION)  # a PNG's own would decode it
+        size = size[::-1] if turned in TURNED else size
     if min(size) < SMALLEST or max(size) > SLIMMEST * min(size):
         raise ImageError(
             f"{path.name} is {size[0]} x {size[1]} px, expected at least {SMALLEST} px a side, and sides at most "
@@ -42,21 +65,43 @@ def shown_size(path: Path) -> tuple[int, int]:
     return size
 
 
-def _open(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file():
-        raise OSError("it is no file")  # a pipe would wait for ever
-    return Image.open(path)
+def _exif_behind_pixels(file: Image.Image) -> bool:
+    """Whether a PNG has its orientation behind its pixels, by the headers of its chunks."""
+    if file.format != "PNG" or "exif" in file.info or "Raw profile type exif" in file.info:
+        return False
+    stream, before, position, found = file.fp, file.fp.tell(), 8, False
+    while not found:
+        stream.seek(position)
+        header = stream.read(29)  # length, kind, and the keyword of a text
+        if len(header) < 8 or header[4:8] == b"IEND":
+            break
+        found = header[4:8] == b"eXIf" or header[8:] == b"Raw profile type exif"
+        position += 12 + struct.unpack(">I", header[:4])[0]
+    stream.seek(before)
+    return found
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _open(path: PictureFile) -> Iterator[Image.Image]:
+    if isinstance(path, TarMember):
+        with path.open() as stream, Image.open(stream) as picture:
+            yield picture
+    elif path.exists() and not path.is_file():
+        raise OSError("it is no file")  # a pipe would wait for ever
+    else:
+        with Image.open(path) as picture:
+            yield picture
+
+
+@contextmanager
+def _reading(path: PictureFile) -> Iterator[None]:
     """Whatever goes wrong with a picture inside becomes an ImageError."""
     try:
         yield
     except FileNotFoundError:
         raise ImageError(f"{path.name} does not exist") from None
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
-        empty = isinstance(error, UnidentifiedImageError) and not path.stat().st_size
+        empty = isinstance(error, UnidentifiedImageError) and not file_version(path)[1]
         reason = "it has 0 bytes" if empty else getattr(error, "strerror", None) or error
         raise ImageError(f"{path.name[:255]} cannot be read as a picture ({reason})") from error
 

@@ -1,5 +1,6 @@
 """From a recipe and its models to everything that the training loop uses: data, DLA, LoRA, optimizer, caches."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +37,18 @@ class Components(NamedTuple):
     held_out: Batches | None
 
 
-def build(recipe: Recipe, models: TrainingModels, cache: Path) -> Components:
-    """Builds what a run trains with, its latents and features in `cache`; loads no model onto the device.
+def build(
+    recipe: Recipe, models: TrainingModels, cache: Path, say: Callable[[str], None] = lambda _: None
+) -> Components:
+    """Builds what a run trains with, its latents, features and the data's index in `cache`; loads no model.
 
+    `say` gets lines about the data while they are read, and may raise to interrupt.
     Raises ValueError where the data cannot be trained on, or a file to start from does not fit.
     """
     options = recipe.training
     backbone = FrozenDiT(models.model, options.checkpointing)
     method = reference_method(models.model, "auto")
-    data = _read_data(recipe, backbone.family)
+    data = _read_data(recipe, backbone.family, cache / "data", say)
     dla, lora = _make_dla(recipe, models, backbone), None
     if recipe.lora.rank:
         lora = LoRA(backbone.dit, backbone.family, recipe.lora.rank, recipe.lora.alpha or None, options.seed)
@@ -79,8 +83,7 @@ def required_memory(components: Components, recipe: Recipe, shards: int = 1) -> 
     backbone, dla = components.module.backbone, components.module.dla
     if comfy.model_management.is_device_cpu(backbone.device):
         return 0
-    sizes = max(components.batches.sizes, key=lambda sizes: sum(w * h for w, h in sizes))
-    (width, height), *references = sizes
+    (width, height), *references = components.batches.sizes.largest()
     found = estimate(
         backbone.family,
         sizes=backbone.family.training.measure(backbone.dit),
@@ -100,12 +103,12 @@ def required_memory(components: Components, recipe: Recipe, shards: int = 1) -> 
     return found.passing + (found.trained if not components.optimizer.state else 0)
 
 
-def _read_data(recipe: Recipe, family: Backbone) -> Collection:
+def _read_data(recipe: Recipe, family: Backbone, cache: Path, say: Callable[[str], None]) -> Collection:
     options, source = recipe.data, recipe.data.validation_source
     validation, seed = Path(source) if source else options.validation, recipe.training.seed
     limits = dict(max_references=options.max_references, pairs_per_target=options.pairs_per_target)
-    data = read_data(Path(options.source), validation=validation, seed=seed, **limits)
-    most = max(len(example.references) for example in (*data.training, *data.validation))
+    data = read_data(Path(options.source), validation=validation, seed=seed, cache=cache, say=say, **limits)
+    most = max(data.training.most_references, data.validation.most_references)
     if family.most_references is not None and most > family.most_references:
         raise RecipeError(
             f"An example has {most} references, {family.title} takes at most {family.most_references}. Set "

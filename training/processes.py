@@ -70,6 +70,17 @@ class Processes:
             raise ValueError(found[1])
         return found[0]
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Around what the main process does alone, and the others when it is finished or has failed."""
+        if not self.main:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.main:
+                self.wait()
+
     def prepare(self, module: "TrainingStep", optimizer: Optimizer) -> nn.Module:
         """Returns the module to call in training passes; `module`'s weights are then the main process's in all."""
         if self.count == 1:

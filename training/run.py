@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..common.files import save_text
 from .build import build, required_memory
 from .checkpoints import check_same_run, checkpoints, read_state, restore, save
 from .data.batches import Batch, PassPlan
@@ -29,9 +30,11 @@ from .processes import Moments, Processes, full
 from .recipe import Recipe, RecipeError
 from .reporting.losses import table, write_table
 from .reporting.plots import validation_plot
-from .reporting.progress import History, Progress, Result
+from .reporting.progress import LEFT_OUT, SHOWN, History, Progress, Result
 from .samples import sample_sheet
 from .validation import evaluate, frequencies
+
+COUNTED = 10_000  # most examples whose features' size is estimated one by one
 
 
 def train(
@@ -62,10 +65,12 @@ class _Run:
     def __init__(self, recipe, models, paths, callback, processes):
         self.recipe, self.models, self.paths, self.callback = recipe, models, paths, callback
         self.processes, self.main = processes, processes.main
-        self.components = build(recipe, models, paths.cache_dir)
+        self.history = History(recipe.run.name, {})
+        with processes.main_first():  # one indexes the data for all
+            self.components = build(recipe, models, paths.cache_dir, self._say_of_data)
         self.data, self.module, self.optimizer, self.batches, self.held_out = self.components
         self.wrapped: nn.Module = self.module  # what training passes call
-        self.history = History(recipe.run.name, frequencies(recipe.shares, self.batches.times))
+        self.history.weights = frequencies(recipe.shares, self.batches.times)
         self._encoded: deque[PassPlan] = deque()  # the coming passes whose inputs are encoded, the DiT on the device
         self._consistent = True  # weights, moments and losses are those of the same step
 
@@ -96,7 +101,7 @@ class _Run:
             # sharded weights are saved by all processes together: not where one of them failed
             if self._consistent and self.history.step and (ended or not self.processes.apart):
                 self._save()
-        return Result(self.paths.dla, self.paths.lora, self.history, self.data.problems)
+        return Result(self.paths.dla, self.paths.lora, self.history, self._problems())
 
     # before the first step ------------------------------------------------------------------------------------------
 
@@ -156,11 +161,16 @@ class _Run:
         if self.processes.count > 1:
             each = "its share" if self.processes.sharded else "all"
             self._say(f"{self.processes.count} processes, each with {each} of what is trained")
-        for problem in data.problems:
+        for problem in data.problems[:SHOWN]:
             self._say(f"left out: {problem}")
+        if len(data.problems) > SHOWN and self.main:
+            save_text(self.paths.output_dir / LEFT_OUT, "\n".join(data.problems))
+            self._say(f"left out: {len(data.problems) - SHOWN:,} more, all of them in {LEFT_OUT} of the run's folder")
         if self.recipe.data.cache_features and self.main:
-            wanted = {(e.prompt, e.references) for e in (*data.training, *data.validation)}
-            size = features.size(sorted(wanted)) / 2**30
+            count = len(data.training) + len(data.validation)
+            step = -(-count // COUNTED)  # of many examples, some evenly spaced ones stand for all
+            some = (side[row] for side in (data.training, data.validation) for row in range(0, len(side), step))
+            size = features.size(sorted({(e.prompt, e.references) for e in some})) * step / 2**30
             self._say(f"The MLLM's features will take {size:.2f} GB in {features.folder}")
 
     # phases ---------------------------------------------------------------------------------------------------------
@@ -278,6 +288,16 @@ class _Run:
             "family": self.module.backbone.family.name,
             "data": {"fingerprint": data.fingerprint, **counts},
         }
+
+    def _problems(self) -> tuple[str, ...]:
+        """A line for everything that was left out, also while the run drew its examples."""
+        held_out = self.held_out.problems if self.held_out is not None else ()
+        return (*self.data.problems, *self.batches.problems, *held_out)
+
+    def _say_of_data(self, text: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if text:
+            self._say(text)
 
     def _say(self, text: str) -> None:
         if self.main:

@@ -25,10 +25,13 @@ PRESETS = {1: {"MLLM only": "mllm_only"}, 2: {"MLLM only": "mllm_only", "both": 
 def sample_sheet(recipe: Recipe, module: TrainingStep, batches: Batches, vae: Any) -> Image.Image:
     """Samples the first examples of `batches` with the present weights and draws a row for each on one sheet."""
     options, seed = recipe.run, recipe.training.seed
-    loaded = [batches.load(plan) for plan in batches.plan_held_out(options.samples)]
+    plans = batches.plan_held_out(options.samples)
+    loaded = [batches.load(plan) for plan in plans]
     empty = batches.features.get(*EMPTY)
     rows = []
-    for index, (example, batch) in enumerate(zip(batches.examples, loaded)):
+    for plan, batch in zip(plans, loaded):
+        (index,) = plan.indices
+        example = batches.examples[index]
         negative = _conditioning(module, batch, empty.features, empty.pooled)
         positive = _conditioning(module, batch, batch.features, batch.pooled)
         paths, (first, *others) = (*example.references, example.target), batches.sizes[index]

@@ -6,19 +6,21 @@ uninterrupted one sees. The plan is then used to encode ahead and to assemble th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
+from ...common.images import ImageError
 from ...dla.features import Features
 from ...loaders.reference_latents import reference_size
 from ..flow import FlowTimes, generator
 from ..recipe import Recipe
-from .buckets import Order, bucket
-from .dataset import Example
+from .buckets import Order, Sizes, bucket, snapped
+from .examples import Examples
 from .feature_cache import FeatureSource, Prompt, stack
 from .latent_cache import LatentCache
 
@@ -63,7 +65,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Examples,
         recipe: Recipe,
         latents: LatentCache,
         features: FeatureSource,
@@ -71,22 +73,27 @@ class Batches:
         placement: str | None,
         reference_grid: int = 16,  # px, see Backbone.reference_grid
     ):
-        self.examples, self.recipe, self.latents, self.features = tuple(examples), recipe, latents, features
+        self.examples, self.recipe, self.latents, self.features = examples, recipe, latents, features
         self.times, self.placement, self.seed = times, placement, recipe.training.seed
-        self.reference_grid = reference_grid
-        self.sizes = [self._sizes(example) for example in self.examples]
-        self.order = Order(self.sizes, recipe.training.batch_size, self.seed)
+        self.problems: list[str] = []  # a line for each example that was drawn and turned out to be damaged
+        data, uno, index = recipe.data, placement == "uxo", examples.index
 
-    def _sizes(self, example: Example) -> tuple[tuple[int, int], ...]:
-        """(width, height) in px of target and references, all snapped to buckets so that they stack."""
-        data, uno = self.recipe.data, self.placement == "uxo"
-        longest, grid = data.reference_size, self.reference_grid
-        references = (reference_size(*size, longest, uno, grid) for size in example.reference_sizes)
-        return bucket(*example.target_size, data.resolution), *references
+        def shown(pictures):
+            return numpy.stack([index.width[pictures], index.height[pictures]], 1)
+
+        self.sizes = Sizes(
+            snapped(shown(index.target[examples.sample]), lambda w, h: bucket(w, h, data.resolution)),
+            snapped(
+                shown(examples.references),
+                lambda w, h: reference_size(w, h, data.reference_size, uno, reference_grid),
+            ),
+            examples.ends,
+        )
+        self.order = Order(self.sizes.keys(), recipe.training.batch_size, self.seed)
 
     def plan(self, position: int) -> PassPlan:
         """Plans pass number `position` of the run, counted from 0 over all epochs and processes."""
-        indices = self.order.at(position)
+        indices = [self._sound(index) for index in self.order.at(position)]
 
         def draw(stream: int, count: int) -> Tensor:
             return torch.rand(count, generator=generator(self.seed, stream, position))
@@ -102,8 +109,9 @@ class Batches:
     def plan_held_out(self, count: int) -> list[PassPlan]:
         """Plans one pass with all tokens for each of the first `count` examples; `at_bin` sets their flow times."""
         return [
-            PassPlan((index,), "both", ((example.prompt, example.references),), torch.ones(1), (HELD_OUT, index))
-            for index, example in enumerate(self.examples[:count])
+            PassPlan((index,), "both", ((example.prompt, example.references),), torch.ones(1), (HELD_OUT, number))
+            for number, index in enumerate(map(self._sound, range(min(count, len(self.examples)))))
+            for example in [self.examples[index]]
         ]
 
     def encode(self, plans: Iterable[PassPlan]) -> None:
@@ -133,6 +141,21 @@ class Batches:
         draw = generator(self.seed, HELD_OUT, index, number)
         t = (low + (high - low) * torch.rand(1, generator=draw)).clamp(min=0.01)
         return replace(batch, t=t, noise=torch.randn(batch.noise.shape, generator=draw))
+
+    def _sound(self, index: int) -> int:
+        """An example, or where a picture of it does not decode, the next one of the same sizes that does.
+
+        It is a function of the data, so a resumed run takes the same one. Raises ImageError where there is none.
+        """
+        tried = [index]
+        while problem := self.examples.damage(tried[-1]):
+            line = f"{self.examples[tried[-1]].source or self.examples.subject(tried[-1])}: {problem}"
+            if line not in self.problems:
+                self.problems.append(line)
+            tried.append(self.order.next(tried[-1]))
+            if tried[-1] == index:
+                raise ImageError(f"No example of the sizes {self.sizes[index]} can be read. {line}")
+        return tried[-1]
 
     def _latents(self, index: int) -> list[Tensor]:
         return [self.latents.get(*image) for image in self._images(index)]

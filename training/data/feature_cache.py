@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...common.files import save_tensors
-from ...common.picture_files import load_picture
+from ...common.picture_files import PictureFile, file_version, load_picture
 from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContext
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
@@ -22,7 +22,7 @@ from .shared import compute_once, each
 
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")
 HEADER = 700  # bytes of a file beside its values
-Prompt = tuple[str, tuple[Path, ...]]
+Prompt = tuple[str, tuple[PictureFile, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class FeatureSource:
     # Not inference mode, for the reasons of LatentCache.get.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, prompt: str, references: tuple[Path, ...], wait: bool = True) -> EncodedPrompt | None:
+    def get(self, prompt: str, references: tuple[PictureFile, ...], wait: bool = True) -> EncodedPrompt | None:
         """Features of one prompt, read together with its references. Raises ImageError, MLLMError.
 
         None only without `wait`, where another process encodes it at present.
@@ -108,7 +108,9 @@ class FeatureSource:
         fixed = HEADER + (0 if encoded.pooled is None else encoded.pooled.nbytes)
         return round(sum(token * (text_tokens(p, len(r)) + picture * len(r)) + fixed for p, r in wanted))
 
-    def _read_or_encode(self, key: str, prompt: str, references: tuple[Path, ...], wait: bool) -> EncodedPrompt | None:
+    def _read_or_encode(
+        self, key: str, prompt: str, references: tuple[PictureFile, ...], wait: bool
+    ) -> EncodedPrompt | None:
         def encode() -> EncodedPrompt:
             return self._encode(key, prompt, references)
 
@@ -116,7 +118,7 @@ class FeatureSource:
             return encode()
         return compute_once(self.folder / f"{key}.safetensors", lambda: self._read(key), encode, wait)
 
-    def _encode(self, key: str, prompt: str, references: tuple[Path, ...]) -> EncodedPrompt:
+    def _encode(self, key: str, prompt: str, references: tuple[PictureFile, ...]) -> EncodedPrompt:
         pictures = [load_picture(path) for path in references]
         features = self.mllm.encode(prompt, pictures, image_size=self.image_size, layers=self.layers)
         tensors = {name: getattr(features, name).clone().cpu().contiguous() for name in FIELDS}
@@ -139,8 +141,8 @@ class FeatureSource:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
 
-    def _key(self, prompt: str, references: tuple[Path, ...]) -> str:
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in references]
+    def _key(self, prompt: str, references: tuple[PictureFile, ...]) -> str:
+        files = [(str(where), *rest) for where, *rest in map(file_version, references)]
         text = self.mllm.template.text(prompt, len(references))
         if self.folder is not None and not self._models:
             self._models = " ".join(_weights(part.patcher) for part in (self.mllm, self.clip) if part is not None)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...common.files import save_tensors
-from ...common.picture_files import load_picture
+from ...common.picture_files import PictureFile, file_version, load_picture
 from ...loaders.reference_latents import resize
 from .shared import compute_once, each
 
@@ -30,7 +30,7 @@ class LatentCache:
     # DiT meanwhile, whose weights autograd could then not use.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, path: Path, width: int, height: int, wait: bool = True) -> Tensor | None:
+    def get(self, path: PictureFile, width: int, height: int, wait: bool = True) -> Tensor | None:
         """Returns the latent of an image cropped to width x height px, (c, h, w) or (c, 1, h, w), fp32 on the CPU.
 
         None only without `wait`, where another process encodes it at present. Raises ImageError where the image cannot
@@ -56,15 +56,15 @@ class LatentCache:
 
         return compute_once(file, read, compute, wait)
 
-    def prefetch(self, images: Iterable[tuple[Path, int, int]]) -> None:
+    def prefetch(self, images: Iterable[tuple[PictureFile, int, int]]) -> None:
         """Encodes these images (path, width, height), those last that another process encodes at present."""
         each(dict.fromkeys(images), lambda image, wait: self.get(*image, wait=wait))
 
-    def put(self, path: Path, width: int, height: int, latent: Tensor) -> None:
+    def put(self, path: PictureFile, width: int, height: int, latent: Tensor) -> None:
         """Stores on disk a latent that was encoded elsewhere, in the form that `get` returns."""
         self._save(self.folder / f"{self._key(path, width, height)}.safetensors", latent.float().cpu().contiguous())
 
-    def size(self, images: Iterable[tuple[Path, int, int]]) -> int:
+    def size(self, images: Iterable[tuple[PictureFile, int, int]]) -> int:
         """Returns the bytes on disk that these images (path, width, height) will take, from encoding the first."""
         images = list(dict.fromkeys(images))
         if not images:
@@ -73,7 +73,7 @@ class LatentCache:
         pixel = self.get(path, width, height).nbytes / (width * height)
         return round(sum(pixel * w * h + HEADER for _, w, h in images))
 
-    def _encode(self, path: Path, width: int, height: int) -> Tensor:
+    def _encode(self, path: PictureFile, width: int, height: int) -> Tensor:
         latent = self.vae.encode(cut(load_picture(path), width, height)[None])[0]
         if not bool(latent.isfinite().all()):
             raise ValueError(
@@ -86,10 +86,9 @@ class LatentCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, {"latent": latent})
 
-    def _key(self, path: Path, width: int, height: int) -> str:
-        status = path.stat()
+    def _key(self, path: PictureFile, width: int, height: int) -> str:
         self._model = self._model or fingerprint(self.vae.first_stage_model)
-        facts = (path.resolve(), status.st_size, status.st_mtime_ns, width, height, self._model)
+        facts = (*file_version(path), width, height, self._model)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 from .losses import Loss, table
 from .plots import loss_curve
 
+SHOWN, LEFT_OUT = 100, "left_out.txt"  # problems of the data that are listed, and the file with all of more
+
 
 @dataclass
 class History:
@@ -95,4 +97,7 @@ class Result:
         lines.append(f"DLA: {self.dla.name}" + (f", LoRA: {self.lora.name}" if self.lora else ""))
         if validation:
             lines += [f"Held out, step {max(validation)}:", table(validation[max(validation)])]
-        return "\n".join([*lines, *(f"left out: {problem}" for problem in self.problems)])
+        lines += [f"left out: {problem}" for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"left out: {len(self.problems) - SHOWN:,} more, see {LEFT_OUT} in the run's folder")
+        return "\n".join(lines)

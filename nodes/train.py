@@ -28,7 +28,8 @@ class SubjectTrainDLA(io.ComfyNode):
                 MLLM.Input("mllm", tooltip="From Load MLLM or MLLM from CLIP. It is not changed."),
                 io.Combo.Input("data", options=list_sources(), tooltip=(
                     "In ComfyUI's input folder: a folder of subjects (SUBJECT/*.jpg, a caption in the .txt of the"
-                    " same name), or a list .json or .jsonl of prompt, image_paths, image_tgt_path, as UNO's.")),
+                    " same name), a list .json or .jsonl of prompt, image_paths, image_tgt_path, as UNO's, or"
+                    " WebDataset shards (a .tar, or a folder of them).")),
                 io.String.Input("name", default="my-dla", tooltip=(
                     "Of the run and of its files. The same name resumes a run, a new one begins another.")),
                 io.Combo.Input("stage", options=TRAINING_STAGES, default=TRAINING_STAGES[0], tooltip=(

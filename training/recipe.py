@@ -78,9 +78,9 @@ class Adapter:
 class Data:
     """Examples, and how they are encoded."""
 
-    source: str = option("", "a folder of subjects, or a UNO-style .json or .jsonl list")
+    source: str = option("", "a folder of subjects, a UNO-style .json or .jsonl list, or .tar shards")
     validation: float = option(0.1, "share of subjects held out", low=0, high=0.9)
-    validation_source: str = option("", "held-out examples from a folder or list of their own instead")
+    validation_source: str = option("", "held-out examples from a source of their own instead")
     resolution: int = option(512, "side in px of the square that has the targets' area", low=64, high=4096)
     reference_size: int = option(0, "longest side of a reference in px; 0 = the DiT family's default", low=0, high=4096)
     mllm_image_size: int = option(0, "side in px at which the MLLM sees a reference; 0 = its default", low=0, high=4096)

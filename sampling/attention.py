@@ -6,86 +6,21 @@ Source: our choice; the paper only switches groups on and off, which is strength
 """
 
 from collections.abc import Callable, Sequence
-from math import inf, sqrt
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..loaders.host import exact_attention
+from .key_bias import QueryBias, attention_with_key_bias, runs_of
 
-CHANNELS = 8  # fast kernels want head widths in multiples of this
-MOST_PARTS = 16  # kernel calls for one joint attention; with more patterns (noise), all regions ride in extra channels
+MOST_PARTS = 16  # kernel calls for one joint attention; with more patterns (noise), all regions are a bias of queries
 # in the name of a kernel that may round queries and keys to 8 bits or fewer, where a bias beside them spoils both, or
 # skip keys; the last is the host's node that chooses any of its kernels
 INEXACT = ("sage", "int8", "fp8", "fp4", "sparse", "sol_attn", "set_model_optimized_attention")
 REMOVED = -3e3  # exp underflows to 0, and fp16 holds it times 16; only for keys that some rows of a batch keep
-
-
-class QueryBias(NamedTuple):
-    """A bias for pairs of a query and a group of keys."""
-
-    rows: Tensor  # (b, n, groups) float32, added to the logits
-    columns: Tensor  # (keys, groups), 1 where a key belongs to the group, else 0
-
-
-def attention_with_key_bias(
-    attention: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    bias: Tensor,
-    query_bias: QueryBias | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """softmax(q kT * scale + bias) v through any attention kernel, without a mask.
-
-    A mask would leave the fast kernels, so extra channels carry the bias: [q, 1, 1, 0...] . [k, high, low, 0...] with
-    bias = high + low, so that half precision keeps it; [q, high, low] . [k, 1, 1] for a bias of queries.
-
-    Args:
-        attention: The host's kernel, called with `skip_reshape`.
-        q: (b, h, n, d).
-        k: (b, h, keys, d), possibly of fewer heads.
-        v: As k.
-        heads: h.
-        bias: (b, keys) float32, added to the logits.
-        query_bias: Added, too; None = none.
-        **kwargs: For the kernel.
-
-    Returns:
-        (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
-    """
-    width = q.shape[-1]
-    groups = 0 if query_bias is None else query_bias.columns.shape[-1]
-    extra = -(-2 * (1 + groups) // CHANNELS) * CHANNELS
-    if kwargs.get("scale") is None:  # the kernel divides by sqrt(d + extra): undo what the extra channels change
-        q = q * sqrt((width + extra) / width)
-        root = sqrt(width + extra)
-    else:
-        root = 1 / kwargs["scale"]
-    rows, columns = q.new_ones(len(q), q.shape[2], 2), _high_and_low(bias[..., None] * root, k.dtype)
-    if query_bias is not None:
-        rows = torch.cat((rows, _high_and_low(query_bias.rows * root, q.dtype)), -1)
-        columns = torch.cat((columns, repeat(query_bias.columns.to(k.dtype), "n g -> b n (2 g)", b=len(k))), -1)
-    rows, columns = (pad(x, (0, extra - x.shape[-1])) for x in (rows, columns))
-    q = torch.cat((q, repeat(rows, "b n c -> b h n c", h=q.shape[1])), -1)
-    k = torch.cat((k, repeat(columns, "b n c -> b h n c", h=k.shape[1])), -1)
-    v = torch.cat((v, v.new_zeros(*v.shape[:3], extra)), -1)
-    out = attention(q, k, v, heads, skip_reshape=True, **kwargs)
-    if kwargs.get("skip_output_reshape"):
-        return out[..., :width]
-    out = rearrange(out, "b n (h d) -> b n h d", h=heads)[..., :width]
-    return rearrange(out, "b n h d -> b n (h d)")
-
-
-def _high_and_low(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., 2 c) in `dtype`: the nearest values, then what they miss."""
-    high = x.to(dtype)
-    return torch.cat((high, (x - high.float()).to(dtype)), -1)
 
 
 class Regions(NamedTuple):
@@ -110,7 +45,7 @@ class KeyStrengthAttention:
     """An `optimized_attention_override` that applies the key strengths of one model call.
 
     With regions, the queries that read the same references have a kernel call of their own, over these keys. So a
-    region of zeros and ones needs no mask; queries at soft edges carry the bias in extra channels. A kernel that would
+    region of zeros and ones needs no mask; for queries at soft edges it is a bias (`key_bias`). A kernel that would
     round the bias does not get it: PyTorch's does these calls.
 
     Args:
@@ -237,6 +172,7 @@ class _Call:
         self._order: dict[int, Tensor] = {}
         self._whole = _Part(log_strength, repeats, device) if regions is None else None
         self._queries = queries
+        self.has_bias = self._whole is not None and self._whole.bias is not None  # of some of its queries
         if regions is None:
             return
         keys = log_strength.shape[1]
@@ -246,16 +182,11 @@ class _Call:
         for count in counts:
             parts = self._parts[count] = _parts(log_strength, repeats, device, regions, count)
             self._order[count] = torch.cat([part.queries for part in parts if part.queries is not None]).argsort()
+        self.has_bias = any(part.bias is not None for parts in self._parts.values() for part in parts)
 
     def takes(self, queries: int) -> bool:
         """Whether it can do a call with so many queries."""
         return queries in self._parts if self._whole is None else self._queries in (None, queries)
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether some of its queries need a bias."""
-        whole = [self._whole] if self._whole is not None else []
-        return any(part.bias is not None for parts in (whole, *self._parts.values()) for part in parts)
 
     def attend(self, attention: Callable, exact: Callable, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of all queries; q: (b, h, n, d). `exact` is the kernel for a bias."""
@@ -288,10 +219,13 @@ class _Part:
         self.bias: Tensor | None = None
         self.query_bias: QueryBias | None = None
         if query_bias is not None:
-            rows = repeat(query_bias.rows.clamp(min=REMOVED), "c n g -> (c b) n g", b=repeats)
-            self.query_bias = QueryBias(rows.to(device), query_bias.columns[~removed].to(device))
+            query_bias = QueryBias(query_bias.rows.clamp(min=REMOVED), query_bias.columns[~removed])
+            rows = repeat(query_bias.rows, "c n g -> (c b) n g", b=repeats)
+            self.query_bias = QueryBias(rows.to(device), query_bias.columns.to(device))
         if log_strength.any() or query_bias is not None:
-            self.bias = repeat(log_strength.clamp(min=REMOVED), "c n -> (c b) n", b=repeats).to(device)
+            log_strength = log_strength.clamp(min=REMOVED)
+            self.bias = repeat(log_strength, "c n -> (c b) n", b=repeats).to(device)
+            self.runs = runs_of(log_strength, query_bias)
 
     def attend(
         self,
@@ -314,7 +248,8 @@ class _Part:
             mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., self.keep]
         if self.bias is None:
             return attention(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
-        return attention_with_key_bias(exact, q, k, v, heads, self.bias, self.query_bias, mask=mask, **kwargs)
+        biases = self.bias, self.query_bias, self.runs
+        return attention_with_key_bias(exact, q, k, v, heads, *biases, mask=mask, **kwargs)
 
 
 def _parts(log_strength: Tensor, repeats: int, device: torch.device, regions: Regions, count: int) -> list[_Part]:

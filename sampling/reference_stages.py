@@ -48,6 +48,11 @@ class RunSchedule:
         """Every schedule."""
         return self.stages, *self.own
 
+    @property
+    def constant(self) -> bool:
+        """Whether nothing changes during the run."""
+        return all(len(stages.keyframes) == 1 for stages in self.all)
+
     def variants(self) -> list[tuple[bool, bool]]:
         """Every (context tokens present, reference tokens present) that the schedules need, in order, once each."""
         keyframes = [[key.reference > 0 for key in stages.keyframes] for stages in self.own]

@@ -95,7 +95,9 @@ class StagedRun:
                 _restore_settings(conditions)
             self._conditions = {c["uuid"]: c for conditions in guider.conds.values() for c in conditions}
         patch = patch_size(dit_of(guider.inner_model), self.backbone)
-        sigma, tokens = float(timestep.flatten()[0]), prod(grid(x.shape, patch))
+        # an accelerator has to be waited for to read it
+        sigma = self.sigmas[0] if self.schedule.constant else float(timestep.flatten()[0])
+        tokens = prod(grid(x.shape, patch))
         self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
         moment = self.schedule.at(sigma, self.sigmas, tokens)
         if moment[:3] != self._moment[:3]:  # with a blend at every step, each with overrides of its own

@@ -5,24 +5,25 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...common.bootstrap import start_host
 
 
-def start(full: bool = False) -> Any:
+def start(full: bool = False, options: Sequence[str] = ()) -> Any:
     """Starts the host on this machine's device and returns the `torch.device`.
 
     Args:
         full: Sizes that need an accelerator; without one the process ends with a message.
+        options: The host's command line.
     """
     import torch
 
     found = torch.cuda.is_available()
     if full and not found:
         sys.exit("--full needs an accelerator that PyTorch sees (torch.cuda.is_available() is False here).")
-    start_host(os.environ["COMFYUI_PATH"], cpu=not found)
+    start_host(os.environ["COMFYUI_PATH"], options, cpu=not found)
     return torch.device("cuda" if found else "cpu")
 
 
@@ -59,6 +60,9 @@ class Timed(NamedTuple):
 def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any) -> Timed:
     """Runs the forms in turn, `rounds` times in alternating order, after one round that warms up.
 
+    On a CPU a form's seconds are those that this process computes in, of all its threads: other work on the machine
+    does not count. On an accelerator they are the clock's.
+
     Args:
         forms: By name, what is measured.
         rounds: Timed ones.
@@ -66,6 +70,7 @@ def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any
     """
     import torch
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     peak: dict[str, int] = {}
     for number in range(rounds + 1):
@@ -74,11 +79,11 @@ def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
+            started = clock()
             forms[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 peak[name] = torch.cuda.max_memory_allocated()
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return Timed(seconds, peak)

@@ -23,11 +23,12 @@ def main(argv: list[str]) -> None:
 
     device = start()
     import torch
-    from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 
+    from ...loaders.host import exact_attention
     from ...sampling.attention import KeyStrengthAttention, Regions
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plain = exact_attention()
     heads, width, context, side = 24, 128, 512, isqrt(options.tokens)
     tokens = side * side
     keys = context + 3 * tokens
@@ -47,13 +48,13 @@ def main(argv: list[str]) -> None:
 
     (hard, hard_mask), (soft, soft_mask) = region(0), region(0.25)
     forms = {
-        "plain": lambda: optimized_attention(q, k, v, heads, skip_reshape=True),
-        "hard": lambda: hard(optimized_attention, q, k, v, heads, skip_reshape=True),
-        "soft": lambda: soft(optimized_attention, q, k, v, heads, skip_reshape=True),
-        "dense_mask": lambda: optimized_attention_masked(q, k, v, heads, mask=soft_mask, skip_reshape=True),
+        "plain": lambda: plain(q, k, v, heads, skip_reshape=True),
+        "hard": lambda: hard(plain, q, k, v, heads, skip_reshape=True),
+        "soft": lambda: soft(plain, q, k, v, heads, skip_reshape=True),
+        "dense_mask": lambda: plain(q, k, v, heads, mask=soft_mask, skip_reshape=True),
     }
     timed = time_rounds(forms, options.repeats, device)
-    with_hard = optimized_attention_masked(q, k, v, heads, mask=hard_mask, skip_reshape=True)
+    with_hard = plain(q, k, v, heads, mask=hard_mask, skip_reshape=True)
     result = {
         "benchmark": "region",
         "device": device_name(device),

@@ -38,6 +38,15 @@ TABLE = (
     Row("import_seconds", "importing the pack at server start, s", 0.10, "importing"),
     Row("step_overhead", "a step at strengths 1/1 with the patch over the host's", 1.01, "steps"),
     Row("step_overhead_guider", "the same with the guider", 1.01, "steps"),
+    Row(
+        "staged_over_both",
+        "a run on the paper's schedule over one with both throughout",
+        "staged_over_both_predicted",
+        "staged",
+    ),
+    Row(
+        "staged_over_both_2048", "the same with four times the MLLM tokens", "staged_over_both_2048_predicted", "staged"
+    ),
     Row("strength_overhead", "a step at strengths between 0 and 1 over one at 1/1 (on a CPU: 1.05)", 1.10, "steps"),
     Row("region_overhead", "a step with two references bound to regions over one unbound", 1.10, "steps"),
     Row("batch_drift", "100 prompts on one subject: last ten over first ten", 1.05, "batch"),
@@ -51,7 +60,7 @@ TABLE = (
     Row("million_memory", "memory that it takes beyond the process before, GB", 1, "million"),
     Row("fleet", "a benchmark over N servers: N times its time over that of one", 1.15, "fleet"),
 )
-TAKE_FULL: tuple[str, ...] = ("steps", "million")  # the benchmarks that know --full
+TAKE_FULL: tuple[str, ...] = ("steps", "staged", "million")  # the benchmarks that know --full
 
 
 def run_all(options: list[str]) -> int:

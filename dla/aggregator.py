@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import DLAConfig
 from .features import Features, Modality
-from .pooling import LayerwiseAttentionPooling, TorchOperations, TransformerBlock, chunk_length
+from .pooling import HeadScoredPooling, LayerwiseAttentionPooling, TorchOperations, TransformerBlock, chunk_length
 
 MAX_CHUNK_BYTES = 256 * 2**20
 
@@ -19,8 +19,8 @@ class DualLayerAggregator(nn.Module):
     """Pools the layers of every token, text and image tokens apart, and maps the result to the DiT's context width.
 
     Template tokens count as text. A new one (not loaded) is exactly the last layer: bit for bit where the widths are
-    equal, else zero padded or cut. Its layers come from `operations`: ComfyUI's comfy.ops.manual_cast, whose weights
-    are to be loaded, or None for our own; `placement` is the device and dtype of their weights.
+    equal, else zero padded or cut. Its layers come from `operations`: None = TorchOperations, or classes in their
+    place, such as ComfyUI's, whose weights are to be loaded; `placement` is the device and dtype of their weights.
 
     Source: the paper's Dual Layer Aggregator; starting as the last layer is our choice.
     """
@@ -33,17 +33,23 @@ class DualLayerAggregator(nn.Module):
         width, make = config.mllm.width, operations or TorchOperations
         settings = dict(operations=make, **placement)
         names = {"dual": ("text", "image"), "shared": ("shared",), "last": ()}[config.modalities]
-        pooling = dict(pooling=config.pooling, heads=config.heads, blocks=config.blocks, **settings)
-        self.pooling: Any = nn.ModuleDict(
-            {name: LayerwiseAttentionPooling(width, len(config.pooled_layers), **pooling) for name in names}
+        sizes: dict[str, Any] = dict(
+            width=width, layers=len(config.pooled_layers), heads=config.heads, blocks=config.blocks
         )
+
+        def pooling() -> nn.Module:
+            if config.head_scored:
+                return HeadScoredPooling(**sizes, **settings)
+            return LayerwiseAttentionPooling(**sizes, pooling=config.pooling, **settings)
+
+        self.pooling: Any = nn.ModuleDict({name: pooling() for name in names})
         self.refiner: Any = nn.ModuleList(
             TransformerBlock(width, config.heads, mlp=True, **settings) for _ in range(config.refiner_blocks)
         )
         self.project: Any = None
         if config.context_width != width:
             self.project = make.Linear(width, config.context_width, bias=False, **placement)
-        if operations in (None, TorchOperations, nn):
+        if operations in (None, TorchOperations):
             self.start_as_last_layer()
 
     def start_as_last_layer(self) -> None:
@@ -83,7 +89,7 @@ class DualLayerAggregator(nn.Module):
         batch, _, tokens, width = hidden.shape
         vit_blend = vit_blend or self.config.vit_blend
 
-        found, pooled = [], []
+        x = torch.zeros(batch * tokens, width, device=device)
         for pooling, index, states in self._chunks(features, keep, device, max_chunk_bytes):
             if pooling is None:
                 result = states[:, -1].float()
@@ -91,9 +97,7 @@ class DualLayerAggregator(nn.Module):
                 result = checkpoint(pooling, states, dtype, use_reentrant=False)
             else:
                 result = pooling(states, dtype)
-            found.append(index)
-            pooled.append(result)
-        x = torch.zeros(batch * tokens, width, device=device).index_copy(0, torch.cat(found), torch.cat(pooled))
+            x.index_copy_(0, index, result)
         x = rearrange(x, "(b t) c -> b t c", b=batch)
 
         if vit_blend:
@@ -104,9 +108,9 @@ class DualLayerAggregator(nn.Module):
             x = block(x, dtype, None if bool(keep.all()) else keep[:, None, None, :])
         if self.project is not None:
             # not normalised, hence not in fp16, whose largest number is 65504
-            x = self.project(x.to(torch.float32 if dtype == torch.float16 else dtype)).float()
+            x = self.project(x.to(torch.float32 if dtype == torch.float16 else dtype))
         if hidden.dtype == torch.float16:
-            x = x.clamp(-65504, 65504)
+            x = x.float().clamp(-65504, 65504)
         return x.to(hidden.dtype).masked_fill(~keep[..., None], 0)
 
     @torch.no_grad()
@@ -128,27 +132,34 @@ class DualLayerAggregator(nn.Module):
         batch, _, tokens, _ = features.hidden_states.shape
         weights = torch.zeros(batch * tokens, len(self.config.pooled_layers), device=device)
         for pooling, index, states in self._chunks(features, keep, device, max_chunk_bytes):
-            weights[index] = 1.0 if pooling is None else pooling.weigh(states, self._dtype(features))[1]
+            weights[index] = 1.0 if pooling is None else pooling.layer_weights(states, self._dtype(features))
         return rearrange(weights, "(b t) m -> b t m", b=batch)
 
     def _chunks(
         self, features: Features, keep: Tensor, device: torch.device, max_bytes: int
-    ) -> Iterator[tuple[LayerwiseAttentionPooling | None, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Yields pooling (None = last layer), positions (n,) in flat (B T), layer states (n, M, C) on `device`."""
         self.config.check_mllm(features.info)
         layers = self.config.pooled_layers
         for layer in layers:
             features.layer(layer)  # raises if missing
         hidden, tokens = features.hidden_states, features.hidden_states.shape[2]
-        entries = torch.tensor([features.layers.index(layer) for layer in layers], device=hidden.device)
+        entries = torch.tensor([features.layers.index(layer) * tokens for layer in layers], device=hidden.device)
+        first = torch.arange(hidden.shape[0] * tokens, device=hidden.device).view(-1, tokens)
+        first = (first + first[:, :1] * (hidden.shape[1] - 1)).flatten()  # each token's row of the first entry
+        rows = hidden.flatten(0, 2)  # every layer of every token, a view of a contiguous tensor
         image = features.modality == Modality.IMAGE
         groups = {"text": keep & ~image, "image": keep & image, "shared": keep}
-        step = chunk_length(len(layers), hidden.shape[3], self.config.heads, self._dtype(features), max_bytes)
+        sizes = len(layers), hidden.shape[3], self.config.heads, self._dtype(features)
+        step = chunk_length(*sizes, max_bytes, self.config.head_scored)
         for name, pooling in self.pooling.items() or [("shared", None)]:
             for index in groups[name].flatten().nonzero().squeeze(1).to(hidden.device).split(step):
                 if len(index):  # split gives one empty part for an empty group
-                    states = hidden[(index // tokens)[:, None], entries, (index % tokens)[:, None]]
-                    yield pooling, index.to(device), states.to(device)
+                    states = rows.index_select(0, (entries[:, None] + first[index]).flatten())
+                    states = rearrange(
+                        states.to(device), "(m n) c -> n m c", m=len(layers)
+                    )  # the layers first in memory
+                    yield pooling, index.to(device), states
 
     def _dtype(self, features: Features) -> torch.dtype:
         weight = next(self.parameters(), features.hidden_states)

@@ -8,6 +8,7 @@ from typing import Any
 from .features import MLLMInfo, is_whole
 
 POOLINGS = ("softmax", "linear")
+SCORES = ("states", "heads")
 MODALITIES = ("dual", "shared", "last")
 TEMPLATES = ("auto", "keep", "drop")
 FORMAT_VERSION = 1
@@ -21,6 +22,8 @@ class DLAConfig:
     context_width: int  # channels of the DiT's context tokens
     dit: str = ""  # DiT family, a name in loaders/backbones such as "flux"; "" = any of that context width
     pooling: str = "softmax"  # "softmax" or "linear", see LayerwiseAttentionPooling
+    # "states": softmax pooling scores the states behind the attention, as in 0.1.0; "heads": see HeadScoredPooling
+    scores: str = "states"
     modalities: str = "dual"  # "dual" | "shared" (one pooling for all tokens) | "last" (no pooling: the last layer)
     heads: int = 8
     blocks: int | None = None  # over the layer axis; None = 1 for softmax, 2 for linear
@@ -42,6 +45,7 @@ class DLAConfig:
         expect(is_whole(self.context_width, 1, 65536), "context_width", "a whole number from 1 to 65536")
         expect(isinstance(self.dit, str), "dit", 'a family name such as "flux", or "" for any')
         expect(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
+        expect(self.scores in SCORES, "scores", f"one of {', '.join(SCORES)}")
         expect(self.modalities in MODALITIES, "modalities", f"one of {', '.join(MODALITIES)}")
         if self.blocks is None:
             object.__setattr__(self, "blocks", 1 if self.pooling == "softmax" else 2)
@@ -60,6 +64,11 @@ class DLAConfig:
         share = isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1
         expect(share, "vit_blend", "a number from 0 to 1")
         expect(isinstance(self.provenance, dict), "provenance", "a JSON object")
+
+    @property
+    def head_scored(self) -> bool:
+        """Whether the pooling is HeadScoredPooling."""
+        return self.pooling == "softmax" and self.scores == "heads"
 
     @property
     def pooled_layers(self) -> tuple[int, ...]:
@@ -89,7 +98,8 @@ class DLAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config in plain JSON types."""
-        return {name: value for name, value in asdict(self).items() if name != "before_norm" or value}  # 0.1.0 lacks it
+        later = {"before_norm": False, "scores": "states"}  # entries that 0.1.0 lacks, left out where it does the same
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DLAConfig:

@@ -1,8 +1,9 @@
 """Layerwise attention pooling: attention over the layer axis of one token, then one vector per token.
 
-Both readings of the paper (see LayerwiseAttentionPooling). Residual stream, norms and the weighted sum are fp32, since
-MLLMs have channels of 1e4 and more; only the linear maps, whose inputs are normalised, run in the compute dtype.
-`placement` is the device and dtype of new weights.
+Both readings of the paper (see LayerwiseAttentionPooling), and the first with the linear maps behind its softmax moved
+behind the weighted sum (see HeadScoredPooling). Residual stream, norms and the weighted sum are fp32, since MLLMs have
+channels of 1e4 and more; only the linear maps, whose inputs are normalised, run in the compute dtype. `placement` is
+the device and dtype of new weights.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 MLP_RATIO = 4  # our choice, as in every common transformer
+NORM_EPSILON = 1e-6
+HEAD_SCORED_CHUNK_BYTES = 150 * 2**20  # at most: with the result a quarter of InternVL3-8B's states of 3,500 tokens
 
 
 class TorchOperations:
@@ -23,11 +26,21 @@ class TorchOperations:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
 
+    class HeadLinear(nn.Linear):  # noqa: D106
+        def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+            return head_linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def head_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each head's rows of a linear map on the head's own input: (N, H, C), (H D, C), (H D,) -> (N, H D)."""
+    weight, bias = rearrange(weight, "(h d) c -> h c d", h=x.shape[1]), rearrange(bias, "(h d) -> h 1 d", h=x.shape[1])
+    return rearrange(torch.baddbmm(bias, x.transpose(0, 1), weight), "h n d -> n (h d)")
+
 
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square norm over channels, in fp32, without a scale, which the next linear map would absorb."""
     x = x.float()
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
 
 
 class Attention(nn.Module):
@@ -55,12 +68,24 @@ class TransformerBlock(nn.Module):
         self.up: Any = operations.Linear(width, MLP_RATIO * width, bias=True, **placement) if mlp else None
         self.down: Any = operations.Linear(MLP_RATIO * width, width, bias=True, **placement) if mlp else None
 
-    def forward(self, x: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
-        """Maps (N, S, C) fp32 to the same; `dtype` is that of the linear maps, `mask` (N, 1, 1, S) bool."""
+    def forward(
+        self, x: Tensor, dtype: torch.dtype, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Maps (N, S, C) fp32 to the same; `dtype` is that of the linear maps, `mask` (N, 1, 1, S) bool.
+
+        With `weights` (N, S) fp32, to the weighted sum (N, C) of that. The MLP's second linear map then follows the sum
+        of its hidden channels, which is the same, and runs once instead of S times.
+        """
         x = x + self.attention(rms_norm(x).to(dtype), mask)
-        if self.up is not None:
-            x = x + self.down(F.gelu(self.up(rms_norm(x).to(dtype))))
-        return x
+        hidden = None if self.up is None else F.gelu(self.up(rms_norm(x).to(dtype)))
+        if weights is None:
+            return x if hidden is None else x + self.down(hidden)
+        pooled = weighted_sum(weights, x)
+        if hidden is None:
+            return pooled
+        total = weights.sum(dim=1, keepdim=True)
+        bias = self.down(torch.zeros_like(hidden[:1, 0])).float()
+        return pooled + self.down(weighted_sum(weights, hidden).to(dtype)) + (total - 1) * bias
 
     def start_as_identity(self) -> None:
         """Make the block exactly its input, with live gradients."""
@@ -75,7 +100,8 @@ class LayerwiseAttentionPooling(nn.Module):
 
     pooling = "softmax": one multi-head self-attention over the layers, then Linear(C -> 1), softmax over layers,
         weighted sum. The residual, the norm and a gate are ours: weights = (1 - gate) * last + gate * softmax, with
-        gate 0 in a new module, so that it is the last layer and yet learns; gate 1 is the paper's.
+        gate 0 in a new module, so that it is the last layer and yet learns; gate 1 is the paper's. The norm reads what
+        the attention gave, so no linear map can follow the sum: HeadScoredPooling's form is cheaper.
     pooling = "linear": two pre-norm transformer blocks over the layers, then a linear map over the layers, whose
         weights are the same for every token and may be negative.
 
@@ -104,29 +130,33 @@ class LayerwiseAttentionPooling(nn.Module):
         self.score: Any = None if linear else operations.Linear(width, 1, bias=False, **placement)
         self.gate: Any = None if linear else operations.Linear(1, 1, bias=False, **placement)
 
-    def weigh(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """States after attention (N, M, C) fp32 and their weights (N, M) fp32, of layer states (N, M, C)."""
-        x = x.float()
-        for block in self.blocks:
-            x = block(x, dtype)
-        tokens, layers, _ = x.shape
-        if self.layers is not None:
-            eye = torch.eye(layers, device=x.device, dtype=dtype)
-            return x, self.layers(eye).float().squeeze(1).expand(tokens, layers)
-        gate = self.gate(torch.ones(1, 1, device=x.device, dtype=dtype)).float()
-        weights = gate * self.score(rms_norm(x).to(dtype)).float().squeeze(-1).softmax(dim=-1)
-        last = torch.zeros(layers, device=x.device)
-        last[-1] = 1
-        return x, weights + (1 - gate) * last
-
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Pools layer states (N, M, C), lowest layer first, to (N, C) fp32; `dtype` of the linear maps, None = x's."""
-        x, weights = self.weigh(x, dtype or x.dtype)
-        # a loop keeps the peak low; a matmul would be rounded to TF32 or, under autocast, to bf16
-        pooled = weights[:, :1] * x[:, 0]
-        for layer in range(1, x.shape[1]):
-            pooled = torch.addcmul(pooled, weights[:, layer : layer + 1], x[:, layer])
-        return pooled
+        dtype = dtype or x.dtype
+        if self.layers is None:
+            x = self._attend(x, dtype)
+            return weighted_sum(self._softmax(x, dtype), x)
+        weights = self.layer_weights(x, dtype)
+        x = _float(x)
+        for block in self.blocks[:-1]:
+            x = block(x, dtype)
+        return self.blocks[-1](x, dtype, weights=weights)
+
+    def layer_weights(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weights (N, M) fp32 of the sum at the end, of layer states (N, M, C)."""
+        if self.layers is None:
+            return self._softmax(self._attend(x, dtype), dtype)
+        eye = torch.eye(x.shape[1], device=x.device, dtype=dtype)
+        return self.layers(eye).float().squeeze(1).expand(x.shape[:2])
+
+    def _attend(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = _float(x)
+        for block in self.blocks:
+            x = block(x, dtype)
+        return x
+
+    def _softmax(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return gated(self.gate, self.score(rms_norm(x).to(dtype)).float().squeeze(-1), dtype)
 
     def start_as_last_layer(self) -> None:
         """Make the module exactly the last of its layers, with live gradients."""
@@ -141,9 +171,110 @@ class LayerwiseAttentionPooling(nn.Module):
             nn.init.zeros_(self.gate.weight)
 
 
-def chunk_length(layers: int, width: int, heads: int, dtype: torch.dtype, max_bytes: int) -> int:
+class HeadScoredPooling(nn.Module):
+    """Softmax pooling (see LayerwiseAttentionPooling) whose value and output maps run once a token, not once a layer.
+
+    There the norm in front of the score reads what the attention gave, so every layer needs its output. Here a layer's
+    score is a linear map of its state before the attention and of the attention's heads, as in the paper's own form,
+    which has no norm there. Everything behind the attention's softmax is then linear in the states, and commutes with
+    the sums over the layers: a head reads one number of each layer for the score, and one weighted sum of the states
+    for the value map. Of the attention's four maps of C x C, only queries and keys are left at every layer.
+
+    The score's vectors are parameters of their own; in the paper's form, head h's is the product of its value map, its
+    output map and Linear(C -> 1).
+
+    Source: the paper's pooling; residual, norm before the attention, gate and the score's own vectors are our choice.
+    """
+
+    def __init__(
+        self, width: int, layers: int, *, heads: int, blocks: int, operations: Any = TorchOperations, **placement: Any
+    ):
+        super().__init__()
+        self.heads = heads
+        self.blocks: Any = nn.ModuleList(
+            TransformerBlock(width, heads, mlp=False, operations=operations, **placement) for _ in range(blocks - 1)
+        )
+        self.qk = operations.Linear(width, 2 * width, bias=True, **placement)  # each head's queries, then its keys
+        self.value = operations.HeadLinear(width, width, bias=True, **placement)
+        self.out = operations.Linear(width, width, bias=True, **placement)
+        self.score = operations.Linear(width, 1 + heads, bias=False, **placement)  # of the state, of each head
+        self.gate = operations.Linear(1, 1, bias=False, **placement)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Pools layer states (N, M, C), lowest layer first, to (N, C) fp32; `dtype` of the linear maps, None = x's."""
+        x, normed = self._normed(x, dtype or x.dtype)
+        weights, attention = self._weigh(normed)
+        read = (weights[:, None, :, None] * attention).sum(dim=2).to(normed.dtype)  # (N, H, M)
+        del attention
+        value = self.value(read @ normed.transpose(0, 1))
+        del normed
+        return weighted_sum(weights, x) + self.out(value)
+
+    def layer_weights(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weights (N, M) fp32 of the sum at the end, of layer states (N, M, C)."""
+        return self._weigh(self._normed(x, dtype)[1])[0]
+
+    def _normed(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """States (N, M, C) before the last attention, and the same with the layers first and the norm applied."""
+        for block in self.blocks:
+            x = block(_float(x), dtype)
+        # with the layers first, tokens and heads are one dimension of the products below, which then copy nothing
+        return x, F.rms_norm(x.transpose(0, 1).contiguous(), x.shape[-1:], eps=NORM_EPSILON).to(dtype)
+
+    def _weigh(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, M) and attention (N, H, M, M), both fp32."""
+        layers, tokens, width = normed.shape
+        q, k = self.qk(normed).view(layers, tokens * self.heads, 2, -1).unbind(2)
+        scale = (width // self.heads) ** -0.5
+        logits = torch.baddbmm(q.new_empty(1, 1, 1), q.transpose(0, 1), k.permute(1, 2, 0), beta=0, alpha=scale)
+        del q, k
+        attention = logits.softmax(dim=-1, dtype=torch.float32).view(tokens, self.heads, layers, layers)
+        scores = self.score(normed)  # (M, N, 1 + H)
+        read = (attention * scores[..., 1:].permute(1, 2, 0)[:, :, None]).sum(dim=(1, 3))
+        return gated(self.gate, read + scores[..., 0].T, normed.dtype), attention
+
+    def start_as_last_layer(self) -> None:
+        """Make the module exactly the last of its layers, with live gradients."""
+        for block in self.blocks:
+            block.start_as_identity()
+        for layer in (self.out, self.score, self.gate):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.out.bias)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def gated(gate: nn.Module, scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights (N, M) fp32 of scores (N, M): the last layer's 1 at gate 0, their softmax at gate 1."""
+    share = gate(torch.ones(1, 1, device=scores.device, dtype=dtype)).float()
+    weights = share * scores.softmax(dim=-1)
+    weights[:, -1:] += 1 - share
+    return weights
+
+
+def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """Sum over the layers, (N, M) and (N, M, C) -> (N, C) fp32."""
+    # no matmul, which would be rounded to TF32 or, under autocast, to bf16
+    if x.device.type != "cpu":  # few kernels
+        return (weights[..., None] * x).sum(dim=1)
+    pooled = weights[:, :1] * x[:, 0]
+    for layer in range(1, x.shape[1]):  # keeps the peak low
+        pooled = torch.addcmul(pooled, weights[:, layer : layer + 1], x[:, layer])
+    return pooled
+
+
+def chunk_length(
+    layers: int, width: int, heads: int, dtype: torch.dtype, max_bytes: int, head_scored: bool = False
+) -> int:
     """How many tokens to pool at a time so that intermediate results stay within `max_bytes` (at least one)."""
-    states = layers * width * (4 * 4 + 10 * dtype.itemsize)  # fp32: residual and norm; compute dtype: qkv, MLP
-    scores = heads * layers * layers * (4 + dtype.itemsize)
+    if head_scored:  # states, the same normed, queries and keys; then one sum of states for each head
+        states = width * dtype.itemsize * max(4 * layers, 2 * layers + heads)
+        scores = heads * layers * layers * 8
+        max_bytes = min(max_bytes, HEAD_SCORED_CHUNK_BYTES)
+    else:
+        states = layers * width * (4 * 4 + 10 * dtype.itemsize)  # fp32: residual and norm; compute dtype: qkv, MLP
+        scores = heads * layers * layers * (4 + dtype.itemsize)
     # CUDA's attention kernels take at most 65535 (token, head) pairs
     return max(1, min(max_bytes // (states + scores), 65535 // heads))

@@ -10,10 +10,19 @@ from ..dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from ..dla.config import DLAConfig
 from ..dla.context import Context, aggregate, kept_tokens
 from ..dla.features import Features, MLLMInfo
+from ..dla.pooling import head_linear
 from . import folders
 from .host import make_patcher
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
+
+
+class Operations(comfy.ops.manual_cast):
+    """The host's layers, whose weights it loads, offloads and casts, and the one that it lacks."""
+
+    class HeadLinear(comfy.ops.manual_cast.Linear):  # noqa: D106
+        def forward_comfy_cast_weights(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+            return head_linear(x, *comfy.ops.cast_bias_weight(self, x))
 
 
 class DLA:
@@ -27,7 +36,7 @@ class DLA:
         self.load_device = comfy.model_management.get_torch_device()
         offload_device = comfy.model_management.unet_offload_device()
         dtype = compute_dtype(self.load_device, comfy.utils.weight_dtype(state) or torch.float32)
-        model = DualLayerAggregator(config, device=offload_device, dtype=dtype, operations=comfy.ops.manual_cast)
+        model = DualLayerAggregator(config, device=offload_device, dtype=dtype, operations=Operations)
         model.compute_dtype = dtype
         state = {key: value.to(dtype) for key, value in state.items()}
         self.patcher = make_patcher(model, self.load_device, offload_device, state)

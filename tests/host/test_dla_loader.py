@@ -10,7 +10,7 @@ import torch
 from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, aggregate, save_dla
 from subject_dla.dla import load_dla as load_torch_only
 from subject_dla.loaders import folders
-from subject_dla.loaders.dla import load_dla, read_config
+from subject_dla.loaders.dla import Operations, load_dla, read_config
 from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=32)
@@ -34,6 +34,7 @@ def make_file(path, dtype=torch.float32, **changes) -> DualLayerAggregator:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [
     {}, dict(pooling="linear", modalities="shared", refiner_blocks=1, layer_subset=(0, 3), template="drop"),
+    dict(scores="heads", blocks=2),
     dict(modalities="last", vit_blend=0.5), dict(modalities="last", context_width=32),  # the last has no weights at all
 ])  # fmt: skip
 def test_a_loaded_dla_gives_what_the_torch_only_one_gives(models, dtype, changes):
@@ -62,15 +63,16 @@ def test_fp16_files_run_in_fp32_on_the_cpu(models):
     assert torch.equal(dla.aggregate(make_features()).tokens, expected.tokens)
 
 
+@pytest.mark.parametrize("form", [{"pooling": "linear"}, {"scores": "heads"}])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy):
+def test_the_host_can_leave_the_weights_where_they_are(models, monkeypatch, lazy, form):
     """Low-VRAM mode: leaves are cast at use. Seen here through the dtype, since a CPU has no second device: fp16
     weights, fp32 arithmetic. `lazy`: hosts with dynamic VRAM make leaves without weights until a file is loaded."""
-    plain = make_file(models / "models" / "dla" / "a.safetensors", torch.float16, pooling="linear", refiner_blocks=1)
+    plain = make_file(models / "models" / "dla" / "a.safetensors", torch.float16, **form, refiner_blocks=1)
     memory = getattr(comfy, "memory_management", None)
     if lazy and memory is not None:
         monkeypatch.setattr(memory, "aimdo_enabled", True)
-    hosted = DualLayerAggregator(plain.config, dtype=torch.float16, operations=comfy.ops.manual_cast)
+    hosted = DualLayerAggregator(plain.config, dtype=torch.float16, operations=Operations)
     state = load_torch_only(models / "models" / "dla" / "a.safetensors").state_dict()
     hosted.load_state_dict(state, assign=lazy)
     if lazy and memory is not None:

@@ -45,10 +45,19 @@ def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
     assert torch.equal(loaded(features), dla(features))
 
 
+def test_a_dla_scored_by_heads_keeps_its_form(tmp_path):
+    config = replace(CONFIG, scores="heads")
+    dla = saved(tmp_path / "a.safetensors", config, spread=0.3)
+    loaded, features = load_dla(tmp_path / "a.safetensors"), random_features([[0, 1]], INFO)
+    assert loaded.config == config and loaded.state_dict().keys() == dla.state_dict().keys()
+    # a file's weights lie elsewhere in memory, which the batched products may round differently
+    torch.testing.assert_close(loaded(features), dla(features))
+
+
 def test_the_last_layer_before_its_norm_comes_in_the_place_of_the_one_after_it(tmp_path):
     config = replace(CONFIG, before_norm=True)
     assert config.pooled_layers == (0, 1, 2, 4) and replace(config, modalities="last").pooled_layers == (4,)
-    assert "before_norm" not in CONFIG.to_dict()  # which earlier versions refuse
+    assert not {"before_norm", "scores"} & set(CONFIG.to_dict())  # which earlier versions refuse
     saved(tmp_path / "a.safetensors", config)
     dla = load_dla(tmp_path / "a.safetensors")
     assert dla.config == config

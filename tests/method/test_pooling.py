@@ -7,12 +7,16 @@ import sys
 
 import pytest
 import torch
+from einops import rearrange
 from subject_dla.common import bootstrap
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, Modality
+from subject_dla.dla.pooling import HeadScoredPooling
 from subject_dla.tests.small.features import random_features
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=32)
+FORMS = {"softmax": {}, "linear": {"pooling": "linear"}, "heads": {"pooling": "softmax", "scores": "heads"}}
 SMALL_CHUNKS = 40_000  # bytes: two or three tokens at a time
 
 
@@ -23,9 +27,10 @@ def make_features(scale=1.0, dtype=torch.float32):
 
 
 def make_dla(trained=True, dtype=torch.float32, **config) -> DualLayerAggregator:
-    """`trained`: no weight is at its start."""
+    """`trained`: no weight is at its start. pooling "heads": softmax with scores from the heads."""
     torch.manual_seed(2)
     config = {"context_width": INFO.width, "heads": 4, **config}
+    config |= FORMS[config.get("pooling", "softmax")]
     dla = DualLayerAggregator(DLAConfig(INFO, **config), dtype=dtype)
     if trained:
         move(dla, 0.3)
@@ -49,19 +54,33 @@ def reference_norm(x):
 
 def reference_attention(attention, x):
     theirs = nn.MultiheadAttention(x.shape[-1], attention.heads, batch_first=True)
-    theirs.in_proj_weight, theirs.in_proj_bias = attention.qkv.weight, attention.qkv.bias
+    if hasattr(attention, "qkv"):
+        theirs.in_proj_weight, theirs.in_proj_bias = attention.qkv.weight, attention.qkv.bias
+    else:  # each head's queries, then its keys
+        settings = dict(h=attention.heads, two=2)
+        qk = [rearrange(p, "(h two d) ... -> (two h d) ...", **settings) for p in attention.qk.parameters()]
+        qkv = [torch.cat(pair) for pair in zip(qk, attention.value.parameters())]
+        theirs.in_proj_weight, theirs.in_proj_bias = map(nn.Parameter, qkv)
     theirs.out_proj.weight, theirs.out_proj.bias = attention.out.weight, attention.out.bias
-    return theirs(x[None], x[None], x[None], need_weights=True)[0][0]
+    mixed, heads = theirs(x[None], x[None], x[None], need_weights=True, average_attn_weights=False)
+    return mixed[0], heads[0]
 
 
 def reference_token(pooling, x):
     """As plainly as possible: one token (M, C) -> (C,), torch's own attention."""
     for block in pooling.blocks:
-        x = x + reference_attention(block.attention, reference_norm(x))
+        x = x + reference_attention(block.attention, reference_norm(x))[0]
         if block.up is not None:
             hidden = reference_norm(x) @ block.up.weight.T + block.up.bias
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
             x = x + hidden @ block.down.weight.T + block.down.bias
+    if isinstance(pooling, HeadScoredPooling):
+        normed = reference_norm(x)
+        mixed, heads = reference_attention(pooling, normed)  # (M, C), (H, M, M)
+        own, *read = (normed @ vector for vector in pooling.score.weight)
+        scores = own + sum(head @ numbers for head, numbers in zip(heads, read))
+        weights, last, gate = scores.softmax(0), torch.eye(len(x))[-1], pooling.gate.weight[0, 0]
+        return (gate * weights + (1 - gate) * last) @ (x + mixed)
     if pooling.layers is not None:  # (b): a linear map over the layers
         return sum(weight * state for weight, state in zip(pooling.layers.weight[0], x))
     scores = torch.stack([reference_norm(state[None])[0] @ pooling.score.weight[0] for state in x])
@@ -71,7 +90,7 @@ def reference_token(pooling, x):
 
 
 @pytest.mark.parametrize("modalities", ["dual", "shared"])
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 @pytest.mark.parametrize("subset", [None, (0, 3, 4)])
 def test_pooling_is_the_plain_formula_token_by_token(pooling, modalities, subset):
     features = make_features()
@@ -85,6 +104,36 @@ def test_pooling_is_the_plain_formula_token_by_token(pooling, modalities, subset
                 states = features.hidden_states[b, :, t][list(subset or range(6))]
                 expected = reference_token(dla.pooling[name], states)
             torch.testing.assert_close(found[b, t], expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_scores_from_heads_are_the_plain_form_whose_score_is_linear_in_the_attentions_output(blocks):
+    """With the products of value map, output map and Linear(C -> 1) as vectors: attention first, then the score."""
+    pooling = make_dla(pooling="heads", blocks=blocks).pooling["text"]
+    score, states = torch.randn(32), make_features().hidden_states[0, :, :1].transpose(0, 1)
+    with torch.no_grad():
+        vectors = score @ pooling.out.weight
+        of_heads = [part @ rows for part, rows in zip(vectors.split(8), pooling.value.weight.split(8))]
+        pooling.score.weight.copy_(torch.stack([score, *of_heads]))
+        pooling.gate.weight.fill_(1)
+        x = states[0]
+        for block in pooling.blocks:
+            x = x + reference_attention(block.attention, reference_norm(x))[0]
+        mixed = reference_attention(pooling, reference_norm(x))[0]
+        weights = ((reference_norm(x) + mixed) @ score).softmax(0)
+        torch.testing.assert_close(pooling(states)[0], weights @ (x + mixed), rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(pooling.layer_weights(states, torch.float32)[0], weights, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("pooling", "share"), [("heads", 0.55), ("linear", 0.86)])
+def test_maps_behind_the_last_softmax_or_activation_run_once_a_token(pooling, share):
+    """Share of the operations that every layer's maps would take, at InternVL3's 29 layers."""
+    info = MLLMInfo("wide", "internvl", layers=28, width=1024)
+    dla = DualLayerAggregator(DLAConfig(info, 1024, heads=8, **FORMS[pooling])).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        dla(random_features([[0] * 8], info))
+    maps = {"heads": 4, "linear": 24}[pooling] * 1024 * 1024  # multiplications for a token and layer
+    assert counter.get_total_flops() / (2 * 8 * 29 * maps) < share
 
 
 def test_gate_one_is_the_papers_softmax_alone():
@@ -104,7 +153,7 @@ def test_linear_weights_may_be_negative_and_are_the_same_for_every_token():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 @pytest.mark.parametrize("modalities", ["dual", "shared", "last"])
 @pytest.mark.parametrize("width", [32, 48, 20])
 def test_a_new_dla_is_exactly_the_last_layer(dtype, pooling, modalities, width):
@@ -116,7 +165,7 @@ def test_a_new_dla_is_exactly_the_last_layer(dtype, pooling, modalities, width):
     assert found.dtype == dtype and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 def test_a_new_dla_learns_from_the_first_step(pooling):
     features, dla = make_features(), make_dla(False, pooling=pooling, context_width=48, refiner_blocks=1)
     optimizer = torch.optim.SGD(dla.parameters(), lr=0.1)
@@ -136,7 +185,7 @@ def test_a_new_dla_learns_from_the_first_step(pooling):
     assert live == {name for name, _ in dla.named_parameters()}
 
 
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 def test_chunks_and_neighbours_do_not_change_a_token(pooling):
     features, dla = make_features(), make_dla(pooling=pooling, context_width=48)
     whole = run(dla, features)
@@ -204,7 +253,7 @@ def test_features_that_do_not_belong_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 def test_massive_activations_neither_overflow_nor_drown_the_rest(dtype, pooling):
     features = make_features(scale=1e4)
     # rounded here as well, so that only the arithmetic differs
@@ -217,7 +266,7 @@ def test_massive_activations_neither_overflow_nor_drown_the_rest(dtype, pooling)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measured with getrusage, which Windows lacks")
-@pytest.mark.parametrize("pooling", ["softmax", "linear"])
+@pytest.mark.parametrize("pooling", ["softmax", "linear", "heads"])
 def test_peak_memory_is_one_chunk_and_a_fraction_of_the_input(pooling):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, bootstrap.__file__, "tests.small.peak_memory", pooling]

@@ -1,6 +1,6 @@
 """Peak memory of the aggregator above one chunk, as a share of its input, measured in a process of its own.
 
-python common/bootstrap.py tests.small.peak_memory softmax|linear
+python common/bootstrap.py tests.small.peak_memory softmax|linear|heads
 """
 
 import resource
@@ -26,7 +26,8 @@ def peak() -> int:
 
 
 def main(pooling: str) -> None:
-    dla = DualLayerAggregator(DLAConfig(INFO, 512, pooling=pooling), dtype=torch.bfloat16).requires_grad_(False)
+    form = {"scores": "heads"} if pooling == "heads" else {"pooling": pooling}
+    dla = DualLayerAggregator(DLAConfig(INFO, 512, **form), dtype=torch.bfloat16).requires_grad_(False)
     dla(features(16), max_chunk_bytes=CHUNK)  # kernels, thread pools
     given = features(2048)
     before = peak()

@@ -11,19 +11,21 @@ from typing import Any, NamedTuple
 from ...common.bootstrap import start_host
 
 
-def start(full: bool = False, options: Sequence[str] = ()) -> Any:
+def start(full: bool = False, options: Sequence[str] = (), host: bool = True) -> Any:
     """Starts the host on this machine's device and returns the `torch.device`.
 
     Args:
         full: Sizes that need an accelerator; without one the process ends with a message.
         options: The host's command line.
+        host: Whether ComfyUI is started.
     """
     import torch
 
     found = torch.cuda.is_available()
     if full and not found:
         sys.exit("--full needs an accelerator that PyTorch sees (torch.cuda.is_available() is False here).")
-    start_host(os.environ["COMFYUI_PATH"], options, cpu=not found)
+    if host:
+        start_host(os.environ["COMFYUI_PATH"], options, cpu=not found)
     return torch.device("cuda" if found else "cpu")
 
 

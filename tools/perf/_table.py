@@ -49,6 +49,9 @@ TABLE = (
     ),
     Row("strength_overhead", "a step at strengths between 0 and 1 over one at 1/1 (on a CPU: 1.05)", 1.10, "steps"),
     Row("region_overhead", "a step with two references bound to regions over one unbound", 1.10, "steps"),
+    Row("dla_time", "the DLA with scores from heads over its plain form", 0.90, "dla"),
+    Row("dla_subset_time", "every third layer over the plain form of all", 0.35, "dla"),
+    Row("dla_memory", "its peak beyond inputs and outputs over the input", 0.25, "dla"),
     Row("batch_drift", "100 prompts on one subject: last ten over first ten", 1.05, "batch"),
     Row("batch_growth", "growth of the server's memory over them", 0.02, "batch"),
     Row(
@@ -60,7 +63,7 @@ TABLE = (
     Row("million_memory", "memory that it takes beyond the process before, GB", 1, "million"),
     Row("fleet", "a benchmark over N servers: N times its time over that of one", 1.15, "fleet"),
 )
-TAKE_FULL: tuple[str, ...] = ("steps", "staged", "million")  # the benchmarks that know --full
+TAKE_FULL: tuple[str, ...] = ("steps", "staged", "million", "dla")  # the benchmarks that know --full
 
 
 def run_all(options: list[str]) -> int:

@@ -51,7 +51,7 @@ class Stop(Exception):
 
 
 def gradient_error(family: str) -> float:
-    """Returns the worst error of both poolings, with and without checkpointing, along a random direction each."""
+    """Returns the worst error of every pooling, with and without checkpointing, along a random direction each."""
     import torch
 
     from ...dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, Modality, aggregate
@@ -90,8 +90,8 @@ def gradient_error(family: str) -> float:
             parameter.copy_(start)
         return (sides[0] - sides[1]) / (2 * size)
 
-    for pooling in ("softmax", "linear"):
-        sizes = dict(pooling=pooling, heads=2, refiner_blocks=int(pooling == "linear"))
+    for pooling, scores in (("softmax", "states"), ("linear", "states"), ("softmax", "heads")):
+        sizes = dict(pooling=pooling, scores=scores, heads=2, refiner_blocks=int(pooling == "linear"))
         dla = DualLayerAggregator(DLAConfig(info, backbone.context_width, **sizes))
         parameters = list(dla.parameters())
         for parameter in parameters:  # a new DLA has gradients of zero: its branches start at zero

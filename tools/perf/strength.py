@@ -42,12 +42,15 @@ def main(argv: list[str]) -> None:
 
     forms = {"plain": lambda: plain(q, k, v, heads, skip_reshape=True)}
     forms |= {name: partial(biased, name) for name in ("parts", "mask", "channels")} | {"chosen": partial(biased, None)}
+    if device.type == "cuda":  # what the runs' kernel takes where PyTorch chooses another one for plain attention
+        forms["flash"] = lambda: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     timed = time_rounds(forms, options.repeats, device)
     result = {
         "benchmark": "strength",
         "device": device_name(device),
         "dtype": str(dtype),
         "tokens": options.tokens,
+        "plain_backend": torch._fused_sdp_choice(q, k, v),  # 1 flash, 2 memory efficient, 3 cuDNN
         "plain_seconds": round(timed.median("plain"), 4),
         **{f"{name}_ratio": timed.ratio(name, "plain", 3) for name in forms if name != "plain"},
         "max_difference": max(float((forms["channels"]() - forms[name]()).abs().max()) for name in ("parts", "mask")),

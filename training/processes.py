@@ -136,6 +136,14 @@ class Processes:
         self.stopped = interrupted > 0
         return mean
 
+    def collect(self, items: list[T]) -> list[T]:
+        """Returns the items of all processes in each of them."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
     @contextmanager
     def interrupts(self) -> Iterator[None]:
         """Inside, an interrupt of sharded processes waits for the end of a step, since saving needs all of them.
@@ -172,10 +180,11 @@ class Processes:
     # what needs all weights -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def whole(self, module: nn.Module, device: torch.device | str = "cpu") -> Iterator[None]:
-        """Inside, all weights are plain tensors in the main process, of sharded ones copies on `device`.
+    def whole(self, module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+        """Inside, all weights are plain tensors, of sharded ones copies on `device`.
 
-        All processes must come here; inside, the main one may do without the others.
+        Without a device they are whole on the CPU, in the main process alone. All processes must come here; inside,
+        each may do without the others.
         """
         sharded = []
         for part in module.modules() if self.sharded else ():
@@ -183,9 +192,9 @@ class Processes:
                 if parameter is None:
                     continue
                 value = full(parameter.detach())
-                if self.main:
+                if self.main or device is not None:
                     sharded.append((part, name, parameter))
-                    part._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+                    part._parameters[name] = nn.Parameter(value.to(device or "cpu"), requires_grad=False)
                 del value
         try:
             yield

@@ -236,7 +236,7 @@ class _Run:
         samples = due(options.sample_every)
         if validates or samples:
             with self.processes.whole(self.module, self.module.backbone.device):
-                if validates and self.main:
+                if validates:
                     self._validate()
                 if samples and self.main and not sheet.exists():
                     self._sample(sheet)
@@ -249,7 +249,9 @@ class _Run:
     def _validate(self) -> None:
         self._encoded.clear()  # the DiT leaves the device, and other features take these passes' memory
         step, history, file = self.history.step, self.history.validation, self.paths.output_dir / "validation.csv"
-        history[step] = evaluate(self.module, self.held_out, self.recipe.run.validation_examples)
+        history[step] = evaluate(self.module, self.held_out, self.recipe.run.validation_examples, self.processes)
+        if not self.main:
+            return
         if step == min(history):
             file.unlink(missing_ok=True)
         write_table(file, step, history[step])

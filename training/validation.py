@@ -5,6 +5,7 @@ import torch
 
 from .data.batches import BINS, Batches
 from .flow import FlowTimes
+from .processes import Processes
 from .reporting.losses import CONDITIONS, Loss
 from .step import TrainingStep
 
@@ -14,23 +15,28 @@ NAMES = tuple(
 
 
 @torch.no_grad()
-def evaluate(module: TrainingStep, batches: Batches, count: int) -> list[Loss]:
+def evaluate(module: TrainingStep, batches: Batches, count: int, processes: Processes) -> list[Loss]:
     """Returns the unweighted losses of the first `count` examples: means with Student's t intervals (95 %).
 
-    Flow times and noise are the same at every call and under every condition, so that rows can be compared. All
-    examples are encoded first: MLLM and DiT need not be on the device together.
+    Flow times and noise are the same at every call and under every condition, so that rows can be compared, and in
+    whichever of the processes, among which the examples are divided. All of its examples are encoded first: MLLM and
+    DiT need not be on the device together.
     """
-    loaded = [batches.load(plan) for plan in batches.plan_held_out(count)]
+    plans = list(enumerate(batches.plan_held_out(count)))[processes.rank :: processes.count]
+    loaded = [(index, batches.load(plan)) for index, plan in plans]
     module.backbone.load()
-    found: dict[tuple[str, str], list[float]] = {(c, name): [] for c in CONDITIONS for name in NAMES}
-    for index, held_out in enumerate(loaded):
+    own: list[tuple[int, dict[tuple[str, str], float]]] = []
+    for index, held_out in loaded:
+        values = {}
         for number, name in enumerate(NAMES):
             batch = batches.at_bin(held_out, index, number)
             for condition in CONDITIONS:
                 # `forward`: a call of sharded modules would wait for the other processes
-                found[condition, name].append(float(module.forward(batch.under(condition))))
+                values[condition, name] = float(module.forward(batch.under(condition)))
                 comfy.model_management.throw_exception_if_processing_interrupted()
-    return [Loss.of(*key, values) for key, values in found.items()]
+        own.append((index, values))
+    found = [values for _, values in sorted(processes.collect(own), key=lambda entry: entry[0])]
+    return [Loss.of(c, name, [values[c, name] for values in found]) for c in CONDITIONS for name in NAMES]
 
 
 def frequencies(shares: dict[str, float], times: FlowTimes) -> dict[tuple[str, str], float]:

@@ -223,8 +223,8 @@ def test_stopped_in_validation_and_samples_it_is_the_whole_run(workspace, whole,
     """Both come again; what was validated before is not validated twice."""
     calls, mark = [], workspace.folder / "validated" / "stopped"
 
-    def counted(module, batches, count):
-        rows = evaluate(module, batches, count)
+    def counted(module, batches, count, processes):
+        rows = evaluate(module, batches, count, processes)
         calls.append(0)
         if len(calls) in (2, 5):
             raise Stop

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from subject_dla.demo.family.layout import MODELS, ROOT
 from subject_dla.tests.small.training import paint_subjects, small_family
 from subject_dla.training.checkpoints import read_state
+from subject_dla.training.reporting.losses import read_table
 
 RECIPE = """
 models = {{diffusion_model = "{diffusion_model}", vae = "{vae}", mllm = "{mllm}"}}
@@ -78,6 +79,13 @@ def test_processes_are_accumulated_passes_and_a_kill_is_resumed(workspace):
     assert int(facts[-1].name.split("-")[1]) >= 3
     parallel, err = finish(start(workspace, "--set", "run.name='three'", launch=TWO))
     assert difference(weights(whole), weights(parallel)) < 1e-4
+    runs = workspace / "subject_dla" / "runs"
+    one, two = (read_table(runs / run / "validation.csv") for run in ("one", "three"))
+    assert one.keys() == two.keys() == {0, 4}
+    for step, tolerance in ((0, 0.0), (4, 1e-3)):  # the same weights at first; each process has half of the examples
+        for row, other in zip(one[step], two[step], strict=True):
+            assert (row.condition, row.bin, row.samples) == (other.condition, other.bin, other.samples)
+            assert other.mean == pytest.approx(row.mean, rel=tolerance, abs=0)
     resumed, err = finish(start(workspace, "--set", "run.name='three'", "--set", "training.steps=5", *changes))
     assert "Resuming from step 4" in err
 

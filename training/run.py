@@ -178,7 +178,10 @@ class _Run:
     def _encode_ahead(self, position: int) -> None:
         """Plans and encodes this process's passes from `position` on; afterwards the DiT has the device."""
         count = max(1, self.recipe.data.encode_ahead // self.recipe.training.batch_size)
+        known = len(self.batches.problems)
         self._encoded.extend(self.batches.plan(position + i * self.processes.count) for i in range(count))
+        for problem in self.batches.problems[known:]:
+            self._say(f"left out, the next example of its sizes takes its place: {problem}")
         self.batches.encode(self._encoded)
         self.module.backbone.load(required_memory(self.components, self.recipe, self.processes.shards))
 

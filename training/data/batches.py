@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
 from ...common.images import ImageError
+from ...common.picture_files import PictureFile
 from ...dla.features import Features
 from ...loaders.reference_latents import reference_size
 from ..flow import FlowTimes, generator
@@ -160,7 +160,7 @@ class Batches:
     def _latents(self, index: int) -> list[Tensor]:
         return [self.latents.get(*image) for image in self._images(index)]
 
-    def _images(self, index: int) -> list[tuple[Path, int, int]]:
+    def _images(self, index: int) -> list[tuple[PictureFile, int, int]]:
         """(path, width, height) of an example's target and references."""
         example, sizes = self.examples[index], self.sizes[index]
         return [(path, *size) for path, size in zip((example.target, *example.references), sizes)]

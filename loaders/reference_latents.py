@@ -13,6 +13,7 @@ from torch import Tensor
 from .backbones import backbone_of, pixel_family, titles, unread_family
 from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
+from .encode_cache import encode_reference
 from .host import IGNORES_REFERENCES, mentions, reads_references, show_on_node
 from .images import collect_images
 from .protocols import VAE, Model
@@ -81,7 +82,7 @@ def add_identity(
     masks, regions = _masks(mask, len(images), "mask"), _masks(region, len(images), "region")
     for picture, picture_mask, picture_region in zip(images, masks, regions):
         width, height = reference_size(picture.shape[1], picture.shape[0], size, method == "uxo", side)
-        latents.append(vae.encode(resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
+        latents.append(encode_reference(vae, resize(picture.movedim(-1, 0), width, height).movedim(0, -1)[None]))
         if picture_mask is not None:
             picture_mask = _stretched(picture_mask, (picture.shape[0], picture.shape[1]))
             picture_mask = resize(picture_mask[None], width, height)[0].clamp(0, 1)

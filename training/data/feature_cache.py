@@ -15,9 +15,9 @@ from torch import Tensor
 from ...common.files import save_tensors
 from ...common.picture_files import PictureFile, file_version, load_picture
 from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContext
+from ...loaders.encode_cache import fingerprint
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
-from .latent_cache import fingerprint
 from .shared import compute_once, each
 
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")

@@ -8,10 +8,11 @@ import torch
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...common.files import save_tensors
 from ...common.picture_files import PictureFile, file_version, load_picture
+from ...loaders.encode_cache import fingerprint
 from ...loaders.reference_latents import resize
 from .shared import compute_once, each
 
@@ -90,15 +91,6 @@ class LatentCache:
         self._model = self._model or fingerprint(self.vae.first_stage_model)
         facts = (*file_version(path), width, height, self._model)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hashes a model's weights: names, shapes, dtypes, and some values of each."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)} {some}".encode())
-    return digest.hexdigest()
 
 
 def cut(image: Tensor, width: int, height: int) -> Tensor:

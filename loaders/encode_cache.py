@@ -1,0 +1,95 @@
+"""What encoders made of images, kept in memory for the next prompt: bounded, and gone with the model that made it."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+
+class EncodeCache:
+    """Tensors of models in the host's intermediate memory (the CPU's, as a rule), the least recently used leave first.
+
+    A model is held weakly: when the host lets go of it ("Free model and node cache", or a workflow without it), what it
+    made goes, too. Moving its weights to the CPU ("Unload Models", or another model's need) frees nothing here, so
+    that a card that holds one model at a time gains as well.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes = limit, 0
+        self._entries: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+
+    def get(self, owner: Any, facts: Hashable, make: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Returns what `make` gives, from memory where it was made before; never write into it.
+
+        Args:
+            owner: The model; its object is part of the key.
+            facts: All else that the result depends on: pixels, tokens, weights, settings. None = make it anew.
+            make: Computes the tensors.
+        """
+        if facts is None:
+            return tuple(make())
+        key = (ref(owner, self._forget), facts)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        made = tuple(make())
+        size = _bytes(made)
+        if size <= self.limit:
+            self._entries[key] = made
+            self.bytes += size
+            while self.bytes > self.limit:
+                self.bytes -= _bytes(self._entries.popitem(last=False)[1])
+        return made
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries.clear()
+        self.bytes = 0
+
+    def _forget(self, gone: ref) -> None:
+        for key in [key for key in self._entries if key[0] is gone]:
+            self.bytes -= _bytes(self._entries.pop(key))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+VAE_LATENTS = EncodeCache(256 * 2**20)  # a megapixel in FLUX's latents: 1 MiB
+
+
+def content(tensor: Tensor) -> str:
+    """Hashes a tensor's values, shape and dtype."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}".encode())
+    digest.update(flat.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hashes a model's weights: names, shapes, dtypes, and some values of each."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        some = value.flatten()[:: max(1, value.numel() // 16)].float().tolist()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} {some}".encode())
+    return digest.hexdigest()
+
+
+def weights(model: nn.Module, patcher: Any) -> str:
+    """Fingerprint of a model's weights; with patches, such as a LoRA's, it holds for this session alone."""
+    patches = patcher.patches_uuid if getattr(patcher, "patches", None) else ""
+    return f"{fingerprint(model)} {patches}"
+
+
+def encode_reference(vae: Any, pixels: Tensor) -> Tensor:
+    """Latent of a picture (1, H, W, 3) in 0..1, encoded once for all prompts and nodes as long as the VAE is loaded."""
+    model = getattr(vae, "first_stage_model", None)
+    facts = None
+    if isinstance(model, nn.Module):
+        facts = (content(pixels), weights(model, getattr(vae, "patcher", None)), getattr(vae, "vae_dtype", None))
+    (latent,) = VAE_LATENTS.get(vae, facts, lambda: (vae.encode(pixels),))
+    return latent.clone()  # the caller's own

@@ -1,5 +1,6 @@
 """transformers' model of an MLLM without its head: hidden states of the layers that are wanted, and no layer more."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -59,12 +60,18 @@ class MLLMBackbone(nn.Module):
         return extra
 
     def states(
-        self, embeds: Tensor, positions: Tensor | None, wanted: tuple[int, ...], store: Callable, **extra: Any
+        self,
+        embeds: Tensor,
+        positions: Tensor | None,
+        wanted: tuple[int, ...],
+        store: Callable,
+        cache=None,
+        **extra: Any,
     ) -> list[Tensor]:
         """Hidden states (1, T, C) of the layers `wanted` (ascending), each put through `store` as soon as it exists.
 
         State i < L is the input of decoder layer i, however the library of this release numbers it; state L is the
-        final norm's output.
+        final norm's output. `cache` is the library's, of the tokens before these, and gets their keys and values.
         """
         decoder, top = self.model.language_model, wanted[-1]
         count = len(decoder.layers)
@@ -84,8 +91,13 @@ class MLLMBackbone(nn.Module):
                     layer = decoder.layers[number]
                     hooks.append(layer.register_forward_pre_hook(partial(read, number), with_kwargs=True))
                 # a mask of ones keeps the library from reading image positions as packed sequences
-                extra.setdefault("attention_mask", torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
-                out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra)
+                before = 0 if cache is None else cache.get_seq_length()
+                ones = embeds.new_ones(embeds.shape[0], before + embeds.shape[1], dtype=torch.long)
+                extra = {"attention_mask": ones, "use_cache": cache is not None} | extra
+                if cache is not None:
+                    known = inspect.signature(decoder.forward).parameters
+                    extra["cache" if "cache" in known else "past_key_values"] = cache  # transformers 5.24 or before
+                out = decoder(inputs_embeds=embeds, position_ids=positions, **extra)
                 found[count] = store(out.last_hidden_state)
             except _StopForward:
                 pass

@@ -21,6 +21,9 @@ class MLLMFamily:
     pooled: bool = False  # whether patches are averaged to tokens, as Gemma 4 does
     mrope: bool = True  # whether positions count time, height and width
     bidirectional: bool = False  # whether tokens of one image see each other in every layer
+    # whether a token's states depend on those before it alone, through keys and values: transformers' Qwen3.5 continues
+    # its linear attention one token at a time, Gemma 4 slides its window and shares keys between layers
+    keeps_prefix: bool = True
     start: str = ""  # token before every text; a CLIP's tokenizer adds its own
     markers: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # of the template, that a folder's tokenizer must know
     transformers: str = "4.57"  # the release from which on it can load a folder
@@ -42,14 +45,15 @@ FAMILIES = {
         MLLMFamily("qwen2_5", OMNIGEN2, None),
         MLLMFamily("qwen3", KLEIN, None),
         MLLMFamily("mistral3", FLUX2, None),
-        MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF), transformers="5.2"),
+        MLLMFamily("qwen3_5", QWEN3_VL, Vision(16, 2, HALF, HALF), keeps_prefix=False, transformers="5.2"),
         MLLMFamily("gemma2", GEMMA, None),
         MLLMFamily(
-            "gemma3", GEMMA3, Vision(14, 4, HALF, HALF), "<image_soft_token>", 896, mrope=False, bidirectional=True
+            "gemma3", GEMMA3, Vision(14, 4, HALF, HALF), "<image_soft_token>", 896, mrope=False, bidirectional=True,
+            keeps_prefix=False,
         ),
         MLLMFamily(  # 768: within the 280 tokens per image of its own processor
             "gemma4", GEMMA4, Vision(16, 3, (0.0,) * 3, (1.0,) * 3), "<|image|>", 768, pooled=True, mrope=False,
-            start="<bos>", markers=("<|turn>", "<turn|>"), transformers="5.6",
+            keeps_prefix=False,            start="<bos>", markers=("<|turn>", "<turn|>"), transformers="5.6",
         ),
     )
 }  # fmt: skip

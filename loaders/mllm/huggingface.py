@@ -6,6 +6,7 @@ torchvision resize, `mm_token_type_ids`), and features must not.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
+from ..encode_cache import MLLM_STATES, content, weights
 from ..host import make_patcher
 from .backbone import MLLMBackbone
 from .base import MLLM, MLLMError
@@ -34,6 +36,8 @@ from .vision import (
     qwen_pixels,
     to_area,
 )
+
+Seen = tuple[Tensor, ImageGrid, list[Tensor]]  # an image's tokens (n, C), their grid, what DeepStack adds per layer
 
 
 class TransformersMLLM(MLLM):
@@ -60,12 +64,50 @@ class TransformersMLLM(MLLM):
         needed = length * width * dtype.itemsize * (len(wanted) + 32)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
         self.backbone.move_unmanaged(device)
-        out_device = comfy.model_management.intermediate_device()
+        names = [content(image) for image in images]
+        model = (weights(self.backbone, self.patcher), str(device), dtype, size, tiles) if images else None
 
-        pooled, tiled = self.family.pooled, self.family.tiled
-        encode = self._encode_pooled if pooled else self._encode_tiles if tiled else self._encode_image
-        encoded = [encode(image, size, tiles, device) for image in images]
-        grids = [grid for _, grid, _ in encoded]
+        def see() -> list[Seen]:
+            return [
+                MLLM_STATES.get(self.backbone, ("image", name, model), partial(self._see, image, size, tiles, device))
+                for name, image in zip(names, images, strict=True)
+            ]
+
+        end = self._prefix_end(tokens, length)
+        if end:
+            facts = ("prefix", tuple(tokens[:end]), tuple(names), model)
+            layers, before, pairs, grids = MLLM_STATES.get(
+                self.backbone, facts, lambda: self._read(tokens[:end], see(), wanted, device, keep=True),
+                fits=lambda kept: set(wanted) <= set(kept[0]),
+            )  # fmt: skip
+            if layers != wanted:
+                before = before[:, [layers.index(layer) for layer in wanted]]
+            after = self._continue(tokens, end, pairs, grids, wanted, device)
+            states = torch.cat((before, after), dim=2)
+        else:
+            _, states, _, grids = self._read(tokens, see(), wanted, device)
+        return states, tokens, torch.ones(1, states.shape[2], dtype=torch.bool, device=states.device), grids
+
+    def _prefix_end(self, tokens: list[int | None], length: int) -> int:
+        """Tokens up to the last image's, which are read first and by themselves; 0 = all are read at once."""
+        end = max((number for number, token in enumerate(tokens, 1) if token is None), default=0)
+        # beyond, InternVL's rotations depend on how long the whole text is
+        longest = getattr(self.backbone.model.language_model.config, "max_position_embeddings", length)
+        return end if self.family.keeps_prefix and end < len(tokens) and length <= longest else 0
+
+    def _see(self, image: Tensor, size: int, tiles: int, device) -> Seen:
+        """What the decoder reads of an image, to be kept."""
+        encode = self._encode_image
+        if self.family.pooled or self.family.tiled:
+            encode = self._encode_pooled if self.family.pooled else self._encode_tiles
+        seen, grid, deepstack = encode(image, size, tiles, device)
+        return _store(seen), grid, [_store(level) for level in deepstack]
+
+    def _read(self, tokens: list[int | None], seen: list[Seen], wanted: tuple[int, ...], device, keep=False) -> tuple:
+        """Layer numbers, states (1, M, T, C), the layers' keys and values if `keep`, grids: of a whole text."""
+        from transformers import DynamicCache
+
+        grids = [grid for _, grid, _ in seen]
         numbers = image_numbers(tokens, grids)[None].to(device)
         image_mask = numbers > 0
         ids = torch.full_like(numbers, self._image_token)
@@ -73,19 +115,33 @@ class TransformersMLLM(MLLM):
 
         embeds = self.backbone.embed(ids)
         extra: dict[str, Any] = {}
-        positions = None
-        if encoded:
-            embeds[image_mask] = torch.cat([seen for seen, _, _ in encoded]).to(embeds.dtype)
-            if encoded[0][2]:
-                levels = zip(*(deepstack for _, _, deepstack in encoded), strict=True)
-                extra |= {"visual_pos_masks": image_mask, "deepstack_visual_embeds": [torch.cat(x) for x in levels]}
-        if pooled:
+        if seen:
+            embeds[image_mask] = torch.cat([image.to(device) for image, _, _ in seen]).to(embeds.dtype)
+            if seen[0][2]:
+                levels = [torch.cat(level).to(device) for level in zip(*(levels for _, _, levels in seen), strict=True)]
+                extra |= {"visual_pos_masks": image_mask, "deepstack_visual_embeds": levels}
+        if self.family.pooled:
             extra = self.backbone.pooled_inputs(ids, numbers)
+        positions = mrope_positions(tokens, grids).to(device) if self.family.mrope else None
+        cache = DynamicCache() if keep else None
+        states = self.backbone.states(embeds, positions, wanted, _store, cache, **extra)
+        pairs = [(_store(layer.keys), _store(layer.values)) for layer in cache.layers] if cache is not None else []
+        return wanted, torch.stack(states, dim=1), pairs, grids
+
+    def _continue(
+        self, tokens: list[int | None], end: int, pairs: list, grids: list[ImageGrid], wanted: tuple[int, ...], device
+    ) -> Tensor:
+        """States (1, M, T, C) of the words from token `end` on, behind the keys and values of what precedes them."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(pairs[: wanted[-1]]):
+            cache.update(keys.to(device), values.to(device), number)
+        ids = torch.tensor([tokens[end:]], device=device)
+        positions = None
         if self.family.mrope:
-            positions = mrope_positions(tokens, grids).to(device)
-        states = self.backbone.states(embeds, positions, wanted, lambda x: x.to(out_device, copy=True), **extra)
-        mask = torch.ones(1, ids.shape[1], dtype=torch.bool, device=out_device)
-        return torch.stack(states, dim=1), tokens, mask, grids
+            positions = mrope_positions(tokens, grids)[:, :, -ids.shape[1] :].to(device)
+        return torch.stack(self.backbone.states(self.backbone.embed(ids), positions, wanted, _store, cache), dim=1)
 
     def _encode_image(self, image: Tensor, size: int, tiles: int, device) -> tuple[Tensor, ImageGrid, list[Tensor]]:
         """Tokens (n, C) of an image (H, W, 3) by Qwen's vision tower, their grid, and what DeepStack adds per layer."""
@@ -119,6 +175,11 @@ class TransformersMLLM(MLLM):
         seen = rearrange(seen, "n (h w) c -> n h w c", h=side // vision.patch)
         seen = rearrange(model.pixel_shuffle(seen, scale_factor=1 / vision.merge), "n h w c -> n (h w) c")
         return rearrange(model.multi_modal_projector(seen), "n t c -> (n t) c"), grid, []
+
+
+def _store(tensor: Tensor) -> Tensor:
+    """A copy where the host keeps what lies between nodes: the CPU's memory, as a rule."""
+    return tensor.to(comfy.model_management.intermediate_device(), copy=True).contiguous()
 
 
 def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM:

@@ -2,16 +2,26 @@
 
 import asyncio
 import gc
+from functools import partial
 
+import comfy.model_management
 import pytest
 import torch
+import transformers
 from subject_dla.loaders import encode_cache
 from subject_dla.loaders.backbones import BACKBONES
-from subject_dla.loaders.encode_cache import VAE_LATENTS, EncodeCache, encode_reference
+from subject_dla.loaders.encode_cache import MLLM_STATES, VAE_LATENTS, EncodeCache, encode_reference
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.nodes import SubjectExtension
 from subject_dla.tests.small.dit import TinyVAE, tiny
-from subject_dla.tests.small.mllm import build_qwen25vl
+from subject_dla.tests.small.mllm import (
+    build_gemma4,
+    build_internvl,
+    build_internvl35,
+    build_qwen3vl,
+    build_qwen25vl,
+    build_qwen35,
+)
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 
@@ -104,3 +114,119 @@ def test_bytes_are_bounded_and_the_least_used_leave_first():
 def test_content_is_values_shape_and_dtype(other):
     assert encode_cache.content(torch.zeros(3, 2)) == encode_cache.content(torch.zeros(2, 3).T)
     assert encode_cache.content(torch.zeros(3, 2)) != encode_cache.content(other)
+
+
+BUILD = {"qwen2_5_vl": build_qwen25vl, "qwen3_vl": build_qwen3vl, "internvl": build_internvl,
+         "internvl3_5": build_internvl35, "qwen3_5": build_qwen35, "gemma4": build_gemma4}  # fmt: skip
+WHOLE = ("qwen3_5", "gemma4")  # whose words are read with the images before them each time
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def loaded(request, tmp_path_factory):
+    if request.param.replace("internvl3_5", "internvl") not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"not on this host: transformers {transformers.__version__} lacks {request.param}")
+    return request.param, load_folder(BUILD[request.param](tmp_path_factory.mktemp("kept") / "model"))
+
+
+def encode(mllm, prompt, *images, **options):
+    return mllm.encode(prompt, [image[0] for image in images], **{"image_size": 112, **options}).hidden_states
+
+
+def count_tokens(mllm, run):
+    """What `run` returns, and for each call of the first decoder layer its tokens."""
+    counts = []
+    layer = mllm.backbone.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    try:
+        return run(), counts
+    finally:
+        hook.remove()
+
+
+def test_features_are_the_same_with_images_seen_before(loaded):
+    """Bit for bit; only the words are run again, for any layers, a negative prompt and another count of layers."""
+    name, mllm = loaded
+    fox, owl = picture(100, 60), picture(64, 90, 1)
+    prompts = ["a red fox, asleep\nin snow", "", "an owl"]
+    cold = []
+    for prompt in prompts:
+        MLLM_STATES.clear()
+        states, counts = count_tokens(mllm, partial(encode, mllm, prompt, fox, owl))
+        cold.append(states)
+        assert len(counts) == (1 if name in WHOLE else 2) and sum(counts) == states.shape[2]
+    for prompt, expected in zip(prompts, cold, strict=True):  # the last one's prefix is there
+        states, counts = count_tokens(mllm, partial(encode, mllm, prompt, fox, owl))
+        assert torch.equal(states, expected)
+        assert len(counts) == 1 and (name in WHOLE or counts[0] < expected.shape[2] - 10)
+        assert torch.equal(encode(mllm, prompt, fox, owl, layers=[0, 2]), expected[:, [0, 2]])
+    MLLM_STATES.clear()
+    assert torch.equal(encode(mllm, prompts[0], fox, owl, layers=[1]), cold[0][:, [1]])
+    assert torch.equal(encode(mllm, prompts[1], fox, owl), cold[1])  # more layers than are kept
+
+
+def test_in_one_pass_they_are_the_same_to_rounding(loaded, monkeypatch):
+    name, mllm = loaded
+    MLLM_STATES.clear()
+    parts = encode(mllm, "a red fox", picture(100, 60), picture(64, 90, 1))
+    monkeypatch.setattr(type(mllm), "_prefix_end", lambda *_: 0)
+    torch.testing.assert_close(encode(mllm, "a red fox", picture(100, 60), picture(64, 90, 1)), parts)
+
+
+def test_one_users_reference_is_never_in_anothers_prompt(loaded):
+    """References of one size, whose tokens have the same ids, in turn, in any order, and after other settings."""
+    _, mllm = loaded
+    pictures = [picture(64, 64, seed) for seed in range(3)]
+    calls = [
+        ("a fox", images, {"image_size": size}) for images in ([0], [1], [0, 1], [1, 0], [2]) for size in (56, 112)
+    ]
+    cold = []
+    for prompt, images, options in calls:
+        MLLM_STATES.clear()
+        cold.append(encode(mllm, prompt, *(pictures[number] for number in images), **options))
+    for _ in range(2):
+        for (prompt, images, options), expected in zip(calls, cold, strict=True):
+            assert torch.equal(encode(mllm, prompt, *(pictures[number] for number in images), **options), expected)
+    for first, one in enumerate(cold):
+        assert not any(one.shape == other.shape and torch.equal(one, other) for other in cold[first + 1 :])
+
+
+def test_weights_swapped_or_patched_and_a_freed_model(tmp_path):
+    mllm = load_folder(build_qwen25vl(tmp_path / "qwen", dtype=torch.float32))
+    MLLM_STATES.clear()
+    fox = picture(64, 64)
+    first = encode(mllm, "a fox", fox)
+    weight = mllm.backbone.model.language_model.layers[0].mlp.up_proj.weight
+    with torch.inference_mode(False):
+        weight.data = weight.data * 2
+    assert not torch.allclose(encode(mllm, "a fox", fox)[:, 1], first[:, 1])
+    with torch.inference_mode(False):
+        weight.data = weight.data / 2
+    assert torch.equal(encode(mllm, "a fox", fox), first)
+
+    plain, mllm.patcher = mllm.patcher, mllm.patcher.clone()  # as a LoRA is put on
+    key = "model.language_model.layers.1.mlp.up_proj.weight"
+    assert mllm.patcher.add_patches({key: (torch.full_like(weight, 0.05),)}, 1.0)
+    patched = encode(mllm, "a cat", fox)
+    mllm.patcher = plain
+    MLLM_STATES.clear()
+    assert not torch.allclose(patched[:, 2], encode(mllm, "a cat", fox)[:, 2], atol=1e-3)
+
+    assert MLLM_STATES.bytes
+    comfy.model_management.unload_all_models()
+    del mllm, plain, weight
+    gc.collect()
+    assert MLLM_STATES.bytes == 0
+
+
+def test_what_does_not_fit_is_not_kept(tmp_path, monkeypatch):
+    mllm = load_folder(build_qwen25vl(tmp_path / "qwen", dtype=torch.float32))
+    MLLM_STATES.clear()
+    first = encode(mllm, "a fox", picture(64, 64))
+    monkeypatch.setattr(MLLM_STATES, "limit", MLLM_STATES.bytes - 1)
+    for seed in (1, 2, 0):
+        last = encode(mllm, "a fox", picture(64, 64, seed))
+        assert MLLM_STATES.bytes <= MLLM_STATES.limit
+    assert torch.equal(first, last)

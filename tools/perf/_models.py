@@ -14,13 +14,13 @@ import torch
 
 from ...loaders.backbones import BACKBONES
 from ...tests.small import dit
-from ...tests.small.mllm import build_internvl, build_qwen3vl
+from ...tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
 from ...tests.small.models import KL_VAE, host_shapes, kl_vae, random_like
 
 CONTEXT_WIDTHS = {"flux": 4096, "flux2": 7680}  # of the releases, channels
 SPREAD = 0.02  # standard deviation of matrices: states neither vanish nor overflow in random layers
 DRAWN = 2**24 + 3  # numbers; no multiple of a matrix's side
-MLLMS = {  # name -> builder of a small folder, and what its config.json says at full size
+MLLMS: dict[str, Any] = {  # name -> builder of a small folder, and what its config.json says at full size
     "InternVL3-8B": (
         build_internvl,
         dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, head_dim=128),
@@ -40,6 +40,17 @@ MLLMS = {  # name -> builder of a small folder, and what its config.json says at
         dict(
             hidden_size=1024, intermediate_size=4096, num_heads=16, depth=24, deepstack_visual_indexes=[5, 11, 17],
             num_position_embeddings=2304, out_hidden_size=2560,
+        ),
+    ),
+    "Qwen2.5-VL / 4": (  # a quarter of the 7B's widths and depths
+        build_qwen25vl,
+        dict(hidden_size=896, intermediate_size=4736, num_attention_heads=7, num_key_value_heads=1),
+        dict(
+            num_hidden_layers=7, max_window_layers=7, rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        ),
+        dict(
+            hidden_size=320, intermediate_size=855, num_heads=4, depth=8, fullatt_block_indexes=[1, 3, 5, 7],
+            out_hidden_size=896,
         ),
     ),
 }  # fmt: skip
@@ -97,7 +108,7 @@ def random_mllm(name: str, folder: Path, full: bool = True) -> Any:
     if not full:
         return load_folder(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["text_config"] |= text | depth
+    config.get("text_config", config).update(text | depth)
     config["vision_config"] |= vision
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     _write_hole(folder / "model.safetensors", _shapes(folder))

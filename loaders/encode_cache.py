@@ -76,7 +76,7 @@ def content(tensor: Tensor) -> str:
     """Hashes a tensor's values, shape and dtype."""
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}".encode())
-    digest.update(flat.flatten().view(torch.uint8).numpy())
+    digest.update(flat.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

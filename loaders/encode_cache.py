@@ -62,6 +62,8 @@ class EncodeCache:
 
 
 def _bytes(value: Any) -> int:
+    if isinstance(value, dict):
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         return sum(map(_bytes, value))
     return value.nbytes if isinstance(value, Tensor) else 0

@@ -10,9 +10,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from comfy.model_management import intermediate_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ...dla.features import ImageGrid
+from ..encode_cache import MLLM_STATES, content, weights
 from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
@@ -21,7 +24,7 @@ from .vision import Vision, image_numbers, qwen_grid, qwen_pixels, to_grid
 
 
 class ClipMLLM(MLLM):
-    """A CLIP as an MLLM; all its layers run in the host's own forward, which cannot stop early, in fp32."""
+    """A CLIP as an MLLM; all its layers run in one pass of the host's own forward, in fp32; images are kept."""
 
     def __init__(self, clip: CLIP, name: str = ""):
         module = getattr(clip, "cond_stage_model", None)
@@ -119,10 +122,13 @@ class ClipMLLM(MLLM):
         tower: Any = type(self.visual)
         if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
             hooks.append(self.visual.register_forward_hook(to_raster))
+        see: Any = inner.transformer.preprocess_embed if grids else None
         if grids and self.encoder.own_images:
-            inner.transformer.preprocess_embed = partial(_see, self.visual, self.vision)
+            see = partial(_see, self.visual, self.vision)
             rotate = partial(interleaved, self._model.compute_freqs_cis, self._model.config.mrope_section)
             self._model.compute_freqs_cis = rotate
+        if grids:
+            inner.transformer.preprocess_embed = partial(self._keep_seen, see)
         if grids and self.family.bidirectional:
             attend = partial(_attend, (numbers[:, None] == numbers) & (numbers > 0))
             hooks += [layer.register_forward_pre_hook(attend, with_kwargs=True) for layer in self._model.layers]
@@ -156,6 +162,28 @@ class ClipMLLM(MLLM):
         mask = out[2].get("attention_mask") if len(out) > 2 else None
         mask = torch.ones(states.shape[0], states.shape[2]) if mask is None else mask
         return states[:, list(wanted)], mask.bool().to(states.device)
+
+    def _keep_seen(self, see: Callable, embed: dict, device: torch.device) -> Any:
+        """In place of the host's preprocess_embed: what it gives for an image, from memory for one seen before."""
+        settings = sorted((name, repr(value)) for name, value in embed.items() if name != "data")
+        owner, hooks = self._inner.transformer, tuple(map(id, self.visual._forward_hooks.values()))
+        facts = (content(embed["data"]), str(settings), weights(owner, self.patcher), str(device), hooks)
+
+        def see_to_keep() -> tuple:
+            return tree_map(_store, tuple(see(embed, device=device)))
+
+        kept = MLLM_STATES.get(owner, facts, see_to_keep)
+        return tree_map(lambda x: x.to(device, copy=True) if _is_state(x) else x, kept)
+
+
+def _store(value: Any) -> Any:
+    """A copy of states where the host keeps what lies between nodes."""
+    return value.to(intermediate_device(), copy=True) if _is_state(value) else value
+
+
+def _is_state(value: Any) -> bool:
+    """Whether it is of the vision tower and not, as an image's grid, of the host's bookkeeping."""
+    return torch.is_tensor(value) and value.is_floating_point()
 
 
 def _with_ids(ids: Tensor, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

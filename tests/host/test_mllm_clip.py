@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_dla.dla.features import Modality
+from subject_dla.loaders.encode_cache import MLLM_STATES
 from subject_dla.loaders.mllm import mllm_from_clip
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
@@ -155,6 +156,33 @@ def test_a_lora_on_the_clip_changes_the_features(clip):
     assert patched.add_patches({key: (torch.full_like(weight, 0.05),)}, 1.0)
     found = mllm_from_clip(patched).encode("a fox").hidden_states
     assert torch.equal(found[:, :2], plain[:, :2]) and not torch.allclose(found[:, 2], plain[:, 2], atol=1e-3)
+
+
+def test_an_image_seen_before_is_not_seen_again(clip):
+    """Its vision tokens are kept: bit for bit the same features; never for another image, or other weights."""
+    mllm, other = mllm_from_clip(clip), picture(300, 500, 2)
+    MLLM_STATES.clear()
+    cold = [mllm.encode(prompt, IMAGES, image_size=224).hidden_states for prompt in ("a fox", "an owl asleep", "a fox")]
+    MLLM_STATES.clear()
+    theirs = mllm.encode("a fox", [other, IMAGES[1]], image_size=224).hidden_states
+    MLLM_STATES.clear()
+    seen = []
+    hook = mllm.visual.register_forward_pre_hook(lambda *_: seen.append(1))
+    for prompt, expected in zip(("a fox", "an owl asleep", "a fox"), cold, strict=True):
+        assert torch.equal(mllm_from_clip(clip).encode(prompt, IMAGES, image_size=224).hidden_states, expected)
+        assert len(seen) == 2
+    assert torch.equal(mllm.encode("a fox", [other, IMAGES[1]], image_size=224).hidden_states, theirs)
+    assert len(seen) == 3 and theirs.shape == cold[0].shape and not torch.equal(theirs, cold[0])
+    patched = clip.clone()
+    key = next(
+        name for name, _ in clip.cond_stage_model.named_parameters() if name.endswith("visual.merger.mlp.0.weight")
+    )
+    weight = dict(clip.cond_stage_model.named_parameters())[key]
+    assert patched.add_patches({key: (torch.full_like(weight, 0.05),)}, 1.0)
+    found = mllm_from_clip(patched).encode("a fox", IMAGES, image_size=224).hidden_states
+    assert len(seen) == 5 and not torch.allclose(found[:, 0], cold[0][:, 0], atol=1e-3)
+    assert torch.equal(mllm_from_clip(clip).encode("a fox", IMAGES, image_size=224).hidden_states, cold[0])
+    hook.remove()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

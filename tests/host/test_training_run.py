@@ -1,6 +1,5 @@
 """Runs of the small family: resumed bit for bit, ended at any point without loss, refused where they would do harm."""
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import comfyui_version
 import pytest
 import torch
 from safetensors import safe_open
@@ -258,20 +256,12 @@ def draw_weights(model):
     return model
 
 
-def rounding() -> str:
-    """Differs between hosts, versions and processors that round differently."""
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    y = torch.nn.functional.conv2d((x @ x).softmax(-1)[None, None], x[:9].reshape(64, 1, 3, 3)).erf()
-    digest = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:16]
-    return f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {digest}"
-
-
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "0.1.0" / "run"
 
 
 def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, monkeypatch, request):
     """The fixture is that run with these models, stopped after 3 of 5 steps: checkpoint, tables, finished files; and
-    `expected.safetensors`, the weights after step 5."""
+    `expected.safetensors`, the weights after step 5. Equal to rounding."""
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(1)
     shutil.copytree(FIXTURE, tmp_path / "run")
@@ -296,13 +286,11 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
         for part in ("dla", "lora"):
             weights |= {f"{part}.{k}": v for k, v in load_file(checkpoint / f"{part}.safetensors").items()}
     assert found.keys() == expected.keys()
-    if made["rounding"] == rounding():
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
-        assert history.losses == json.loads(made["losses"])
-    else:  # other kernels round otherwise; other noise or another order would give other steps altogether
-        off, way = (sum(float((found[k] - side[k]).square().sum()) for k in expected) for side in (expected, start))
-        assert off < 1e-4 * way
-        assert history.losses == pytest.approx(json.loads(made["losses"]), rel=1e-3)
+    # The MLLM reads in two parts since, which rounds otherwise; other noise or another order of examples would give
+    # other steps altogether.
+    off, way = (sum(float((found[k] - side[k]).square().sum()) for k in expected) for side in (expected, start))
+    assert off < 1e-4 * way
+    assert history.losses == pytest.approx(json.loads(made["losses"]), rel=1e-3)
     assert sorted(history.validation) == [0, 3, 5] == sorted(read_table(tmp_path / "run" / "validation.csv"))
     for step, means in json.loads(made["validation"]).items():
         assert [row.mean for row in history.validation[int(step)]] == pytest.approx(means, rel=1e-3)

@@ -3,13 +3,14 @@
 softmax(q kT * scale + bias) v, and a part of the bias may depend on the query, too. Three forms, equal but for
 rounding (their times: `nox -s bench -- strength`):
 
-- parts: attention to each run of keys with one bias, joined by their log-sum-exp. PyTorch's flash attention on CUDA
-  gives it, and all runs together cost as much as plain attention.
+- parts: attention to each run of keys with one bias, joined by their log-sum-exp. PyTorch's cuDNN and flash attention
+  on CUDA give it; all runs together cost as much as plain attention, and then come the passes that join them.
 - mask: for PyTorch's attention on a CPU, whose kernel reads a mask that is the same for every query from one row.
 - channels: for every other kernel. A mask would leave the fast ones, so extra channels of q and k carry the bias.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -86,25 +87,37 @@ def _form(
     if q.device.type == "cpu":
         # a dense mask takes memory, and in half precision a mask rounds the bias
         return "mask" if query_bias is None and q.dtype == torch.float32 else "channels"
-    return "parts" if runs and _has_flash(q, k, v) else "channels"
+    return "parts" if runs and _kernel_of_parts(q, k, v) else "channels"
 
 
-def _has_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's flash attention takes these, on CUDA and without gradients, which log-sum-exp has not."""
+def _kernel_of_parts(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Any] | None:
+    """A kernel that gives log-sum-exp, too, and no gradients; None = none takes these. cuDNN first, as the host has it.
+
+    On an H200 in bf16, 8,704 tokens: cuDNN 1.39 ms, with log-sum-exp 1.40; flash 1.6 times that.
+    """
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    cuda: Any = torch.backends.cuda
     if q.device.type != "cuda" or torch.version.hip or any(x.requires_grad for x in (q, k, v)):
-        return False
-    if q.shape[1] != k.shape[1] or q.shape[-1] % CHANNELS or not hasattr(torch.backends.cuda, "SDPAParams"):
-        return False
-    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False))
+        return None
+    if q.shape[1] != k.shape[1] or q.shape[-1] % CHANNELS or not hasattr(cuda, "SDPAParams"):
+        return None
+    params = cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    if hasattr(cuda, "can_use_cudnn_attention") and cuda.can_use_cudnn_attention(params):
+        return partial(_cudnn, torch.ops.aten._scaled_dot_product_cudnn_attention)
+    return torch.ops.aten._scaled_dot_product_flash_attention if cuda.can_use_flash_attention(params) else None
+
+
+def _cudnn(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    output, log_sum, *_ = kernel(q, k, v, None, True, scale=scale)  # True: with log-sum-exp, (b, h, n, 1)
+    return output, log_sum.reshape(q.shape[:3])
 
 
 def _in_parts(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, query_bias: QueryBias | None, runs: Sequence[slice], **kwargs: Any
 ) -> Tensor:
     """Attention to each run by itself, then the mean by exp(log-sum-exp + bias)."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    if q.device.type == "cpu":
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kernel: Any = _kernel_of_parts(q, k, v)
     outputs, weights = [], []
     for run in runs:
         output, log_sum, *_ = kernel(q, k[:, :, run], v[:, :, run], scale=kwargs.get("scale"))
@@ -113,11 +126,15 @@ def _in_parts(
             added = added + query_bias.rows @ query_bias.columns[run.start]
         outputs.append(output)
         weights.append(log_sum + rearrange(added, "b n -> b 1 n"))
-    share = torch.stack(weights).softmax(0)
-    out = outputs[0] * share[0, ..., None]  # in float32
-    for output, weight in zip(outputs[1:], share[1:]):
-        out += output * weight[..., None]
-    out = out.to(q.dtype)
+    if len(runs) == 2:  # one pass instead of three; the share is rounded no more than the outputs are
+        share = torch.sigmoid(weights[1] - weights[0])[..., None].to(q.dtype)
+        out = torch.lerp(outputs[0], outputs[1], share.expand_as(outputs[0]))
+    else:
+        shares = torch.stack(weights).softmax(0)
+        out = outputs[0] * shares[0, ..., None]  # in float32
+        for output, weight in zip(outputs[1:], shares[1:]):
+            out += output * weight[..., None]
+        out = out.to(q.dtype)
     return out if kwargs.get("skip_output_reshape") else rearrange(out, "b h n d -> b n (h d)")
 
 

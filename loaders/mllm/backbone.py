@@ -23,14 +23,19 @@ class MLLMBackbone(nn.Module):
         self.compute_dtype = dtype
 
     def move_unmanaged(self, device: torch.device) -> None:
-        """Moves to `device` what the host moves only on a full load: buffers, norm-sized raw parameters."""
+        """Moves to `device` what the host moves only on a full load: buffers, norm-sized raw parameters.
+
+        As new tensors: an inference tensor, which a move by the host in inference mode makes, takes no other data.
+        """
         with torch.inference_mode(False), torch.no_grad():
             for module in self.modules():
                 if hasattr(module, "comfy_cast_weights"):
                     continue
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                     if tensor.device != device:
-                        tensor.data = tensor.data.to(device)
+                        moved = tensor.to(device)
+                        parameter = name in module._parameters
+                        setattr(module, name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings (B, T, C) of ids (B, T), in the compute dtype."""

@@ -206,6 +206,17 @@ def test_partly_loaded_weights_give_the_same_features(folders, family, monkeypat
     assert torch.equal(found.hidden_states, expected.hidden_states)
 
 
+def test_what_the_host_moved_in_inference_mode_is_moved_again(tmp_path):
+    """As on a small card: loaded whole, unloaded, loaded in part. Nodes run in inference mode."""
+    backbone = load_folder(build_qwen25vl(tmp_path / "qwen")).backbone
+    with torch.inference_mode():
+        backbone.to(torch.float64)
+        backbone.move_unmanaged(torch.device("meta"))
+        buffers = list(backbone.buffers())
+        assert buffers and all(buffer[None].float().device.type == "meta" for buffer in buffers)
+    assert all(tensor.device.type == "meta" for tensor in backbone.parameters() if not tensor.is_inference())
+
+
 def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
     """What is left to torch.nn would stay behind in low-VRAM mode on older hosts; it must be small."""
     family, _, mllm = loaded

@@ -55,15 +55,15 @@ def attention_with_key_bias(
         bias: (b, keys) float32, added to the logits.
         query_bias: Added, too; None = none.
         runs: `runs_of` the bias.
-        form: "parts", "mask" or "channels"; None = by device and kernel.
+        form: "parts" (channels where no kernel gives log-sum-exp), "mask" or "channels"; None = by device and kernel.
         **kwargs: For the kernel.
 
     Returns:
         (b, n, h * d), or (b, h, n, d) with `skip_output_reshape`.
     """
     form = form or _form(attention, q, k, v, query_bias, runs, kwargs)
-    if form == "parts":
-        return _in_parts(q, k, v, bias, query_bias, runs, **kwargs)
+    if form == "parts" and (kernel := _kernel_of_parts(q, k, v)):
+        return _in_parts(kernel, q, k, v, bias, query_bias, runs, **kwargs)
     if form == "mask":
         kwargs["mask"] = bias[:, None, None].expand(len(q), 1, q.shape[2], k.shape[2])
         return attention(q, k, v, heads, skip_reshape=True, **kwargs)
@@ -87,7 +87,7 @@ def _form(
     if q.device.type == "cpu":
         # a dense mask takes memory, and in half precision a mask rounds the bias
         return "mask" if query_bias is None and q.dtype == torch.float32 else "channels"
-    return "parts" if runs and _kernel_of_parts(q, k, v) else "channels"
+    return "parts" if runs else "channels"
 
 
 def _kernel_of_parts(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Any] | None:
@@ -114,10 +114,16 @@ def _cudnn(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float | Non
 
 
 def _in_parts(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, query_bias: QueryBias | None, runs: Sequence[slice], **kwargs: Any
+    kernel: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    query_bias: QueryBias | None,
+    runs: Sequence[slice],
+    **kwargs: Any,
 ) -> Tensor:
     """Attention to each run by itself, then the mean by exp(log-sum-exp + bias)."""
-    kernel: Any = _kernel_of_parts(q, k, v)
     outputs, weights = [], []
     for run in runs:
         output, log_sum, *_ = kernel(q, k[:, :, run], v[:, :, run], scale=kwargs.get("scale"))

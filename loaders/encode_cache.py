@@ -8,6 +8,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from comfy.model_management import intermediate_device
 from torch import Tensor, nn
 
 
@@ -96,9 +97,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def weights(model: nn.Module, patcher: Any) -> str:
-    """Fingerprint of a model's weights; with patches, such as a LoRA's, it holds for this session alone."""
-    patches = patcher.patches_uuid if getattr(patcher, "patches", None) else ""
-    return f"{fingerprint(model)} {patches}"
+    """Fingerprint of a model's weights and device; with patches, such as a LoRA's, it holds for this session alone."""
+    if patcher is None:
+        return fingerprint(model)
+    patches = patcher.patches_uuid if patcher.patches else ""
+    return f"{fingerprint(model)} {patcher.load_device.type} {patches}"
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A copy where the host keeps what lies between nodes: the CPU's memory, as a rule."""
+    return tensor.to(intermediate_device(), copy=True).contiguous()
 
 
 def encode_reference(vae: Any, pixels: Tensor) -> Tensor:

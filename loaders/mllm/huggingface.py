@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
-from ..encode_cache import MLLM_STATES, content, weights
+from ..encode_cache import MLLM_STATES, content, stored, weights
 from ..host import make_patcher
 from .backbone import MLLMBackbone
 from .base import MLLM, MLLMError
@@ -101,7 +101,7 @@ class TransformersMLLM(MLLM):
         if self.family.pooled or self.family.tiled:
             encode = self._encode_pooled if self.family.pooled else self._encode_tiles
         seen, grid, deepstack = encode(image, size, tiles, device)
-        return _store(seen), grid, [_store(level) for level in deepstack]
+        return stored(seen), grid, [stored(level) for level in deepstack]
 
     def _read(self, tokens: list[int | None], seen: list[Seen], wanted: tuple[int, ...], device, keep=False) -> tuple:
         """Layer numbers, states (1, M, T, C), the layers' keys and values if `keep`, grids: of a whole text."""
@@ -124,8 +124,8 @@ class TransformersMLLM(MLLM):
             extra = self.backbone.pooled_inputs(ids, numbers)
         positions = mrope_positions(tokens, grids).to(device) if self.family.mrope else None
         cache = DynamicCache() if keep else None
-        states = self.backbone.states(embeds, positions, wanted, _store, cache, **extra)
-        pairs = [(_store(layer.keys), _store(layer.values)) for layer in cache.layers] if cache is not None else []
+        states = self.backbone.states(embeds, positions, wanted, stored, cache, **extra)
+        pairs = [(stored(layer.keys), stored(layer.values)) for layer in cache.layers] if cache is not None else []
         return wanted, torch.stack(states, dim=1), pairs, grids
 
     def _continue(
@@ -141,7 +141,7 @@ class TransformersMLLM(MLLM):
         positions = None
         if self.family.mrope:
             positions = mrope_positions(tokens, grids)[:, :, -ids.shape[1] :].to(device)
-        return torch.stack(self.backbone.states(self.backbone.embed(ids), positions, wanted, _store, cache), dim=1)
+        return torch.stack(self.backbone.states(self.backbone.embed(ids), positions, wanted, stored, cache), dim=1)
 
     def _encode_image(self, image: Tensor, size: int, tiles: int, device) -> tuple[Tensor, ImageGrid, list[Tensor]]:
         """Tokens (n, C) of an image (H, W, 3) by Qwen's vision tower, their grid, and what DeepStack adds per layer."""
@@ -175,11 +175,6 @@ class TransformersMLLM(MLLM):
         seen = rearrange(seen, "n (h w) c -> n h w c", h=side // vision.patch)
         seen = rearrange(model.pixel_shuffle(seen, scale_factor=1 / vision.merge), "n h w c -> n (h w) c")
         return rearrange(model.multi_modal_projector(seen), "n t c -> (n t) c"), grid, []
-
-
-def _store(tensor: Tensor) -> Tensor:
-    """A copy where the host keeps what lies between nodes: the CPU's memory, as a rule."""
-    return tensor.to(comfy.model_management.intermediate_device(), copy=True).contiguous()
 
 
 def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM:

@@ -10,12 +10,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from comfy.model_management import intermediate_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...dla.features import ImageGrid
-from ..encode_cache import MLLM_STATES, content, weights
+from ..encode_cache import MLLM_STATES, content, stored, weights
 from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
@@ -170,15 +169,10 @@ class ClipMLLM(MLLM):
         facts = (content(embed["data"]), str(settings), weights(owner, self.patcher), str(device), hooks)
 
         def see_to_keep() -> tuple:
-            return tree_map(_store, tuple(see(embed, device=device)))
+            return tree_map(lambda x: stored(x) if _is_state(x) else x, tuple(see(embed, device=device)))
 
         kept = MLLM_STATES.get(owner, facts, see_to_keep)
         return tree_map(lambda x: x.to(device, copy=True) if _is_state(x) else x, kept)
-
-
-def _store(value: Any) -> Any:
-    """A copy of states where the host keeps what lies between nodes."""
-    return value.to(intermediate_device(), copy=True) if _is_state(value) else value
 
 
 def _is_state(value: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...common.files import save_tensors
 from ...common.picture_files import PictureFile, file_version, load_picture
 from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContext
-from ...loaders.encode_cache import fingerprint
+from ...loaders.encode_cache import weights
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
 from .shared import compute_once, each
@@ -145,15 +145,11 @@ class FeatureSource:
         files = [(str(where), *rest) for where, *rest in map(file_version, references)]
         text = self.mllm.template.text(prompt, len(references))
         if self.folder is not None and not self._models:
-            self._models = " ".join(_weights(part.patcher) for part in (self.mllm, self.clip) if part is not None)
+            self._models = " ".join(
+                weights(part.patcher.model, part.patcher) for part in (self.mllm, self.clip) if part is not None
+            )
         facts = (prompt, text, files, self.layers, self.image_size, self.mllm.info, self._models)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
-
-
-def _weights(patcher) -> str:
-    """Fingerprint of a model's weights; with patches, such as a LoRA's, it holds for this session alone."""
-    patches = patcher.patches_uuid if patcher.patches else ""
-    return f"{fingerprint(patcher.model)} {patcher.load_device.type} {patches}"
 
 
 def stack(features: Sequence[Features]) -> Features:

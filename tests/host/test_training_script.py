@@ -24,7 +24,7 @@ data = {{source = "subjects", resolution = 64, reference_size = 64, validation =
 training = {{stage = 2, steps = 4, batch_size = 2, warmup = 0, learning_rate = 1e-3}}
 run = {{name = "one", dtype = "fp32", save_every = 2, validate_every = 4, validation_examples = 2, sample_every = 0}}
 """
-# accelerate's launcher starts several processes for devices alone, and hands over to this one; on CPUs, this one
+# accelerate's launcher starts several processes for devices alone, and then calls this one; on CPUs, this one
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

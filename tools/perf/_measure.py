@@ -89,3 +89,17 @@ def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any
             if number:
                 seconds[name].append(clock() - started)
     return Timed(seconds, peak)
+
+
+def cpu_peak(work: Callable[[], Any]) -> int:
+    """Bytes that PyTorch allocates on the CPU at most beyond those there before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        work()
+    now = most = 0
+    events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -84,6 +84,15 @@ def random_dit(family: str, sizes: Mapping[str, Any], dtype: torch.dtype | None 
     return build_dit(random_state(shapes, dtype or torch.bfloat16), dict(sizes), {"dtype": dtype}, f"random {family}")
 
 
+def timed_dit(family: str, full: bool, tiny: bool, device: torch.device) -> Any:
+    """MODEL to time steps of, made on `device`: the release with `full`, a tiny one, else one double block of it."""
+    with torch.device(device):
+        if tiny:
+            return dit.tiny(family)
+        sizes = release_sizes(family) if full else {"depth": 1, "depth_single_blocks": 0}
+        return random_dit(family, sizes, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def random_vae(family: str) -> Any:
     """The VAE of FLUX.1 or FLUX.2, at its size."""
     import comfy.sd

@@ -29,7 +29,7 @@ from typing import Any
 
 from ...common.bootstrap import ROOT
 from ...common.console import say
-from ...common.markdown import markdown
+from ...common.markdown import markdown, replace_between
 from ._measure import device_name, start
 
 FAMILIES, SIZES, REFERENCES, STEPS = ("flux", "flux2"), (512, 1024, 2048), (1, 2, 3, 4, 5), 20
@@ -94,35 +94,60 @@ def counted(family: str) -> dict[str, Any]:
 
 def count(backbone, sigmas: list[float], px: int, references: int, sizes=None) -> dict[str, Any]:
     """Tokens of each group, tokens in the DiT by kind of step, and 10^12 operations of steps, parts and pictures."""
-    from ...sampling.stages import plan, preset
-    from ...training.dit.flops import forward
+    from ...sampling.stages import preset
     from ...training.dit.memory import token_counts
 
     side = min(px, REFERENCE_SIDE)
     image, reference = token_counts(backbone, (px, px), references, side)
     mllm = backbone.training.mllm
     context = PROMPT_TOKENS + references * mllm_tokens(mllm.name)
-    least = PADDED if backbone.pads_context else backbone.context_off_tokens
-    tokens, step = {}, {}
-    for kind, (with_context, with_references) in KINDS.items():
-        read = max(context if with_context else 0, least)
-        tokens[kind] = read + image + (reference if with_references else 0)
-        settings = dict(resolution=px, references=references if with_references else 0, reference_side=side)
-        step[kind] = sum(forward(backbone, sizes=sizes, context_tokens=read, **settings)) / 1e12
+    tokens, operations = count_step(backbone, context, px, references, side, sizes)
+    step = {kind: number / 1e12 for kind, number in operations.items()}
     parts = {
         "mllm": 2 * mllm.parameters * context / 1e12,
         "vae_encode": references * vae_operations(VAE_ENCODE, side) / 1e12,
         "vae_decode": vae_operations(VAE_DECODE, px) / 1e12,
     }
-    names = {strengths: kind for kind, strengths in KINDS.items()}
-    steps = {
-        way: dict(Counter(names[s.context, s.reference] for s in plan(preset(name), sigmas, image)))
-        for way, name in WAYS.items()
-    }
+    steps = {way: kinds_of_steps(preset(name), sigmas, image) for way, name in WAYS.items()}
     row = {"px": px, "references": references, "reference_px": side, "steps": steps, "step_tflop": step}
     row["tokens"] = {"context": context, "image": image, "reference": reference, "in_dit": tokens}
     row["tokens"]["mean"] = {way: sum(tokens[k] * n for k, n in found.items()) / STEPS for way, found in steps.items()}
     return row | {"parts_tflop": parts, "tflop": per_picture(steps, step, parts)}
+
+
+def count_step(
+    backbone, context: int, px: int, references: int, side: int, sizes=None
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Tokens in the DiT, and operations of its step, by kind of step.
+
+    Args:
+        backbone: The family's record.
+        context: MLLM tokens.
+        px: Side of the picture.
+        references: How many.
+        side: Of each, px.
+        sizes: Of the DiT; None = the release's.
+    """
+    from ...training.dit.flops import forward
+    from ...training.dit.memory import token_counts
+
+    image, reference = token_counts(backbone, (px, px), references, side)
+    least = PADDED if backbone.pads_context else backbone.context_off_tokens
+    tokens, operations = {}, {}
+    for kind, (with_context, with_references) in KINDS.items():
+        read = max(context if with_context else 0, least)
+        tokens[kind] = read + image + (reference if with_references else 0)
+        settings = dict(resolution=px, references=references if with_references else 0, reference_side=side)
+        operations[kind] = sum(forward(backbone, sizes=sizes, context_tokens=read, **settings))
+    return tokens, operations
+
+
+def kinds_of_steps(stages: Any, sigmas: list[float], image: int) -> dict[str, int]:
+    """How many steps of each kind a run has; image: its tokens."""
+    from ...sampling.stages import plan
+
+    names = {strengths: kind for kind, strengths in KINDS.items()}
+    return dict(Counter(names[step.context, step.reference] for step in plan(stages, sigmas, image)))
 
 
 def per_picture(steps: dict[str, dict[str, int]], step: dict[str, float], parts: dict[str, float]) -> dict[str, float]:
@@ -311,9 +336,7 @@ def write_docs(result: dict[str, Any]) -> None:
     for number, model in enumerate(models):
         draw(canvas, model, number * high, last=number + 1 == len(models))
     canvas.picture().save(FIGURE, optimize=True)
-    text = PAGE.read_text("utf-8")
-    (before, rest), (start, end) = text.split(MARKS[0]), MARKS
-    PAGE.write_text(f"{before}{start}\n{table(result)}\n{end}{rest.split(end)[1]}", "utf-8")
+    replace_between(PAGE, MARKS, table(result))
 
 
 def draw(canvas: Any, model: dict[str, Any], top: int, last: bool) -> None:

@@ -11,11 +11,9 @@ tokens in chunks of as large a share of the input as at full size. Last line: on
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from ._measure import device_name, start, time_rounds
+from ._measure import cpu_peak, device_name, start, time_rounds
 
 LAYERS, WIDTH, CONTEXT = 28, 3584, 4096  # InternVL3-8B, FLUX.1-dev
 FULL = {"text": 1500, "image": 2048}
@@ -136,7 +134,6 @@ def _plain_form(dla: Any, features: Any, normed: bool) -> Any:
 def _count(form: Any, device: Any) -> tuple[int, int]:
     """Operations of a form, and the bytes that it allocates at most beyond those there before, its result included."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
     if device.type == "cuda":
@@ -148,13 +145,5 @@ def _count(form: Any, device: Any) -> tuple[int, int]:
             form()
         return counter.get_total_flops(), peak
     with FlopCounterMode(display=False) as counter:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            form()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
-        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
-    live, peak = 0, 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
+        peak = cpu_peak(form)
     return counter.get_total_flops(), peak

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from ...common.bootstrap import ROOT, start_host
 from ...common.console import say
-from ...common.markdown import markdown
+from ...common.markdown import markdown, replace_between
 from ._measure import device_name
 
 BUDGETS, SIDE, STEPS, GIB = (24, 16, 12), 1024, 6, 2**30
@@ -127,7 +127,7 @@ def run_models(models: Models, full: bool) -> None:
         mllm = random_mllm(models.mllm, Path(folder), full)
     dtype = torch.float8_e4m3fn if models.fp8 else torch.bfloat16
     model = random_dit(models.family, release_sizes(models.family), dtype) if full else dit.tiny(models.family)
-    width = CONTEXT_WIDTHS[models.family] if full else {"flux": 24, "flux2": 24}[models.family]
+    width = CONTEXT_WIDTHS[models.family] if full else 24
     dla, vae = random_dla(mllm, models.family, width), random_vae(models.family)
     say(f"{models.title}: made in {time.perf_counter() - started:.0f} s")
     emulate = small_card() if cuda else lambda gib: None
@@ -250,8 +250,7 @@ def write_docs(result: dict[str, Any]) -> None:
         lines.append([row["title"], str(row["budget"]), *cells, whole, fits])
     text = f"{result['device']}, {result['px']} px, one reference of as much, {result['steps']} steps. GiB at the peak "
     text += "(working memory, above what stays on the card); seconds with loading."
-    (before, rest), (start, end) = PAGE.read_text("utf-8").split(MARKS[0]), MARKS
-    PAGE.write_text(f"{before}{start}\n{text}\n\n{markdown(lines)}\n{end}{rest.split(end)[1]}", "utf-8")
+    replace_between(PAGE, MARKS, f"{text}\n\n{markdown(lines)}")
 
 
 def in_words(part: dict[str, Any]) -> str:

@@ -11,15 +11,13 @@ what linear maps and attention say of the steps' token counts.
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ...common.console import say
 from ._measure import device_name, start, time_rounds
-
-NAMES = {(1.0, 0.0): "mllm_only", (1.0, 1.0): "both", (0.0, 1.0): "vae_only"}  # strengths -> kind of a step
+from .costs import count_step, kinds_of_steps
 
 
 def main(argv: list[str]) -> None:
@@ -33,19 +31,14 @@ def main(argv: list[str]) -> None:
     whole = options.full or options.tiny
     device = start(options.full, ["--highvram"] if options.full else [])
     import comfy.model_management
-    import torch
 
     from ...loaders.backbones import BACKBONES
-    from ...tests.small import dit
-    from ._models import random_dit, release_sizes
+    from ._models import timed_dit
 
     px, contexts, steps = (1024, (512, 2048), 20) if options.full else (256, (32, 128), 6)
     result: dict[str, Any] = {"benchmark": "staged", "device": device_name(device), "px": px, "steps": steps}
     for family in ("flux", "flux2") if whole else ("flux",):
-        backbone, dtype = BACKBONES[family], torch.bfloat16 if device.type == "cuda" else torch.float32
-        sizes = release_sizes(family) if whole else {"depth": 1, "depth_single_blocks": 0}
-        with torch.device(device):  # made where it is used
-            model = dit.tiny(family) if options.tiny else random_dit(family, sizes, dtype)
+        backbone, model = BACKBONES[family], timed_dit(family, options.full, options.tiny, device)
         counted = backbone.training.sizes
         counted = counted if whole else replace(counted, blocks=1, single=0)
         for context, suffix in zip(contexts, ("", "_2048")):
@@ -71,8 +64,7 @@ def measure(
     from ...loaders.conditioning import ReferenceSettings, add_references
     from ...loaders.dit import context_width
     from ...sampling.patch import apply_stages
-    from ...sampling.stages import plan, preset
-    from ...training.dit.flops import forward
+    from ...sampling.stages import preset
 
     side = px // backbone.latent_downscale
     latent, reference = (torch.randn(1, backbone.latent_channels, side, side) for _ in range(2))
@@ -88,19 +80,13 @@ def measure(
 
     image = (px // backbone.token_side) ** 2
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps).tolist()
-    kinds = Counter(NAMES[step.context, step.reference] for step in plan(preset("paper"), sigmas, image))
-    least = 512 if backbone.pads_context else backbone.context_off_tokens
-    tokens, operations = {}, {}
-    for (with_context, with_reference), kind in NAMES.items():
-        read = max(context if with_context else 0, least)
-        tokens[kind] = read + image + (image if with_reference else 0)
-        settings = dict(resolution=px, references=int(with_reference), reference_side=px, context_tokens=read)
-        operations[kind] = sum(forward(backbone, sizes=sizes, **settings))
+    kinds = kinds_of_steps(preset("paper"), sigmas, image)
+    tokens, operations = count_step(backbone, context, px, 1, px, sizes)
     predicted = sum(operations[kind] * number for kind, number in kinds.items()) / (operations["both"] * steps)
     return {
         "ratio": timed.ratio("paper", "both"),
         "predicted": round(predicted, 4),
-        "steps": dict(kinds),
+        "steps": kinds,
         "tokens": tokens,
         "step_tflop": {kind: round(count / 1e12, 4) for kind, count in operations.items()},
         "seconds": {name: round(timed.median(name), 3) for name in forms},

@@ -39,21 +39,15 @@ def main(argv: list[str]) -> None:
     whole = options.full or options.tiny
     device = start(options.full, ["--highvram"] if options.full else [])
     import comfy.model_management
-    import torch
 
     from ...tests.small import dit
-    from ._models import random_dit, release_sizes
+    from ._models import timed_dit
 
     result: dict[str, Any] = {"benchmark": "steps", "device": device_name(device), "rounds": options.rounds}
     result |= {"px": options.px or (1024 if options.full else 128)}
     result |= {"context_tokens": options.context or (512 if options.full else 128)}
     for family in ("flux", "flux2") if whole else ("flux",):
-        sizes = release_sizes(family) if whole else {"depth": 1, "depth_single_blocks": 0}
-        with torch.device(device):  # made where they are used
-            if options.tiny:
-                model = dit.tiny(family)
-            else:
-                model = random_dit(family, sizes, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = timed_dit(family, options.full, options.tiny, device)
         found = measure(model, family, result["px"], result["context_tokens"], options.rounds, device)
         result |= found if family == "flux" else {f"{key}_klein": value for key, value in found.items()}
         say(f"{family}: {json.dumps(found)}")

@@ -22,6 +22,7 @@ import pytest
 from ...common.bootstrap import start_host
 from ...common.console import say
 from ...loaders.backbones import TRAINED
+from ._measure import cpu_peak
 
 
 def main(argv: list[str]) -> None:
@@ -162,7 +163,6 @@ def runs(folder: Path, steps: int) -> tuple[float, dict]:
 def peak(checkpointing: bool) -> float:
     """Returns the peak in MB that a forward and backward pass allocates."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from ...dla.context import Context
     from ...tests.small.dit import tiny_flux
@@ -175,12 +175,10 @@ def peak(checkpointing: bool) -> float:
     tokens = torch.randn(1, 64, 512, generator=draw).requires_grad_()
     mask, none = torch.ones(1, 64).bool(), torch.zeros(1, 64, dtype=torch.int16)
     noisy = torch.randn(1, 16, 64, 64, generator=draw)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log, backbone.gradients():
+
+    def step() -> None:
         context = Context(tokens, mask, none.to(torch.uint8), none)
         backbone.velocity(noisy, torch.tensor([0.5]), context, guidance=1.0).square().mean().backward()
-    now = most = 0
-    events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return round(most / 1e6, 1)
+
+    with backbone.gradients():
+        return round(cpu_peak(step) / 1e6, 1)

@@ -292,7 +292,8 @@ def time_steps(model: Any, family: str, row: dict, repeats: int, kinds: Sequence
     condition = [[context, values_of(mask, backbone.counts_context, **settings)]]
 
     def sample(kind: str, model: Callable, x: Any, sigmas: Any, extra_args: dict) -> Any:
-        seconds = best(lambda: model(x, sigmas[:1].expand(len(x)), **extra_args), 1)
+        with torch.no_grad():  # as in the host's own samplers
+            seconds = best(lambda: model(x, sigmas[:1].expand(len(x)), **extra_args), 1)
         found[kind].append(seconds)
         return x
 

@@ -81,6 +81,7 @@ def main() -> int:
         files, losses = {"dla": str(result.dla), "lora": result.lora and str(result.lora)}, result.history.losses
         print(json.dumps({**files, "steps": len(losses), "loss": losses[-1] if losses else None}), flush=True)
     if accelerator is not None:
+        accelerator.wait_for_everyone()  # none takes the connections down while another still works
         accelerator.end_training()
     return 0
 

@@ -48,6 +48,7 @@ def main(folder: Path, kinds: list[str]) -> None:
     found = {kind: step(recipe, loaded, folder, accelerator, **KINDS[kind]) for kind in kinds}
     if accelerator.is_main_process:
         print(json.dumps(found))
+    accelerator.wait_for_everyone()  # none takes the connections down while another still works
     accelerator.end_training()
 
 

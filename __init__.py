@@ -8,6 +8,8 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """The host calls this once to learn the pack's nodes (V3 API)."""
+    from .loaders.folders import copy_demo_picture
     from .nodes import SubjectExtension
 
+    copy_demo_picture()
     return SubjectExtension()

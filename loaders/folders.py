@@ -1,27 +1,53 @@
 """The pack's own model folders, `models/mllm`, `models/dla` and `models/orientation`, among the host's.
 
-Also in every folder that extra_model_paths.yaml gives for these names.
+Also in every folder that extra_model_paths.yaml gives for these names. Behind all of them are the folders of the demo's
+models, so that the workflow `demo` runs in a plain install.
 """
 
+import logging
 import os
+import shutil
 from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+from ..common.bootstrap import ROOT
+
 EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}, "orientation": {".safetensors", ".pt"}}
 FILES = {"dla": "DLA", "orientation": "orientation"}  # kinds that are single files, and their names in messages
+DEMO_PICTURE = "toy-1.png"  # the reference of the workflow `demo`
 
 
 def register() -> None:
     """Makes these folders known to the host; may be called again.
 
     Folders that its YAML names for them stay, and stay first where it says so; the extensions are set here, since the
-    host would list every file under a new name.
+    host would list every file under a new name. The demo's folders come last: a user's file of the same name is taken,
+    and whatever saves models into a kind's first folder never chooses them.
     """
     for kind, extensions in EXTENSIONS.items():
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
         paths, _ = folder_paths.folder_names_and_paths[kind]
         folder_paths.folder_names_and_paths[kind] = (paths, set(extensions))
+    for folder in sorted(path for path in (ROOT / "demo" / "models").glob("*") if path.is_dir()):
+        folder_paths.add_model_folder_path(folder.name, str(folder))
+
+
+def copy_demo_picture() -> None:
+    """Puts the demo's reference into the host's input folder, unless a file of that name is there.
+
+    The host's Load Image reads that folder alone, and its editor marks as missing what was not in it at the start.
+    """
+    path = Path(folder_paths.get_input_directory()) / DEMO_PICTURE
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "demo" / "images" / DEMO_PICTURE, path)
+    except OSError as error:
+        logging.warning("Subject DLA: the workflow `demo` lacks its picture: %s", error)
+    else:
+        logging.info("Subject DLA: copied the demo's picture to %s", path)
 
 
 def mllm_names() -> list[str]:

@@ -27,6 +27,7 @@ def models(tmp_path, monkeypatch) -> Path:
         (tmp_path / "models" / kind).mkdir(parents=True)
         (tmp_path / "extra" / kind).mkdir(parents=True)
         folder_paths.add_model_folder_path(kind, str(tmp_path / "extra" / kind))
+    monkeypatch.setattr(folders, "ROOT", tmp_path)  # without the demo's models
     folders.register()
     folders.register()  # again: no effect
     return tmp_path

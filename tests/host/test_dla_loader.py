@@ -98,6 +98,40 @@ def test_lists_files_of_every_configured_root(models):
     assert set(map(Path, folders.roots("mllm"))) == {models / "models" / "mllm", models / "extra" / "mllm"}
 
 
+def test_the_demos_models_come_last(models, monkeypatch):
+    """So nothing is saved there, and a user's file of the same name is read."""
+    import folder_paths
+
+    monkeypatch.undo()
+    before = {kind: list(found) for kind, (found, _) in folder_paths.folder_names_and_paths.items()}
+    folders.register()
+    folders.register()
+    for kind in ("diffusion_models", "dla", "loras", "mllm", "vae"):
+        own, found = str(folders.ROOT / "demo" / "models" / kind), folder_paths.get_folder_paths(kind)
+        assert found[-1] == own and found.count(own) == 1 and found[0] != own
+        assert [path for path in found if path != own] == [path for path in before.get(kind, found) if path != own]
+    assert folders.mllm_names() and "demo.safetensors" in folders.files("dla")
+
+
+def test_the_demos_picture_is_copied_once(tmp_path, monkeypatch, caplog):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
+    path = tmp_path / "input" / "toy-1.png"
+    with caplog.at_level("INFO"):
+        folders.copy_demo_picture()
+        assert path.read_bytes() == (folders.ROOT / "demo" / "images" / "toy-1.png").read_bytes()
+        path.write_text("the user's")
+        folders.copy_demo_picture()
+    assert path.read_text() == "the user's" and list(path.parent.iterdir()) == [path]
+    assert [record.message for record in caplog.records] == [f"Subject DLA: copied the demo's picture to {path}"]
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("no folder")
+    folders.copy_demo_picture()
+    assert "the workflow `demo` lacks its picture" in caplog.text
+
+
 @pytest.mark.parametrize("name", [
     "../secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", "",
 ])  # fmt: skip

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from io import BytesIO
 
 import psutil
 import pytest
 from PIL import Image
 from subject_dla.common import bootstrap
 from subject_dla.demo import run as demo
+from subject_dla.tests.small.prompts import key_of, of_type, run
 from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.server import Server
 
 SCRIPT = [sys.executable, bootstrap.__file__, "demo.run"]
 PROMPT = "the cat of image 1 on a mossy rock"
@@ -69,6 +72,23 @@ def test_interrupted_it_leaves_no_process(comfyui, number, tmp_path):
     while left := [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, f"still running: {[child.cmdline() for child in left]}"
         time.sleep(0.2)
+
+
+def test_a_plain_install_makes_the_demos_picture(comfyui, tmp_path):
+    """Nothing is given to it but the pack: no model, no picture; also what 0.1.0 saved."""
+    old = demo.ROOT / "tests" / "fixtures" / "0.1.0" / "workflows" / "demo.json"
+    with Server(comfyui, tmp_path, arguments=demo.device()) as server:
+        assert [path.name for path in (server.base / "input").iterdir()] == ["toy-1.png"]
+        assert "copied the demo's picture" in server.log.read_text()
+        info = server.client.object_info()
+        for path in (demo.WORKFLOW, old):
+            prompt = workflow.to_api(workflow.read(path), info)
+            of_type(prompt, "SaveImage")["filename_prefix"] = path.parent.name
+            (image,) = run(server, prompt)[key_of(prompt, "SaveImage")]["images"]
+            with Image.open(BytesIO(server.client.fetch(image))) as picture:
+                assert picture.size == (112, 112) and len(picture.convert("RGB").getcolors(2**24)) > 1000
+        saved = [path for path in (server.base / "models").rglob("*") if path.is_file()]
+        assert not saved, "the demo's models stay in the pack"
 
 
 def test_more_images_than_the_workflow_takes():

@@ -41,6 +41,7 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.prefix, self.headers, self.parts, self.seconds, self.fails = prefix, headers or {}, parts, seconds, fails
         self.status = 0  # of every answer to /prompt, where it is set
+        self.odd = {}  # by part: what it answers instead, and the status
         self.jobs, self.uploads, self.drawn, self.deleted = {}, [], [], []
         self.nodes = {node["class_type"]: {"input": {"required": {}}, "output": [], "output_node": False}
                       for node in GRAPH.values() if node["class_type"] not in lacks}  # fmt: skip
@@ -93,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         part = path.split("/")[0].split("?")[0]
         if part not in ("prompt", "history", "view", "upload", *service.parts):
             return self.answer({"error": "no such thing"}, 404)
+        if part in service.odd and (part != "history" or path.split("/")[1] in service.jobs):
+            odd, status = service.odd[part]
+            return self.answer(odd(path.split("/")[-1]) if callable(odd) else odd, status)
         return path
 
     def do_GET(self):
@@ -283,6 +287,53 @@ def test_errors_of_cases_and_of_servers(start, tmp_path):
     result, benchmark, said = run(wanted(tmp_path, 30), tmp_path, broken, well, name="broken")
     assert result["made"] == 30 and result["failed"] == 0 and len(broken.jobs) <= 8
     assert f"{broken.address} fails what others draw" in said and benchmark.workers[0].out
+
+
+def record(value):
+    return lambda job: {job: value}
+
+
+ODD = {
+    "refusal of a proxy": ("prompt", {"error": "boom"}, 500),
+    "refusal that is a list": ("prompt", [1], 400),
+    "errors without texts": ("prompt", {"node_errors": {"3": {"errors": ["x"]}}}, 400),
+    "job without a name": ("prompt", {"prompt_id": None}, 200),
+    "history that is a list": ("history", [], 200),
+    "history in no encoding": ("history", b"\xff{", 200),
+    "history in error": ("history", {"error": {"message": "boom"}}, 500),
+    "record that is text": ("history", record("x"), 200),
+    "record without messages": ("history", record({"status": {"messages": None}, "outputs": {}}), 200),
+    "outputs that are null": ("history", record({"outputs": None}), 200),
+    "images that are null": ("history", record({"outputs": {"4": {"images": None}}}), 200),
+    "no picture": ("history", record({"outputs": {"4": {}}}), 200),
+    "texts that are null": ("history", record({"outputs": {"4": {"images": [{"filename": "5.png", "type": "output"}],
+                                                                 "text": None}}}), 200),
+    "queue in error": ("queue", {}, 500),
+    "upload without a name": ("upload", {}, 200),
+    "upload that is a list": ("upload", [], 200),
+    "nodes that are a list": ("object_info", [{}], 200),
+    "nodes that are numbers": ("object_info", {"KSampler": 1}, 200),
+    "version that is none": ("system_stats", {"system": {"comfyui_version": {}}}, 200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_server_whose_answers_are_odd_costs_no_case(odd, start, tmp_path, capsys):
+    """Whatever it says, the other one draws what it does not, and no case is taken for what ended it."""
+    part, *answer = ODD[odd]
+    parts = ("system_stats", "queue", "object_info")
+    good, bad = start(seconds=0.05, parts=parts), start(parts=parts)
+    bad.odd[part] = answer
+    wanted(tmp_path, 1)
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"prompt": f"cat {n}", "image_paths": ["cat.png"]} for n in range(20)])
+    )
+    (tmp_path / "flow.json").write_text(json.dumps(GRAPH))
+    command = ["run", str(tmp_path / "list.json"), "--workflow", str(tmp_path / "flow.json"), "--out"]
+    assert main([*command, str(tmp_path / "out"), "--server", f"{good.address},{bad.address}", "--patience", "5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["made"], result["failed"]) == (20, 0)
+    assert result["servers"][bad.address] == 0 or part in ("object_info", "system_stats")
 
 
 def test_a_server_that_never_ends_a_job_does_not_hold_the_run(start, tmp_path):

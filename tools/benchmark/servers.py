@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import NamedTuple
 
-from ..comfy_client.client import Client, title
+from ..comfy_client.client import ODD, Client, title
 from ..comfy_client.node_inputs import choices
 from ..comfy_client.workflow import titles
 from .ledger import RunError
@@ -43,11 +44,11 @@ def _ask(client: Client) -> Found:
         return Found(client, problem)
     try:
         version = client.version()
-    except (OSError, ValueError, KeyError, TypeError):  # a service need not say
+    except (OSError, HTTPException, *ODD):  # a service need not say
         version = "unknown"
     try:
         return Found(client, "", client.object_info(), version)
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return Found(client, "", None, version)
 
 
@@ -92,5 +93,5 @@ def missing_now(client: Client, prompt: dict) -> list[str]:
     """What a server that has been away certainly lacks; nothing where it does not show its nodes."""
     try:
         return [what for what, certain in missing(prompt, client.object_info()).items() if certain]
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return []

@@ -9,7 +9,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from ..comfy_client.client import ABSENT, Client, failure, refusal, why
+from ..comfy_client.client import ABSENT, ODD, Client, failure, refusal, why
 from ..comfy_client.workflow import WorkflowFileError, nodes_of
 from .case_queue import TIMES, CaseQueue, ServerState
 from .ledger import MARK
@@ -93,7 +93,8 @@ class Worker(ServerState):
         self.jobs[job] = (case, prompt)
         try:
             answer = self._request(self.client.post, "/prompt", json.dumps(body).encode(), "application/json")
-            named = answer["prompt_id"]
+            if not isinstance(named := answer["prompt_id"], str):
+                raise TypeError
         except urllib.error.HTTPError as error:
             del self.jobs[job]
             if error.code in ABSENT:
@@ -157,31 +158,38 @@ class Worker(ServerState):
 
     def _history(self, job: str) -> dict | None:
         """The server's record of a job that has ended."""
+
+        def read() -> dict | None:
+            entry = self.client.get(f"/history/{job}").get(job)
+            status = ((entry or {}).get("status") or {}).get("status_str", "success")
+            return entry if self.shows_queue or status in ("success", "error") else None
+
         try:
-            entry = self._request(self.client.get, f"/history/{job}").get(job)
+            return self._request(read)
         except urllib.error.HTTPError as error:
             if error.code != 404:
                 raise _NoAnswerError(why(error)) from None
             return None
-        status = ((entry or {}).get("status") or {}).get("status_str", "success")
-        return entry if self.shows_queue or status in ("success", "error") else None
 
     def _finish(self, case: Case, prompt: dict, entry: dict) -> None:
         queue = self.queue
-        if problem := failure(entry, prompt, queue.template.titles):
-            return queue.failed(self, case, problem)
-        outputs = entry.get("outputs", {}).values()
-        images = [image for output in outputs for image in output.get("images", []) if image.get("type") == "output"]
+        try:
+            if problem := failure(entry, prompt, queue.template.titles):
+                return queue.failed(self, case, problem)
+            outputs = entry.get("outputs", {}).values()
+            images = [image for one in outputs for image in one.get("images", []) if image.get("type") == "output"]
+        except ODD as error:
+            return queue.failed(self, case, f"The server's record of the job cannot be read ({error!r}).")
         if not images and case.name not in queue.empty:  # an equal job was run before: older hosts name no picture
             queue.empty.add(case.name)
             return queue.give_back(case, last=True)
         if len(images) != 1:
             expected = "expected one: batch size 1 and one Save Image node."
-            return queue.record_failure(case, f"{len(images)} pictures were saved, {expected}", self)
+            return queue.failed(self, case, f"{len(images)} pictures were saved, {expected}")
         try:
             data = self._request(self.client.fetch, images[0])
             queue.record(self, case, prompt, entry, data)
-        except (urllib.error.HTTPError, ValueError) as error:
+        except (urllib.error.HTTPError, *ODD) as error:
             queue.failed(self, case, f"{images[0].get('filename')}: the picture could not be fetched ({error})")
 
     def _request(self, call: Callable, *arguments):
@@ -194,13 +202,16 @@ class Worker(ServerState):
             raise
         except FileNotFoundError:  # a reference that has been removed
             raise
-        except (OSError, HTTPException, json.JSONDecodeError) as error:
+        except (OSError, HTTPException) as error:
             raise _NoAnswerError(why(error)) from None
+        except ODD as error:
+            raise _NoAnswerError(f"its answer is not as ComfyUI's: {error!r}") from None
 
     def _no_answer(self, reason: str) -> None:
         """After a request without an answer: whether the server is lost; then others get its cases."""
         self.errors += 1
-        known, self.problem = self.away_since, self.client.problem() or (reason if self.errors >= TIMES else "")
+        known, away = self.away_since, self.client.problem()
+        self.problem = away or (reason if self.errors >= TIMES else "")
         if not self.problem:
             self.queue.over.wait(5 * POLL)
             return
@@ -208,7 +219,7 @@ class Worker(ServerState):
             self.away_since, self.times_lost = time.monotonic(), self.times_lost + 1
             others = " Others get its cases." if self.queue.others(self) else ""
             self.queue.say(f"{self.client.address} does not answer ({self.problem}); waiting for it.{others}")
-        self._give_back()
+        self._give_back(worked=bool(away))  # no case has ended a server that still answers
 
     def _give_back(self, worked: bool = True, always: bool = False) -> None:
         """Returns the cases of unfinished jobs, if another server can draw them or `always`."""

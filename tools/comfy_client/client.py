@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 ABSENT = (404, 405, 501)  # what is said for a part of the interface that a service does not have
+ODD = (AttributeError, KeyError, TypeError, ValueError)  # what reading an answer of another form than ComfyUI's raises
 Progress = Callable[[str, int, int], None]  # called with the node's id, the step reached, and the number of steps
 
 
@@ -94,11 +95,14 @@ class Client:
 
     def version(self) -> str:
         """ComfyUI's version."""
-        return self.get("/system_stats")["system"].get("comfyui_version", "unknown")
+        return str(self.get("/system_stats")["system"].get("comfyui_version", "unknown"))
 
     def object_info(self) -> dict:
-        """The schema of every node, by class."""
-        return self.get("/object_info")
+        """The schema of every node, by class. Raises ValueError for another answer."""
+        nodes = self.get("/object_info")
+        if not isinstance(nodes, dict) or not all(isinstance(node, dict) for node in nodes.values()):
+            raise ValueError(f"{self.address}/object_info holds no schemas of nodes.")
+        return nodes
 
     def upload(self, image: Path, name: str = "") -> str:
         """Copies a picture into the server's input folder, as `name` if given; returns its name for Load Image."""
@@ -172,12 +176,12 @@ def refusal(text: str, prompt: dict, titles: dict[str, str]) -> str:
     """The server's answer to a workflow that it does not accept, in lines."""
     try:
         answer = json.loads(text)
-    except json.JSONDecodeError:
+        lines = [f"{(answer.get('error') or {}).get('message', 'The server refused the workflow')}:"]
+        for node, found in (answer.get("node_errors") or {}).items():
+            for error in found["errors"]:
+                lines.append(f"  {title(node, prompt, titles)}: {error['message']}: {error.get('details', '')}")
+    except ODD:  # a proxy's own
         return f"The server refused the workflow: {text}"
-    lines = [f"{(answer.get('error') or {}).get('message', 'The server refused the workflow')}:"]
-    for node, found in (answer.get("node_errors") or {}).items():
-        for error in found["errors"]:
-            lines.append(f"  {title(node, prompt, titles)}: {error['message']}: {error.get('details', '')}")
     return "\n".join(lines if len(lines) > 1 else [*lines, f"  {(answer.get('error') or {}).get('details', text)}"])
 
 

@@ -58,6 +58,52 @@ def test_samples_with_references_of_their_own(tmp_path, tar_format):
     assert len({file_version(f) for e in found.training for f in (e.target, *e.references)}) == 9
 
 
+def facts(found):
+    return [(e.subject, e.prompt, e.target.name, *(r.name for r in e.references)) for e in found.training]
+
+
+def test_files_appended_to_a_shard_move_no_other_picture(tmp_path):
+    """`tar -r` writes a newer file behind the others; and a pattern may name a shard twice."""
+    a, b, c = (sample(key, f"a {key}", seed=10 * n) for n, key in enumerate("abc"))
+    write_tar(tmp_path / "s.tar", [*a, *b, *a, *c])
+    found = read_data(tmp_path / "s.tar", validation=0)
+    assert facts(found) == [(k, f"a {k}", f"s.tar/{k}.jpg", f"s.tar/{k}.ref0.jpg") for k in "abc"]
+    assert found.problems == ("s.tar a: is there twice, expected all files of a key one behind the other",)
+    for example, (name, data) in zip(found.training, (a[0], b[0], c[0])):
+        (tmp_path / name).write_bytes(data)
+        assert torch.equal(load_picture(example.target), load_picture(tmp_path / name))
+    assert facts(read_data(tmp_path / "{s,s}.tar", validation=0)) == facts(found)
+
+
+def test_names_as_tar_and_macos_write_them(tmp_path):
+    """tar -C FOLDER . names files ./NAME, which is no subject's folder; ._NAME beside a file is no sample's."""
+    flat = [(f"./{name}", data) for key in "ab" for name, data in sample(key, references=0)]
+    write_tar(tmp_path / "flat" / "0.tar", flat)
+    with pytest.raises(DataError, match="a: has no references"):
+        read_data(tmp_path / "flat", validation=0)
+    folders = [(f"./fox/{name}", data) for key in "ab" for name, data in sample(key, references=0)]
+    write_tar(tmp_path / "fox" / "0.tar", folders)
+    assert facts(read_data(tmp_path / "fox", validation=0)) == [
+        ("fox", "a fox", f"0.tar/./fox/{one}.jpg", f"0.tar/./fox/{other}.jpg") for one, other in ("ab", "ba")
+    ]
+    twins = [member for name, data in sample("a") for member in ((f"._{name}", b"\0\5\26\7"), (name, data))]
+    write_tar(tmp_path / "mac" / "0.tar", twins)
+    found = read_data(tmp_path / "mac", validation=0)
+    assert facts(found) == [("a", "a fox", "0.tar/a.jpg", "0.tar/a.ref0.jpg")] and not found.problems
+
+
+def test_a_folder_of_subjects_with_a_tar_is_still_that_folder(tmp_path):
+    """As before there were shards; what is left out is said."""
+    subjects(tmp_path / "data", 3)
+    before = facts(read_data(tmp_path / "data", validation=0))
+    write_tar(tmp_path / "data" / "backup.tar", sample("old"))
+    found = read_data(tmp_path / "data", validation=0)
+    assert facts(found) == before and [line.split(":")[0] for line in found.problems] == ["backup.tar"]
+    (tmp_path / "data" / "backup.tar").rename(tmp_path / "backup.tar")
+    (tmp_path / "data" / "subject-00").rename(tmp_path / "data" / "subject.tar")
+    assert len(facts(read_data(tmp_path / "data", validation=0))) == len(before)
+
+
 def test_shards_of_a_folder_of_subjects_are_that_folder(tmp_path):
     """Split, pairs and captions: only the paths differ."""
     subjects(tmp_path / "data", 6)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from posixpath import normpath
 from typing import NamedTuple
 
 from ...common.files import DataError
@@ -111,6 +112,8 @@ class _Subject(NamedTuple):
 
 def _folder(root: Path) -> Source:
     def fill(draft: Draft, reader: DataReader) -> None:
+        for name in _tars(root):
+            reader.problem(name, "is beside folders of pictures, expected shards in a folder of their own")
         for subject in _subjects(root):
             if subject.problem:
                 reader.problem(subject.folder, subject.problem)
@@ -184,11 +187,13 @@ def find_shards(source: Path) -> tuple[Path, list[str]] | None:
     A source of shards is a .tar, a folder of them, or a pattern such as shard-{000000..000099}.tar. Raises DataError.
     """
     if source.is_dir():
-        names = sorted(entry.name for entry in os.scandir(source) if entry.name.endswith(".tar"))
-        return (source, names) if names else None
+        names = _tars(source)
+        if not names or any(len(one.pictures) > 1 and one.captions for one in _subjects(source)):
+            return None  # a folder of subjects, as before there were shards
+        return source, names
     if source.suffix.lower() != ".tar":
         return None
-    if source.exists():
+    if source.is_file():
         return source.parent, [source.name]
     braces = next((i for i, part in enumerate(source.parts) if "{" in part), len(source.parts) - 1)
     root = Path(*source.parts[:braces])
@@ -200,6 +205,10 @@ def find_shards(source: Path) -> tuple[Path, list[str]] | None:
             ".tar, a folder of them, or a pattern such as shard-{000000..000099}.tar of files that are all there."
         )
     return root, names
+
+
+def _tars(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar") and entry.is_file())
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -224,11 +233,16 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 def _shards(root: Path, names: list[str], max_references: int) -> Source:
     def fill(draft: Draft, reader: DataReader) -> None:
-        for name in names:
+        for name in dict.fromkeys(names):
             draft.shards.append(name)
-            for key, members in groupby(tar_members(root / name), lambda member: _key(member.member)[0]):
-                if key:
+            keys: set[str] = set()
+            named = (member for member in tar_members(root / name) if _key(member.member)[0])
+            for key, members in groupby(named, lambda member: _key(member.member)[0]):
+                if key in keys:  # a .tar to which files were appended
+                    reader.problem(f"{name} {key}", "is there twice, expected all files of a key one behind the other")
+                else:
                     _sample(draft, reader, name, key, list(members), max_references)
+                keys.add(key)
 
     versions = [((root / name).stat().st_size, (root / name).stat().st_mtime_ns) for name in names]
     return Source(root, digest(list(zip(names, versions))), fill)
@@ -236,7 +250,7 @@ def _shards(root: Path, names: list[str], max_references: int) -> Source:
 
 def _key(member: str) -> tuple[str, str]:
     """A member's key and extension, as WebDataset splits its name: at the first dot of its last part."""
-    folder, slash, last = member.rpartition("/")
+    folder, slash, last = normpath(member).rpartition("/")  # tar writes ./NAME for what is in a folder
     stem, dot, extension = last.partition(".")
     meta = last.startswith("__")  # WebDataset's own members
     return (folder + slash + stem, extension.lower()) if stem and dot and not meta else ("", "")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from subject_dla.dla import Modality
 from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.tests.host.test_parity import skip_what_the_host_cannot_build
 from subject_dla.tests.small.models import KL_VAE
 from subject_dla.tools.perf import _models, costs
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @pytest.mark.parametrize("family", costs.FAMILIES)
 def test_the_page_has_the_counts(family):
+    skip_what_the_host_cannot_build(family)
     model = costs.counted(family)
     page = [line.split("|") for line in costs.PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
     shown = [[cell.strip() for cell in cells[1:7]] for cells in page]
@@ -53,5 +55,6 @@ def test_tokens_of_an_image(name, tmp_path):
 
 @pytest.mark.parametrize("family", costs.FAMILIES)
 def test_sizes_are_the_releases(family):
+    skip_what_the_host_cannot_build(family)
     shapes = [value.shape for value in _models.dit.build(family, _models.release_sizes(family)).state_dict().values()]
     assert sum(map(torch.Size.numel, shapes)) == BACKBONES[family].training.sizes.parameters

@@ -83,9 +83,10 @@ def _run(client, options: argparse.Namespace) -> dict:
     started = time.monotonic()
     for image in sorted(IMAGES.glob("*.png")):  # the demo workflow's references, by their names
         client.upload(image)
-    prompt = workflow.to_api(workflow.read(options.workflow), client.object_info(), options.workflow)
+    saved, info = workflow.read(options.workflow), client.object_info()
+    prompt = workflow.to_api(saved, info, options.workflow)
     if options.workflow == WORKFLOW and not options.image and options.prompt is None:
-        pictures, sheet = showcase(client, prompt, IMAGES, lambda text: say(_since(started, text)))
+        pictures, sheet = showcase(client, saved, IMAGES, lambda text: say(_since(started, text)))
         paths = [_save(options.out / f"subject-{number:02d}.png", data) for number, data in enumerate(pictures, 1)]
         buffer = BytesIO()
         sheet.save(buffer, "png")
@@ -94,7 +95,8 @@ def _run(client, options: argparse.Namespace) -> dict:
         prompt = workflow.put_in(prompt, [client.upload(image) for image in options.image], options.prompt)
         titles = workflow.titles(prompt)
         progress = _Progress(titles)
-        outputs = client.wait(client.queue(prompt, titles), prompt, titles, progress)
+        job = client.queue(prompt, titles, workflow.editor_graph(saved, prompt, info))
+        outputs = client.wait(job, prompt, titles, progress)
         progress.end()
         images = [image for output in outputs.values() for image in output.get("images", [])]
         images = [image for image in images if image.get("type") == "output"]

@@ -19,19 +19,20 @@ CASES = (  # reference in demo/images, prompt: the test split's first case of ea
 PRESETS = {"VAE and MLLM throughout": "both", "MLLM only": "mllm_only", "staged": "paper"}
 
 
-def showcase(client, prompt: dict, images: Path, log: Callable[[str], None]) -> tuple[list[bytes], Image.Image]:
+def showcase(client, saved: dict, images: Path, log: Callable[[str], None]) -> tuple[list[bytes], Image.Image]:
     """Draws every case under every preset.
 
     Args:
         client: Of the server (tools.comfy_client.server.Client).
-        prompt: The demo workflow in API format.
+        saved: The demo workflow, as the editor saved it. Each picture brings it back with its own values.
         images: Folder of the references.
         log: Called with a line before each picture.
 
     Returns:
         The files that the server saved, row by row, and the sheet.
     """
-    files, rows = [], []
+    files, rows, info = [], [], client.object_info()
+    prompt = workflow.to_api(saved, info)
     for name, text in CASES:
         pictures = [Image.open(images / name)]
         for title, preset in PRESETS.items():
@@ -40,7 +41,7 @@ def showcase(client, prompt: dict, images: Path, log: Callable[[str], None]) -> 
             for node in case.values():
                 if node["class_type"] == "SubjectStageSchedule":
                     node["inputs"]["preset"] = preset
-            outputs = client.wait(client.queue(case, {}), case)
+            outputs = client.wait(client.queue(case, {}, workflow.editor_graph(saved, case, info)), case)
             saved = [image for output in outputs.values() for image in output.get("images", [])]
             (saved,) = [image for image in saved if image["type"] == "output"]
             files.append(client.fetch(saved))

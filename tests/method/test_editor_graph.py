@@ -2,7 +2,7 @@
 
 import pytest
 from subject_dla.tests.small.editor_graphs import GRAPHS, controlled, node, stock, subgraph, workflow
-from subject_dla.tools.comfy_client.workflow import WorkflowFileError, to_api
+from subject_dla.tools.comfy_client.workflow import WorkflowFileError, editor_graph, put_in, to_api
 
 
 def kind(output, **required):
@@ -124,3 +124,16 @@ def test_what_cannot_be_queued_is_named(words, saved):
     with pytest.raises(WorkflowFileError, match=words):
         to_api(saved, INFO)
     assert list(to_api({k: v for k, v in UNLINKED.items() if k != "links"}, INFO)) == ["1"]
+
+
+def test_a_picture_brings_the_graph_with_its_own_values_back():
+    prompt = put_in(to_api(STOCK, INFO), text="another")
+    prompt["5"]["inputs"] |= {"seed": 11, "denoise": 0.5}  # before and behind the editor's own "control after generate"
+    assert to_api(editor_graph(STOCK, prompt, INFO), INFO) == prompt != to_api(STOCK, INFO)
+    assert editor_graph(prompt, prompt, INFO) is None  # in API format
+    for saved in (saved for saved in GRAPHS.values() if saved.get("definitions")):
+        prompt = to_api(saved, INFO)
+        assert editor_graph(saved, prompt, INFO) == saved
+        if inside := [node for key, node in prompt.items() if ":" in key]:
+            inside[0]["inputs"]["another"] = 1
+            assert editor_graph(saved, prompt, INFO) is None

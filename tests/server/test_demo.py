@@ -46,11 +46,15 @@ def test_ones_own_workflow_images_and_prompt(comfyui, small_workflow, tmp_path):
     with Image.open(path) as picture:
         assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(2**24)) > 100
         queued = json.loads(picture.text["prompt"])  # the host saves what it ran in the picture
+        graph = json.loads(picture.text["workflow"])  # what the editor restores when the picture is dropped
     nodes = [queued[key] for key in sorted(queued, key=int)]
     loaded = [node["inputs"]["image"] for node in nodes if node["class_type"] == "LoadImage"]
     assert [name.split(".")[0].split(" ")[0] for name in loaded] == ["chelsea"]
     prompts = [node["inputs"]["prompt"] for node in nodes if node["class_type"] == "SubjectEncode"]
     assert sorted(prompts) == [" ", PROMPT]  # the negative's stays empty
+    texts = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "SubjectEncode"]
+    (image,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
+    assert sorted(texts) == [" ", PROMPT] and [image] == loaded
     again = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600).stdout.splitlines()[-1])
     assert again["images"] != last["images"] and os.path.exists(path), "an earlier picture was overwritten"
 

@@ -114,9 +114,16 @@ class Client:
         answer = self.post("/upload/image", body, f"multipart/form-data; boundary={mark}")
         return "/".join(filter(None, [answer.get("subfolder"), answer["name"]]))
 
-    def queue(self, prompt: dict, titles: dict[str, str] | None = None) -> str:
-        """Queues a workflow in API format; returns the job's id. titles: names of nodes by id, for errors."""
-        body = json.dumps({"prompt": prompt, "client_id": self.id}).encode()
+    def queue(self, prompt: dict, titles: dict[str, str] | None = None, graph: dict | None = None) -> str:
+        """Queues a workflow in API format; returns the job's id.
+
+        Args:
+            prompt: The workflow.
+            titles: Names of nodes by id, for errors.
+            graph: The same in the editor's format, for the pictures' metadata.
+        """
+        extra = {"extra_pnginfo": {"workflow": graph}} if graph else {}
+        body = json.dumps({"prompt": prompt, "client_id": self.id, "extra_data": extra}).encode()
         try:
             return self.post("/prompt", body, "application/json")["prompt_id"]
         except urllib.error.HTTPError as error:

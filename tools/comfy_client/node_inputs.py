@@ -68,6 +68,15 @@ def widget_values(info: dict, saved: list | dict) -> dict:
     return saved if isinstance(saved, dict) else dict(_take(deque(saved), info["input"], info.get("input_order")))
 
 
+def with_values(info: dict, saved: list | dict, values: dict) -> list | dict:
+    """The saved values of a node's widgets, with `values` by name in place of theirs, where they were saved."""
+    if isinstance(saved, dict):
+        return {**saved, **values}
+    numbered = [value if value in AFTER_GENERATE else index for index, value in enumerate(saved)]
+    at = {index: name for name, index in widget_values(info, numbered + [-1] * 99).items()}
+    return [values.get(at.get(index), value) for index, value in enumerate(saved)]
+
+
 def _take(saved: deque, groups: dict, order: dict | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, value) of a group of widgets, off the front of the saved values."""
     for name, kind, options in _specs(groups, order):

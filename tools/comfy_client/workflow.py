@@ -1,9 +1,11 @@
 """Workflow files: from the editor's format to the queue's (API), with one's own pictures and prompt."""
 
+import copy
 import json
 from pathlib import Path
 
 from .editor_graph import WorkflowFileError, graph_to_prompt
+from .node_inputs import with_values
 
 POSITIVE = ("positive", "cond1", "conditioning")  # samplers', DualCFGGuider's, BasicGuider's name for the condition
 TEXTS = ("prompt", "text", "clip_l", "t5xxl")  # what encoders call their text
@@ -61,6 +63,22 @@ def put_in(prompt: dict, images: list[str] | None = None, text: str | None = Non
         for key, name in text_inputs(prompt):
             prompt[key]["inputs"][name] = text
     return prompt
+
+
+def editor_graph(saved: dict, prompt: dict, object_info: dict) -> dict | None:
+    """A saved workflow in the editor's format with the values of `prompt`, its changed copy in API format.
+
+    It is what a picture restores when dropped into the editor. None where the format has no such graph: `saved` is in
+    API format, or a value inside a subgraph was changed.
+    """
+    if "nodes" not in saved:
+        return None
+    graph = copy.deepcopy(saved)
+    for node in graph["nodes"]:
+        if (now := prompt.get(str(node["id"]))) and node.get("widgets_values"):
+            values = {name: value for name, value in now["inputs"].items() if not isinstance(value, list)}
+            node["widgets_values"] = with_values(object_info[node["type"]], node["widgets_values"], values)
+    return graph if to_api(graph, object_info) == prompt else None
 
 
 def text_inputs(prompt: dict) -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..common.drawing.palette import BLUE, COLD, FAINT, GREY, HEAT, INK, ORANGE, PAPER, WIDTH, typeface
+from ..common.drawing.palette import BLUE, COLD, FAINT, GREY, HEAT, INK, ORANGE, PAPER, WIDTH
 from ..common.drawing.sheet import to_batch, to_picture, to_tensor
+from ..common.drawing.text import typeface
 from ..dla.context import kept_tokens
 from ..dla.features import Features, ImageGrid, Modality
 from .layer_weights import MODALITIES, LayerWeights, describe

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..common.drawing.palette import AXES, INK, MID, PAPER, typeface
+from ..common.drawing.palette import AXES, INK, MID, PAPER
+from ..common.drawing.text import typeface
 from ..common.masks import fit_mask, shown_box
 from ..loaders.orient_anything.network import Angles
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .files import file_names
 from .queued_graph import model_files
 from .schema import DLA, MLLM, Features, Stages, advanced, schema
 
@@ -120,6 +121,12 @@ class SubjectPromptList(io.ComfyNode):
                     placeholder="one prompt per line",
                     tooltip="One prompt per line. Empty lines and lines that begin with # are skipped.",
                 ),
+                io.String.Input(
+                    "prefix",
+                    default="subject/",
+                    optional=True,
+                    tooltip="What the file names begin with; up to a slash, a folder in ComfyUI's output folder.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -127,19 +134,25 @@ class SubjectPromptList(io.ComfyNode):
                     display_name="prompt",
                     is_output_list=True,
                     tooltip="A list of prompts. To the prompt of Encode Subject or any other text input.",
-                )
+                ),
+                io.String.Output(
+                    "file_name",
+                    display_name="file_name",
+                    is_output_list=True,
+                    tooltip="A name for each: number and first words. To filename_prefix of Save Image.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, prompts) -> io.NodeOutput:
+    def execute(cls, prompts, prefix="") -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise ValueError(
                 "Prompt List: `prompts` has no line with text; expected at least one. Write one prompt per line."
             )
-        return io.NodeOutput(found)
+        return io.NodeOutput(found, file_names(found, prefix))
 
 
 class SubjectEncode(io.ComfyNode):

@@ -1,6 +1,8 @@
 """Combos of files: what there is to choose, a clear word when the choice is gone, a fingerprint of what is on disk."""
 
+import textwrap
 from pathlib import Path
+from unicodedata import category
 
 import folder_paths
 
@@ -43,6 +45,14 @@ def fingerprint(kind: str, name: str | None) -> str:
         return str(name)
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found])
+
+
+def file_names(texts: list[str], prefix: str = "") -> list[str]:
+    """For each text `prefix`, its number and a slug of it in any script: `subject/02-a-duck-on-sand`."""
+    width = max(2, len(str(len(texts))))
+    words = ("".join(c if category(c)[0] in "LMN" else " " for c in text[:200].lower()).split() for text in texts)
+    slugs = (textwrap.shorten(" ".join(w[:40] for w in found), 40, placeholder="").replace(" ", "-") for found in words)
+    return [prefix + "-".join(filter(None, [f"{n:0{width}}", slug])) for n, slug in enumerate(slugs, 1)]
 
 
 def save_reports(prefix: str, **contents: str) -> None:

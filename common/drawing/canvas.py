@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
-from .palette import INK, PAPER, Colour, typeface
+from .palette import INK, PAPER, Colour
+from .text import text_width, typeface, write
 
 FINE = 2  # drawn at so many times the size and reduced, since Pillow's lines have jagged edges
 Point = tuple[float, float]
@@ -26,12 +27,12 @@ class Canvas:
         self, x: float, y: float, text: str, colour: Colour = INK, size: int = 12, anchor: str = "lm", paper=False
     ) -> float:
         """Writes at Pillow's `anchor`, on paper of its own if asked for, and returns the text's width."""
-        font, at = typeface(size * FINE), (x * FINE, y * FINE)
+        at = x * FINE, y * FINE
         if paper:
-            left, top, right, bottom = self._pen.textbbox(at, text, font, anchor)
+            left, top, right, bottom = self._pen.textbbox(at, text, typeface(size * FINE), anchor)
             self._pen.rectangle((left - 3, top - 2, right + 3, bottom + 2), PAPER)
-        self._pen.text(at, text, colour, font, anchor=anchor)
-        return font.getlength(text) / FINE
+        write(self._pen, at, text, colour, size * FINE, anchor)
+        return text_width(text, size * FINE) / FINE
 
     def line(self, points: Iterable[Point], colour: Colour, width: float = 1) -> None:
         """A line through the points."""

@@ -1,6 +1,4 @@
-"""Colours and the typeface of every picture that the pack draws."""
-
-from PIL import ImageFont
+"""Colours of every picture that the pack draws."""
 
 Colour = tuple[int, int, int]
 
@@ -13,11 +11,6 @@ AXES = {"front": (214, 60, 52), "right": (56, 156, 74), "top": (58, 108, 220)}  
 # Of weights in a heat map: from none to most light yellow, orange, red, near black; below zero blue. Our choice.
 HEAT = (PAPER, (253, 220, 140), (244, 140, 62), (190, 50, 70), (60, 15, 60))
 COLD = (PAPER, (120, 170, 225), (30, 70, 150))
-
-
-def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font in `size` px."""
-    return ImageFont.load_default(size)
 
 
 def faint(colour: Colour, share: float = 0.35) -> Colour:

@@ -7,9 +7,11 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from .palette import GREY, INK, PAPER, WIDTH, typeface
+from .palette import GREY, INK, PAPER, WIDTH
+from .text import wrap, write
 
 GAP, LINE = 12, 20  # px between pictures, px a line of text
+CAPTION, HEAD = 13, 14  # px of the letters
 Row = tuple[str, Sequence[Image.Image]] | tuple[str, Sequence[Image.Image], Sequence[str]]
 
 
@@ -23,7 +25,6 @@ def contact_sheet(rows: Sequence[Row], side: int = 256) -> Image.Image:
         raise ValueError(f"contact_sheet: side is {side}, expected at least 16 px.")
     labels, shelves = [row[0] for row in rows], [row[1] for row in rows]
     texts = [row[2] if len(row) == 3 else () for row in rows]
-    small, large = typeface(13), typeface(14)
     columns = max((len(pictures) for pictures in shelves), default=1)
     width = max(WIDTH, GAP + columns * (side + GAP))
     shown = [
@@ -31,21 +32,22 @@ def contact_sheet(rows: Sequence[Row], side: int = 256) -> Image.Image:
         for pictures in shelves
     ]
     tall = [max((picture.height for picture in pictures), default=0) for pictures in shown]
-    heads = [_lines(label, width - 2 * GAP, large) for label in labels]
-    captions = [[_lines(caption, side, small) for caption in found] for found in texts]
+    heads = [wrap(label, width - 2 * GAP, HEAD) for label in labels]
+    captions = [[wrap(caption, side, CAPTION) for caption in found] for found in texts]
     below = [LINE * max((len(lines) for lines in found), default=0) for found in captions]
     heights = [LINE * len(lines) + high + deep + 2 * GAP for lines, high, deep in zip(heads, tall, below)]
     image = Image.new("RGB", (width, max(sum(heights) + GAP, 64)), PAPER)
     pen, top = ImageDraw.Draw(image), GAP
     for lines, pictures, row, found, high, height in zip(heads, shown, texts, captions, tall, heights):
         for number, line in enumerate(lines):
-            pen.text((GAP, top + LINE * number), line, INK, large)
-        first = [len(_lines(text.split("\n")[0], side, small)) for text in row]  # what follows a break is grey
+            write(pen, (GAP, top + LINE * number), line, INK, HEAD)
+        first = [len(wrap(text.split("\n", 1)[0], side, CAPTION)) for text in row]  # what follows a break is grey
         for column, picture in enumerate(pictures):
             x, y = GAP + column * (side + GAP), top + LINE * len(lines) + 4
             image.paste(picture, (x, y + (high - picture.height) // 2))
             for number, line in enumerate(found[column] if found else ()):
-                pen.text((x, y + high + 3 + LINE * number), line, INK if number < first[column] else GREY, small)
+                colour = INK if number < first[column] else GREY
+                write(pen, (x, y + high + 3 + LINE * number), line, colour, CAPTION)
         top += height
     return image
 
@@ -125,29 +127,3 @@ def to_batch(pictures: Sequence[Image.Image]) -> Tensor:
     """(n, h, w, 3) as `to_tensor`, smaller RGB pictures on paper at the top left of the largest's size."""
     w, h = (max(sides) for sides in zip(*(picture.size for picture in pictures)))
     return torch.cat([to_tensor(ImageOps.expand(p, (0, 0, w - p.width, h - p.height), PAPER)) for p in pictures])
-
-
-def _lines(text: str, width: float, font, most: int = 3) -> list[str]:
-    """Every part between line breaks in at most `most` lines of at most `width` px; longer ones end in dots."""
-    return [line for part in text.split("\n") for line in _wrapped(part, width, font, most)]
-
-
-def _wrapped(text: str, width: float, font, most: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_cut(line, width, font) for line in lines if line]
-
-
-def _cut(line: str, width: float, font) -> str:
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + "...") > width:
-        line = line[:-1]
-    return line + "..."

@@ -26,6 +26,7 @@ FROZEN |= {  # in the schema, optional inputs may stand between the others
         " mask_5 region_1 region_2 region_3 region_4 region_5 dla pooled_from width height batch_size strength size"
         " placement encode_negative",
         "CONDITIONING CONDITIONING LATENT"),
+    "SubjectPromptList": ("prompts prefix", "STRING STRING"),
     "SubjectStagedSampler": (
         "model positive latent_image stages negative seed steps cfg sampler_name scheduler denoise", "LATENT"),
     "SubjectApplyStages": ("model preset clock tau1 tau2 stages sigmas", "MODEL"),  # later than 0.1.0
@@ -162,7 +163,20 @@ def test_the_choices_of_placement_stay(name):
 
 
 def test_prompt_list_keeps_lines_with_text():
-    (prompts,) = NODES["SubjectPromptList"].execute("a cat \n\n# not this\n a dog").result
+    prompts, _ = NODES["SubjectPromptList"].execute("a cat \n\n# not this\n a dog").result
     assert prompts == ["a cat", "a dog"]
     with pytest.raises(ValueError, match="one prompt per line"):
         NODES["SubjectPromptList"].execute("\n # only a remark")
+
+
+def test_file_names_have_number_and_words_of_the_prompt():
+    prompts = {
+        "A duck, on sand: 'seen' from/the\\right and from the left": "01-a-duck-on-sand-seen-from-the-right-and",
+        "岩石上的鸭子，黄昏": "02-岩石上的鸭子-黄昏",
+        "काली बिल्ली": "03-काली-बिल्ली",
+        "%year%?": "04-year",
+        "字" * 50: "05-" + "字" * 40,
+        "...": "06",
+    }
+    _, names = NODES["SubjectPromptList"].execute("\n".join(prompts), "toys/").result
+    assert names == [f"toys/{name}" for name in prompts.values()]

@@ -19,10 +19,11 @@ from ..common.console import say
 from ..tools.comfy_client import workflow
 from ..tools.comfy_client.client import HostError, WorkflowError
 from ..tools.comfy_client.server import Server, device
+from ..tools.comfy_client.shipped import find
 from .family.layout import MODELS
 from .showcase import showcase
 
-WORKFLOW = ROOT / "workflows" / "demo.json"
+WORKFLOW = Path("demo")  # a short name
 IMAGES = ROOT / "demo" / "images"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
 
@@ -42,7 +43,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__.split("\n")[0])
     add, file, folder = parser.add_argument, {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "DIR"}
-    add("--workflow", **file, default=WORKFLOW, help="workflow file, from the editor or in API format")
+    add("--workflow", **file, default=WORKFLOW, help="from the editor or in API format, or a short name")
     add("--image", **file, action="append", default=[], help="reference, for the Load Image nodes in order")
     add("--prompt", metavar="TEXT", help="what the picture shows, for the Encode Subject node")
     add("--out", **folder, default=ROOT / "output", help="where the pictures go (default: output/)")
@@ -53,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.comfyui is None:
         parser.error("no host: set COMFYUI_PATH, or use `nox -s demo`, which brings one")
-    for path in [options.workflow, *options.image, *options.models]:
+    for path in [find(options.workflow), *options.image, *options.models]:
         if not path.exists():
             parser.error(f"{path}: there is no such file")
     return options

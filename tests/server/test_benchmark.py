@@ -28,7 +28,10 @@ from subject_dla.tools.comfy_client.server import PACK, ROOT, Server, end_group
 
 BENCHMARK = ROOT / "tools" / "benchmark"
 PROMPTS = 18
-OURS = "flux_uno_staged omnigen2_staged qwen_image_edit_staged several_subjects paper mllm_only demo".split()
+WORKFLOWS = [
+    "system_omnigen2", "system_qwen_image_edit", "system_uso", "system_uno", "system_dreamo", "flux_uno_staged",
+    "omnigen2_staged", "qwen_image_edit_staged", "several_subjects", "paper", "mllm_only", "demo",
+]  # fmt: skip
 BAD = 8  # this one is only a comment to Prompt List, which refuses it
 
 
@@ -323,17 +326,17 @@ def test_every_system_takes_a_reference_and_a_prompt(own_server):
     """The place of the prompt is the positive one, wherever a workflow keeps it. DreamO's nodes are stand-ins."""
     info = own_server.client.object_info()
     item = Example("subject", "the words of the benchmark", (Path("a.png"),))
-    for path in [*(ROOT / "workflows").glob("system_*.json"), *(ROOT / "workflows" / f"{name}.json" for name in OURS)]:
-        prompt = workflow.to_api(json.loads(path.read_text(encoding="utf-8")), info)
-        filled = Template(prompt, info).fill(Case("name", item, 0, 77), ["a.png"], "out")
+    for name in WORKFLOWS:
+        prompt = workflow.to_api(workflow.read(name), info)
+        filled = Template(prompt, info).fill(Case("case", item, 0, 77), ["a.png"], "out")
         kinds = [node["class_type"] for node in filled.values()]
-        assert kinds.count("LoadImage") == kinds.count("SaveImage") == 1, path.stem
+        assert kinds.count("LoadImage") == kinds.count("SaveImage") == 1, name
         changed = [key for key, node in filled.items() if item.prompt in node["inputs"].values()]
-        assert len(changed) == 1 and "negative" not in filled[changed[0]]["_meta"]["title"].lower(), path.stem
+        assert len(changed) == 1 and "negative" not in filled[changed[0]]["_meta"]["title"].lower(), name
         seeds = [node["inputs"].get("seed", node["inputs"].get("noise_seed")) for node in filled.values()]
-        assert [seed for seed in seeds if seed is not None] == [77], path.stem
+        assert [seed for seed in seeds if seed is not None] == [77], name
         for key, node in filled.items():
             required = info[node["class_type"]]["input"].get("required", {})
-            assert set(required) <= set(node["inputs"]), (path.stem, key, "a required input has gone")
+            assert set(required) <= set(node["inputs"]), (name, key, "a required input has gone")
             links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
-            assert set(links) <= set(filled), (path.stem, key, "a link leads nowhere")
+            assert set(links) <= set(filled), (name, key, "a link leads nowhere")

@@ -16,7 +16,7 @@ from subject_dla.common import bootstrap
 from subject_dla.demo import run as demo
 from subject_dla.tests.small.prompts import key_of, of_type, run
 from subject_dla.tools.comfy_client import workflow
-from subject_dla.tools.comfy_client.server import Server
+from subject_dla.tools.comfy_client.server import ROOT, Server
 
 SCRIPT = [sys.executable, bootstrap.__file__, "demo.run"]
 PROMPT = "the cat of image 1 on a mossy rock"
@@ -25,7 +25,7 @@ PROMPT = "the cat of image 1 on a mossy rock"
 @pytest.fixture
 def small_workflow(tmp_path):
     """The demo workflow, saved by a user who made it small."""
-    saved = json.loads(demo.WORKFLOW.read_text())
+    saved = workflow.read(demo.WORKFLOW)
     for node in saved["nodes"]:
         if node["type"] == "EmptySD3LatentImage":
             node["widgets_values"][:2] = [128, 128]
@@ -80,14 +80,14 @@ def test_interrupted_it_leaves_no_process(comfyui, number, tmp_path):
 
 def test_a_plain_install_makes_the_demos_picture(comfyui, tmp_path):
     """Nothing is given to it but the pack: no model, no picture; also what 0.1.0 saved."""
-    old = demo.ROOT / "tests" / "fixtures" / "0.1.0" / "workflows" / "demo.json"
+    old = ROOT / "tests" / "fixtures" / "0.1.0" / "workflows" / "demo.json"
     with Server(comfyui, tmp_path, arguments=demo.device()) as server:
         assert [path.name for path in (server.base / "input").iterdir()] == ["toy-1.png"]
         assert "copied the demo's picture" in server.log.read_text()
         info = server.client.object_info()
-        for path in (demo.WORKFLOW, old):
+        for number, path in enumerate((demo.WORKFLOW, old)):
             prompt = workflow.to_api(workflow.read(path), info)
-            of_type(prompt, "SaveImage")["filename_prefix"] = path.parent.name
+            of_type(prompt, "SaveImage")["filename_prefix"] = f"demo{number}"
             (image,) = run(server, prompt)[key_of(prompt, "SaveImage")]["images"]
             with Image.open(BytesIO(server.client.fetch(image))) as picture:
                 assert picture.size == (112, 112) and len(picture.convert("RGB").getcolors(2**24)) > 1000

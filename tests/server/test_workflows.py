@@ -24,12 +24,13 @@ from subject_dla.tests.small.training import paint_subjects
 from subject_dla.tools import environment
 from subject_dla.tools.comfy_client import editor_graph, workflow
 from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
+from subject_dla.tools.comfy_client.shipped import TITLES
 from subject_dla.tools.perf.batch import FORMS, SUBJECT, changes
 from subject_dla.tools.perf.batch import graph as batch_graph
 
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WORKFLOWS = list(TITLES)
 SAVED_BY_0_1_0 = sorted((ROOT / "tests" / "fixtures" / "0.1.0" / "workflows").glob("*.json"))
-QWEN_IMAGE_21, CACHE_21 = ROOT / "workflows" / "qwen_image_2_1_staged.json", "QwenImage21Cache"
+QWEN_IMAGE_21, CACHE_21 = "qwen_image_2_1_staged", "QwenImage21Cache"
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
 DREAMO_LORAS = ["flux-turbo", "dreamo_comfyui", "dreamo_cfg_distill_comfyui", "dreamo_sft_lora", "dreamo_dpo_lora"]
 FLAGS = [
@@ -110,15 +111,15 @@ def page(small_server):
         browser.close()
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow(small_server, page, path):
-    saved = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow(small_server, page, name):
+    saved = workflow.read(name)
     models = small_server.client.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
-    if path.stem == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in models:
+    if name == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in models:
         pytest.skip("this host has no FLUX.2")
     shown = page.evaluate(LOAD, saved)
     assert shown["count"] == len(saved["nodes"])
-    if path.stem == QWEN_IMAGE_21.stem and CACHE_21 not in small_server.client.object_info():
+    if name == QWEN_IMAGE_21 and CACHE_21 not in small_server.client.object_info():
         assert shown["missing"] == [CACHE_21] and not shown["unlinked"], shown
         details = page.get_by_role("button", name="View details")  # of a newer editor
         details.or_(page.get_by_text(CACHE_21)).first.wait_for()
@@ -144,15 +145,15 @@ def test_workflow(small_server, page, path):
     for image in images:
         picture = Image.open(io.BytesIO(small_server.client.fetch(image))).convert("RGB")
         small = image["type"] == "output" and "sheet" not in image["filename"]
-        side = (160, 96) if path.stem == QWEN_IMAGE_21.stem else (128, 128)  # of the first reference's form
+        side = (160, 96) if name == QWEN_IMAGE_21 else (128, 128)  # of the first reference's form
         assert picture.size == side if small else min(picture.size) > 128
         assert len(picture.getcolors(2**24)) > 100
-    for name in trained:
+    for dla in trained:
         models = small_server.base / "models"
-        assert load_dla(models / "dla" / f"{name}.safetensors").config.provenance["steps"] == 4
-        with safe_open(models / "loras" / f"{name}.safetensors", framework="pt") as lora:
+        assert load_dla(models / "dla" / f"{dla}.safetensors").config.provenance["steps"] == 4
+        with safe_open(models / "loras" / f"{dla}.safetensors", framework="pt") as lora:
             assert any("double_blocks" in key for key in lora.keys())
-        assert any(name in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
+        assert any(dla in text for output in outputs.values() for text in output.get("text", [])), "no report is shown"
         assert len(images) >= 4
 
 
@@ -212,7 +213,7 @@ def test_workflows_of_0_1_0_are_still_valid(small_server, path):
 def test_staging_by_one_node_adds_two_nodes_at_most(small_server):
     """Three of the stock graph's nodes become three of ours; the demo and the benchmark find its prompt."""
     names = "system_qwen_image_edit", "qwen_image_edit_one_node"
-    stock, ours = (workflow.read(ROOT / "workflows" / f"{name}.json") for name in names)
+    stock, ours = map(workflow.read, names)
     assert len(ours["nodes"]) <= len(stock["nodes"]) + 2 and len(ours["links"]) <= len(stock["links"]) + 2
     added = {node["type"] for node in ours["nodes"]} - {node["type"] for node in stock["nodes"]}
     assert added == {"SubjectMLLMFromCLIP", "SubjectConditioning", "SubjectApplyStages"}
@@ -263,7 +264,7 @@ def test_qwen_image_2_1_staged_is_the_stock_graph_with_a_node_more(small_server)
 
 def test_threshold_sweep_with_its_figures(small_server, page):
     """The two nodes that are muted until the orientation model's file is there."""
-    saved = workflow.read(ROOT / "workflows" / "threshold_sweep.json")
+    saved = workflow.read("threshold_sweep")
     muted = [node["type"] for node in saved["nodes"] if node["mode"] == editor_graph.MUTED]
     assert muted == ["SubjectLoadOrientation", "SubjectCopyPasteReport"]
     for node in saved["nodes"]:
@@ -288,6 +289,5 @@ def test_stand_ins_are_as_published(small_server):
     assert "ComfyUI-DreamO" in published["source"]
     for name, expected in published["nodes"].items():
         assert {key: info[name][key] for key in expected} == expected
-    kinds = {path.stem: {node["type"] for node in workflow.read(path)["nodes"]} for path in WORKFLOWS}
+    kinds = {name: {node["type"] for node in workflow.read(name)["nodes"]} for name in WORKFLOWS}
     assert [name for name, used in kinds.items() if used & set(published["nodes"])] == ["system_dreamo"]
-    assert {"demo"} <= {path.stem for path in WORKFLOWS}

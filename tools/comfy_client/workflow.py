@@ -6,15 +6,16 @@ from pathlib import Path
 
 from .editor_graph import WorkflowFileError, graph_to_prompt
 from .node_inputs import with_values
+from .shipped import find
 
 POSITIVE = ("positive", "cond1", "conditioning")  # samplers', DualCFGGuider's, BasicGuider's name for the condition
 TEXTS = ("prompt", "text", "clip_l", "t5xxl")  # what encoders call their text
 
 
 def read(path: Path) -> dict:
-    """A workflow file in either format. Raises WorkflowFileError."""
+    """A workflow file in either format, or the shipped one of a short name. Raises WorkflowFileError."""
     try:
-        workflow = json.loads(Path(path).read_text(encoding="utf-8"))
+        workflow = json.loads(find(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WorkflowFileError(f"{path}: there is no such workflow file.") from None
     except ValueError as error:

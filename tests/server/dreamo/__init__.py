@@ -1,5 +1,5 @@
 """A custom node pack for tests only: stand-ins for the nodes of DreamO's own pack, with the published sockets and
-widgets and nothing behind them, so that the editor loads workflows/system_dreamo.json and the queue takes it.
+widgets and nothing behind them, so that the editor loads the workflow `system_dreamo` and the queue takes it.
 
 object_info.json holds the definitions as the host's /object_info gives them, and says where they were published.
 """

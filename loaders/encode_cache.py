@@ -86,7 +86,9 @@ def content(tensor: Tensor) -> str:
 def fingerprint(model: nn.Module) -> str:
     """Hashes a model's weights: names, shapes, dtypes, and some values of each."""
     digest = hashlib.sha256()
-    state = model.state_dict()
+    held = dict(model.named_parameters()) | dict(model.named_buffers())  # GGUF's state_dict is on meta, for sizes
+    state = {key: held.get(key, value) if value.is_meta else value for key, value in model.state_dict().items()}
+    state = {key: value for key, value in state.items() if not value.is_meta}
     some = [value.flatten()[:: max(1, value.numel() // 16)].float() for value in state.values()]
     devices = {value.device for value in some}  # one transfer for each
     read = {device: iter(torch.cat([v for v in some if v.device == device]).tolist()) for device in devices}

@@ -4,6 +4,7 @@ alone exactly the host's own conditioning."""
 import importlib
 import inspect
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.sd
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_dla.dla.features import Modality
-from subject_dla.loaders.encode_cache import MLLM_STATES
+from subject_dla.loaders.encode_cache import MLLM_STATES, fingerprint
 from subject_dla.loaders.mllm import mllm_from_clip
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
@@ -156,6 +157,24 @@ def test_a_lora_on_the_clip_changes_the_features(clip):
     assert patched.add_patches({key: (torch.full_like(weight, 0.05),)}, 1.0)
     found = mllm_from_clip(patched).encode("a fox").hidden_states
     assert torch.equal(found[:, :2], plain[:, :2]) and not torch.allclose(found[:, 2], plain[:, 2], atol=1e-3)
+
+
+def test_layers_whose_state_is_an_estimate_as_ggufs(clip, monkeypatch):
+    """ComfyUI-GGUF's give meta tensors for the sizes, and a larger one more; their weights count all the same."""
+    first = mllm_from_clip(clip).encode("a fox", IMAGES[:1]).hidden_states
+
+    def estimate(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = torch.zeros_like(self.weight, device="meta")
+        destination[f"{prefix}temp.weight"] = torch.empty(self.weight.shape, device="meta", dtype=torch.float16)
+
+    inner = clip.cond_stage_model.qwen25_7b.transformer
+    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), inner.modules()):
+        monkeypatch.setattr(layer, "_save_to_state_dict", partial(estimate, layer))
+    assert torch.equal(mllm_from_clip(clip).encode("a fox", IMAGES[:1]).hidden_states, first)
+    before = fingerprint(inner)
+    inner.visual.blocks[0].mlp.up_proj.weight.data.mul_(2)
+    assert fingerprint(inner) != before
+    assert not torch.equal(mllm_from_clip(clip).encode("a fox", IMAGES[:1]).hidden_states, first)
 
 
 def test_an_image_seen_before_is_not_seen_again(clip):

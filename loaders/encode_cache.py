@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from itertools import islice
+from threading import RLock
 from typing import Any
 from weakref import ref
 
@@ -22,7 +23,8 @@ class EncodeCache:
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
-        self._entries: OrderedDict[tuple, tuple] = OrderedDict()
+        self._entries: OrderedDict[tuple, tuple[tuple, int]] = OrderedDict()  # with its bytes
+        self._lock = RLock()  # the garbage collector calls `_forget` in any thread, also amid a change in this one
 
     def get(
         self, owner: Any, facts: Hashable, make: Callable[[], tuple], fits: Callable[[tuple], bool] = lambda kept: True
@@ -38,28 +40,37 @@ class EncodeCache:
         if facts is None:
             return make()
         key = (ref(owner, self._forget), facts)
-        if key in self._entries:
-            if fits(self._entries[key]):
+        with self._lock:
+            kept, _ = self._entries.get(key, (None, 0))
+            if kept is not None and fits(kept):
                 self._entries.move_to_end(key)
-                return self._entries[key]
-            self.bytes -= _bytes(self._entries.pop(key))
+                return kept
+            self._drop(key)
         made = make()
         size = _bytes(made)
-        if size <= self.limit:
-            self._entries[key] = made
-            self.bytes += size
+        with self._lock:
+            self._drop(key)  # another thread's
+            if size <= self.limit:
+                self._entries[key] = made, size
+                self.bytes += size
             while self.bytes > self.limit:
-                self.bytes -= _bytes(self._entries.popitem(last=False)[1])
+                self._drop(next(iter(self._entries), None))
         return made
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._entries.clear()
-        self.bytes = 0
+        with self._lock:
+            for key in list(self._entries):
+                self._drop(key)
 
     def _forget(self, gone: ref) -> None:
-        for key in [key for key in self._entries if key[0] is gone]:
-            self.bytes -= _bytes(self._entries.pop(key))
+        with self._lock:
+            for key in [key for key in list(self._entries) if key[0] is gone]:
+                self._drop(key)
+
+    def _drop(self, key: tuple | None) -> None:
+        _, size = self._entries.pop(key, (None, 0))
+        self.bytes -= size
 
 
 def _bytes(value: Any) -> int:

@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import random
+import sys
+import threading
 from functools import partial
 
 import comfy.model_management
@@ -108,6 +111,41 @@ def test_bytes_are_bounded_and_the_least_used_leave_first():
     assert cache.bytes == 3 * 400
     cache.get(model, None, lambda: [torch.zeros(1)])
     assert cache.bytes == 3 * 400
+
+
+def test_threads_and_the_garbage_collector_leave_the_count_of_bytes_right():
+    """A model in a cycle, as one with hooks is, ends in any thread, in the middle of another one's call."""
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+    cache, errors = EncodeCache(4000), []
+
+    def work(seed):
+        draw, model = random.Random(seed), Model()
+        try:
+            for _ in range(3000):
+                model = Model() if draw.random() < 0.2 else model
+                (made,) = cache.get(model, number := draw.randrange(20), lambda: (torch.full((number * 10,), number),))
+                assert len(made) == number * 10 and (made == number).all()
+        except BaseException as error:
+            errors.append(error)
+
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        gc.set_threshold(5, 2, 2)
+        sys.setswitchinterval(1e-5)
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    gc.collect()
+    assert not errors and cache.bytes == 0
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 3), torch.zeros(6), torch.zeros(3, 2, dtype=torch.bfloat16)])

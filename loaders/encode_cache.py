@@ -41,10 +41,10 @@ class EncodeCache:
             return make()
         key = (ref(owner, self._forget), facts)
         with self._lock:
-            kept, _ = self._entries.get(key, (None, 0))
-            if kept is not None and fits(kept):
+            found = self._entries.get(key)
+            if found is not None and fits(found[0]):
                 self._entries.move_to_end(key)
-                return kept
+                return found[0]
             self._drop(key)
         made = make()
         size = _bytes(made)
@@ -68,8 +68,8 @@ class EncodeCache:
             for key in [key for key in list(self._entries) if key[0] is gone]:
                 self._drop(key)
 
-    def _drop(self, key: tuple | None) -> None:
-        _, size = self._entries.pop(key, (None, 0))
+    def _drop(self, key: Any) -> None:
+        _, size = self._entries.pop(key, ((), 0))
         self.bytes -= size
 
 

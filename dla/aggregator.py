@@ -38,7 +38,7 @@ class DualLayerAggregator(nn.Module):
         )
 
         def pooling() -> nn.Module:
-            if config.head_scored:
+            if config.scores == "heads":
                 return HeadScoredPooling(**sizes, **settings)
             return LayerwiseAttentionPooling(**sizes, pooling=config.pooling, **settings)
 
@@ -151,7 +151,7 @@ class DualLayerAggregator(nn.Module):
         image = features.modality == Modality.IMAGE
         groups = {"text": keep & ~image, "image": keep & image, "shared": keep}
         sizes = len(layers), hidden.shape[3], self.config.heads, self._dtype(features)
-        step = chunk_length(*sizes, max_bytes, self.config.head_scored)
+        step = chunk_length(*sizes, max_bytes, self.config.scores == "heads")
         for name, pooling in self.pooling.items() or [("shared", None)]:
             for index in groups[name].flatten().nonzero().squeeze(1).to(hidden.device).split(step):
                 if len(index):  # split gives one empty part for an empty group

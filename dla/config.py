@@ -8,10 +8,11 @@ from typing import Any
 from .features import MLLMInfo, is_whole
 
 POOLINGS = ("softmax", "linear")
-SCORES = ("states", "heads")
+SCORES = ("heads", "states")
 MODALITIES = ("dual", "shared", "last")
 TEMPLATES = ("auto", "keep", "drop")
 FORMAT_VERSION = 1
+OF_0_1_0 = {"before_norm": False, "scores": "states"}  # entries that 0.1.0 lacks, and what it does
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class DLAConfig:
     context_width: int  # channels of the DiT's context tokens
     dit: str = ""  # DiT family, a name in loaders/backbones such as "flux"; "" = any of that context width
     pooling: str = "softmax"  # "softmax" or "linear", see LayerwiseAttentionPooling
-    # "states": softmax pooling scores the states behind the attention, as in 0.1.0; "heads": see HeadScoredPooling
-    scores: str = "states"
+    # of softmax, else "states": "heads", see HeadScoredPooling, or "states" behind the attention, as in 0.1.0
+    scores: str = "heads"
     modalities: str = "dual"  # "dual" | "shared" (one pooling for all tokens) | "last" (no pooling: the last layer)
     heads: int = 8
     blocks: int | None = None  # over the layer axis; None = 1 for softmax, 2 for linear
@@ -47,6 +48,8 @@ class DLAConfig:
         expect(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
         expect(self.scores in SCORES, "scores", f"one of {', '.join(SCORES)}")
         expect(self.modalities in MODALITIES, "modalities", f"one of {', '.join(MODALITIES)}")
+        if self.pooling != "softmax" or self.modalities == "last":  # nothing is scored: a file that 0.1.0 reads
+            object.__setattr__(self, "scores", OF_0_1_0["scores"])
         if self.blocks is None:
             object.__setattr__(self, "blocks", 1 if self.pooling == "softmax" else 2)
         expect(is_whole(self.blocks, 1, 64), "blocks", "a whole number from 1 to 64")
@@ -64,11 +67,6 @@ class DLAConfig:
         share = isinstance(self.vit_blend, (int, float)) and 0 <= self.vit_blend <= 1
         expect(share, "vit_blend", "a number from 0 to 1")
         expect(isinstance(self.provenance, dict), "provenance", "a JSON object")
-
-    @property
-    def head_scored(self) -> bool:
-        """Whether the pooling is HeadScoredPooling."""
-        return self.pooling == "softmax" and self.scores == "heads"
 
     @property
     def pooled_layers(self) -> tuple[int, ...]:
@@ -98,8 +96,8 @@ class DLAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config in plain JSON types."""
-        later = {"before_norm": False, "scores": "states"}  # entries that 0.1.0 lacks, left out where it does the same
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        # 0.1.0 reads what it can do
+        return {name: value for name, value in asdict(self).items() if (name, value) not in OF_0_1_0.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DLAConfig:
@@ -116,4 +114,4 @@ class DLAConfig:
         known = {f.name for f in fields(MLLMInfo)}
         if wrong := sorted({"name", "family", "layers", "width"} - set(mllm)) or sorted(set(mllm) - known):
             raise ValueError(f"DLA config: mllm entry {wrong[0]!r} is {'unknown' if wrong[0] in mllm else 'missing'}.")
-        return cls(**{**values, "mllm": MLLMInfo(**mllm)})
+        return cls(**{**OF_0_1_0, **values, "mllm": MLLMInfo(**mllm)})

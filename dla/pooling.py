@@ -265,16 +265,19 @@ def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
     return pooled
 
 
+def token_bytes(layers: int, width: int, heads: int, itemsize: int, head_scored: bool) -> int:
+    """Bytes of the intermediate results of pooling one token; `itemsize` of the linear maps' dtype, in bytes."""
+    if head_scored:  # states, the same normed, queries and keys; then one sum of states for each head
+        return width * itemsize * max(4 * layers, 2 * layers + heads) + heads * layers * layers * 8
+    # fp32: residual and norm; compute dtype: qkv, MLP
+    return layers * width * (4 * 4 + 10 * itemsize) + heads * layers * layers * (4 + itemsize)
+
+
 def chunk_length(
     layers: int, width: int, heads: int, dtype: torch.dtype, max_bytes: int, head_scored: bool = False
 ) -> int:
     """How many tokens to pool at a time so that intermediate results stay within `max_bytes` (at least one)."""
-    if head_scored:  # states, the same normed, queries and keys; then one sum of states for each head
-        states = width * dtype.itemsize * max(4 * layers, 2 * layers + heads)
-        scores = heads * layers * layers * 8
+    if head_scored:
         max_bytes = min(max_bytes, HEAD_SCORED_CHUNK_BYTES)
-    else:
-        states = layers * width * (4 * 4 + 10 * dtype.itemsize)  # fp32: residual and norm; compute dtype: qkv, MLP
-        scores = heads * layers * layers * (4 + dtype.itemsize)
     # CUDA's attention kernels take at most 65535 (token, head) pairs
-    return max(1, min(max_bytes // (states + scores), 65535 // heads))
+    return max(1, min(max_bytes // token_bytes(layers, width, heads, dtype.itemsize, head_scored), 65535 // heads))

@@ -80,7 +80,7 @@ def required_memory(components: Components, recipe: Recipe, shards: int = 1) -> 
         recipe: Of the run.
         shards: Over how many processes what is trained is spread.
     """
-    backbone, dla = components.module.backbone, components.module.dla
+    backbone = components.module.backbone
     if comfy.model_management.is_device_cpu(backbone.device):
         return 0
     (width, height), *references = components.batches.sizes.largest()
@@ -90,8 +90,7 @@ def required_memory(components: Components, recipe: Recipe, shards: int = 1) -> 
         resolution=(width, height),
         references=len(references),
         reference_side=max((round((w * h) ** 0.5) for w, h in references), default=512),
-        mllm=(dla.config.mllm.layers, dla.config.mllm.width),
-        dla_parameters=sum(p.numel() for p in dla.parameters()),
+        dla=components.module.dla.config,
         lora_rank=recipe.lora.rank,
         optimizer="adamw" if recipe.training.optimizer == "adamw" else "adamw8bit",
         batch_size=recipe.training.batch_size,

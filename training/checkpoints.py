@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..common.files import sync
 from ..dla.aggregator import DualLayerAggregator
-from ..dla.checkpoint import check_finite, load_dla, save_dla
+from ..dla.checkpoint import check_finite, load_dla, read_config, save_dla
 from .dit.lora import LoRA
 from .recipe import Recipe, RecipeError
 
@@ -89,13 +89,31 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
     """Raises RecipeError where a checkpoint's state is of a run with other FIXED settings."""
     begun = Recipe.from_dict(state["recipe"]).to_dict()  # options that are newer than the run have their defaults
+    given = recipe.to_dict()
+    for values in (begun, given):
+        del values["dla"]["scores"]  # 0.1.0 did not record them: see begun_scores
     for key in FIXED:
-        before, now = (reduce(getitem, key.split("."), values) for values in (begun, recipe.to_dict()))
+        before, now = (reduce(getitem, key.split("."), values) for values in (begun, given))
         if before != now:
             raise RecipeError(
                 f"Run '{recipe.run.name}' was begun with {key} = {before}, now it is {now}. Put it back to resume that "
                 "run, or choose another name to begin a new one."
             )
+
+
+def begun_scores(folder: Path) -> str | None:
+    """Returns the `scores` of the DLA that a run in `folder` has begun with; None where there is none, or no matter.
+
+    Raises CheckpointError where that DLA cannot be read.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        config = read_config(found[-1] / "dla.safetensors")
+    except ValueError as error:
+        raise _damaged(found[-1], str(error)) from None
+    return config.scores if config.pooling == "softmax" and config.modalities != "last" else None
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class Aggregator:
     """A new DLA. Ignored where training starts from one (run.start_dla)."""
 
     pooling: str = option("softmax", "softmax = the paper's, linear = UniFusion's", among=POOLINGS)
-    scores: str = option("states", "of softmax: from attention's heads, or states behind it", among=SCORES)
+    scores: str = option("heads", "of softmax: from attention's heads, or states behind it as 0.1.0", among=SCORES)
     modalities: str = option("dual", "dual = the paper's, shared = one pooling, last = none", among=MODALITIES)
     heads: int = option(0, "attention heads over layers; 0 = one for every 128 channels", low=0, high=4096)
     blocks: int = option(0, "attention blocks over layers; 0 = 1 for softmax, 2 for linear", low=0, high=64)

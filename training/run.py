@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..common.files import save_text
 from .build import build, required_memory
-from .checkpoints import check_same_run, checkpoints, read_state, restore, save
+from .checkpoints import begun_scores, check_same_run, checkpoints, read_state, restore, save
 from .data.batches import Batch, PassPlan
 from .export import check_free, export, provenance
 from .models import TrainingModels
@@ -63,14 +64,19 @@ class _Run:
     """The loop and its state."""
 
     def __init__(self, recipe, models, paths, callback, processes):
-        self.recipe, self.models, self.paths, self.callback = recipe, models, paths, callback
+        self.models, self.paths, self.callback = models, paths, callback
         self.processes, self.main = processes, processes.main
         self.history = History(recipe.run.name, {})
+        scores = processes.from_main(lambda: begun_scores(paths.output_dir))
+        self.recipe = recipe
+        if models.start_dla is None and scores not in (None, given := recipe.dla.scores):
+            self.recipe = replace(recipe, dla=replace(recipe.dla, scores=scores))
+            self._say(f"dla.scores is {given} now, this run began with {scores}, and continues so.")
         with processes.main_first():  # one indexes the data for all
-            self.components = build(recipe, models, paths.cache_dir, self._say_of_data)
+            self.components = build(self.recipe, models, paths.cache_dir, self._say_of_data)
         self.data, self.module, self.optimizer, self.batches, self.held_out = self.components
         self.wrapped: nn.Module = self.module  # what training passes call
-        self.history.weights = frequencies(recipe.shares, self.batches.times)
+        self.history.weights = frequencies(self.recipe.shares, self.batches.times)
         self._encoded: deque[PassPlan] = deque()  # the coming passes whose inputs are encoded, the DiT on the device
         self._consistent = True  # weights, moments and losses are those of the same step
 

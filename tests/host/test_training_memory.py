@@ -5,6 +5,7 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo
 from subject_dla.loaders.backbones import BACKBONES, TRAINED
 from subject_dla.tests.host.test_parity import skip_what_the_host_lacks
 from subject_dla.tests.small import dit
@@ -187,6 +188,19 @@ def test_estimate_follows_its_settings():
         memory.estimate(BACKBONES["longcat_image"])
     with pytest.raises(ValueError, match="'lion', expected one of adamw"):
         memory.estimate(BACKBONES["flux"], optimizer="lion")
+
+
+def test_estimate_is_of_the_dla_s_form():
+    def parts(**changes):
+        dla = DLAConfig(MLLMInfo("", "", 28, 3584), 4096, heads=28, **changes)
+        found = memory.estimate(BACKBONES["flux"], dla=dla).parts
+        count = sum(p.numel() for p in DualLayerAggregator(dla, device="meta").parameters())
+        assert found["gradients"] == 4 * count and found["DLA"] == 6 * count
+        return found["DLA's pooling"]
+
+    assert parts() < parts(scores="states") == parts(pooling="linear") and parts(modalities="last") == 0
+    assert parts(layer_subset=(0, 14, 28)) < parts()
+    assert memory.estimate(BACKBONES["flux"]).parts["DLA's pooling"] == parts()  # a new one
 
 
 def test_a_card_is_given_only_what_fits_it():

@@ -278,6 +278,7 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
         history = train(recipe, loaded, paths, lambda progress: messages.append(progress.text)).history
     assert set(seen) == {"mllm", "vae", "both"} and len(seen) == 4
     assert "Resuming from step 3 (checkpoint-00000003)" in messages
+    assert "dla.scores is heads now, this run began with states, and continues so." in messages
     with safe_open(FIXTURE / "expected.safetensors", framework="pt") as file:
         made = file.metadata()
     expected = load_file(FIXTURE / "expected.safetensors")
@@ -294,6 +295,21 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
     assert sorted(history.validation) == [0, 3, 5] == sorted(read_table(tmp_path / "run" / "validation.csv"))
     for step, means in json.loads(made["validation"]).items():
         assert [row.mean for row in history.validation[int(step)]] == pytest.approx(means, rel=1e-3)
+
+
+def test_a_run_keeps_the_form_of_the_dla_that_it_began_with(workspace):
+    states = {"dla": {"scores": "states"}}
+    workspace.train("states", **states)
+    with pytest.raises(Stop):
+        workspace.train("continued", stop_at(3), **states)
+    messages = []
+    for _ in range(2):  # the second time it is finished
+        workspace.train("continued", lambda progress: messages.append(progress.text))  # a new DLA's form is another
+        assert_equal(workspace.end("continued"), workspace.end("states"))
+    said = "dla.scores is heads now, this run began with states, and continues so."
+    assert messages.count(said) == 2
+    assert read_state(workspace.newest("continued"))["recipe"]["dla"]["scores"] == "states"
+    assert load_node_dla("continued.safetensors").config.scores == "states"
 
 
 def test_a_changed_learning_rate_is_taken_over(workspace):

@@ -15,7 +15,7 @@ from subject_dla.dla.features import StockContext
 from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=16, drop_leading_template=False)
-CONFIG = DLAConfig(INFO, 24, "flux", heads=4, provenance={"steps": 5})
+CONFIG = DLAConfig(INFO, 24, "flux", heads=4, scores="states", provenance={"steps": 5})
 SCORE, QKV = "pooling.text.score.weight", "pooling.image.blocks.0.attention.qkv.weight"
 
 
@@ -43,6 +43,19 @@ def test_save_and_load_give_the_same_dla(tmp_path, dtype, changes):
         assert loaded.state_dict()[key].dtype == dtype and torch.equal(loaded.state_dict()[key], value)
     features = random_features([[0, 1]], INFO)
     assert torch.equal(loaded(features), dla(features))
+
+
+def test_a_file_without_scores_is_of_the_form_of_0_1_0_and_a_new_dla_is_scored_by_heads(tmp_path):
+    values = CONFIG.to_dict()
+    assert "scores" not in values and DLAConfig.from_dict(values).scores == "states"
+    assert (
+        DLAConfig(INFO, 24).to_dict()["scores"] == "heads" == DLAConfig.from_dict({**values, "scores": "heads"}).scores
+    )
+    for nothing_scored in (dict(pooling="linear"), dict(modalities="last")):  # files that 0.1.0 reads
+        new = DLAConfig(INFO, 24, **nothing_scored)
+        assert "scores" not in new.to_dict() and new == DLAConfig.from_dict(new.to_dict())
+    saved(tmp_path / "a.safetensors", CONFIG)
+    assert QKV in load_file(tmp_path / "a.safetensors") and load_dla(tmp_path / "a.safetensors").config == CONFIG
 
 
 def test_a_dla_scored_by_heads_keeps_its_form(tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 INFO = MLLMInfo("tiny", "internvl", layers=5, width=32)
-FORMS = {"softmax": {}, "linear": {"pooling": "linear"}, "heads": {"pooling": "softmax", "scores": "heads"}}
+FORMS = {"softmax": {"scores": "states"}, "linear": {"pooling": "linear"}, "heads": {"pooling": "softmax"}}
 SMALL_CHUNKS = 40_000  # bytes: two or three tokens at a time
 
 
@@ -27,7 +27,7 @@ def make_features(scale=1.0, dtype=torch.float32):
 
 
 def make_dla(trained=True, dtype=torch.float32, **config) -> DualLayerAggregator:
-    """`trained`: no weight is at its start. pooling "heads": softmax with scores from the heads."""
+    """`trained`: no weight is at its start. pooling "heads": softmax as new DLAs have it, "softmax": as 0.1.0's."""
     torch.manual_seed(2)
     config = {"context_width": INFO.width, "heads": 4, **config}
     config |= FORMS[config.get("pooling", "softmax")]

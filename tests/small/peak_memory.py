@@ -26,7 +26,7 @@ def peak() -> int:
 
 
 def main(pooling: str) -> None:
-    form = {"scores": "heads"} if pooling == "heads" else {"pooling": pooling}
+    form = {"pooling": "softmax"} if pooling == "heads" else {"pooling": pooling, "scores": "states"}
     dla = DualLayerAggregator(DLAConfig(INFO, 512, **form), dtype=torch.bfloat16).requires_grad_(False)
     dla(features(16), max_chunk_bytes=CHUNK)  # kernels, thread pools
     given = features(2048)

@@ -21,7 +21,9 @@ from ...common.markdown import markdown
 from ...dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from ...dla.config import DLAConfig
 from ...dla.features import MLLMInfo
+from ...dla.pooling import HEAD_SCORED_CHUNK_BYTES, token_bytes
 from ...loaders.backbones import TRAINED, Backbone, DiTSizes, MLLMSizes
+from ..recipe import Recipe
 
 GIB = 2**30
 # CUDA context, the kernels' own buffers and what the allocator cannot use: our guess.
@@ -140,8 +142,7 @@ def estimate(
     references: int = 1,
     reference_side: int = 512,  # of each, squares, px
     context_tokens: int = 512,  # prompt and image tokens of the MLLM
-    mllm: tuple[int, int] | None = None,  # its (layers, width); None = the family's
-    dla_parameters: int | None = None,  # None = a new DLA's
+    dla: DLAConfig | None = None,  # None = a new one of the family's MLLM
     lora_rank: int = 0,  # 0 = no LoRA
     weight_bytes: int = 2,  # of the frozen DiT's storage: 2 = bf16, 1 = fp8
     compute_bytes: int = 2,  # of its arithmetic
@@ -161,13 +162,13 @@ def estimate(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}.")
     dit = sizes or backbone.training.sizes
-    layers, mllm_width = mllm or (backbone.training.mllm.layers, backbone.training.mllm.width)
     wide, high = resolution if isinstance(resolution, tuple) else (resolution, resolution)
     image, reference = token_counts(backbone, (wide, high), references, reference_side)
-    if dla_parameters is None:  # with this pack's defaults
-        width = backbone.training.context_width or backbone.context_width
-        config = DLAConfig(MLLMInfo("", "", layers, mllm_width), width)
-        dla_parameters = sum(p.numel() for p in DualLayerAggregator(config, device="meta").parameters())
+    if dla is None:
+        mllm, width = backbone.training.mllm, backbone.training.context_width or backbone.context_width
+        dla = Recipe().dla_config(MLLMInfo("", "", mllm.layers, mllm.width), width, backbone.name)
+    layers, mllm_width = dla.mllm.layers, dla.mllm.width
+    dla_parameters = sum(p.numel() for p in DualLayerAggregator(dla, device="meta").parameters())
 
     kinds = [b for b in blocks(dit, context_tokens, image, reference, lora_rank > 0) if b.count > 0]
     lora = sum(b.count * b.lora(lora_rank) for b in kinds)
@@ -188,12 +189,15 @@ def estimate(
         kept += sum(b.count * cast(b) for b in kinds)
         again = 0
     features = batch_size * context_tokens * (layers + 1) * mllm_width * compute_bytes
-    # of the DLA's pooling: forward results and their gradients of one chunk of tokens, see dla.pooling.chunk_length
     gathered = 0
     if shards > 1:  # weights and gradients for a pass, a LoRA's in the arithmetic's dtype; sums over passes are in fp32
         gathered = 8 * dla_parameters + lora * (compute_bytes + max(compute_bytes, 4 * (accumulate > 1)))
         gathered += 4 * max(dla_parameters, *(b.lora(lora_rank) // len(b.attention) for b in kinds))  # one is averaged
-    pooling = 2 * min(MAX_CHUNK_BYTES, features // compute_bytes * (16 + 10 * compute_bytes))
+    # of the DLA's pooling: forward results and their gradients of one chunk of tokens, see dla.pooling.chunk_length
+    heads, by_heads = dla.heads, dla.scores == "heads"
+    each = token_bytes(len(dla.pooled_layers), mllm_width, heads, compute_bytes, by_heads)
+    most = HEAD_SCORED_CHUNK_BYTES if by_heads else MAX_CHUNK_BYTES
+    pooling = 2 * min(most, batch_size * context_tokens * each) if dla.modalities != "last" else 0
     return Estimate(
         {
             "DiT weights": dit.parameters * weight_bytes,

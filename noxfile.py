@@ -3,12 +3,14 @@
     nox -s demo                     the main job on a real ComfyUI server: pictures in output/
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest: -m method for those without ComfyUI)
+    nox -s browser                  the editor as a person uses it, in a real browser: screenshots in output/browser/
     nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
     nox -s bench                    ratios against the host's own way in the same run (-- --full: on an accelerator)
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
 All use one environment per host and transformers, made by `tools/environment.py`:
     COMFYUI_PATH=FOLDER             a ComfyUI checkout of your own instead of the one from the package registry
+    FRONT_END=1.57.0                the newer of the two editors that `nox -s browser` opens
     TRANSFORMERS=4.57.*             a version or range of transformers instead of the one that pip picks
 """
 
@@ -45,14 +47,28 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Every test: the method, the pack inside the host, and a real server with a real browser."""
+    """The method, the pack inside the host, and a real server with a real browser: all tests but those of `browser`."""
     found = prepare(session)
     environment.obtain_browser(found.python)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     arguments = session.posargs
     if not arguments:  # all: two processes of a thread each, a file's tests in one of them, which has its fixtures once
         arguments, environ["OMP_NUM_THREADS"] = ["--numprocesses=2", "--dist=loadfile", str(ROOT / "tests")], "1"
+        arguments.append(f"--ignore={ROOT / 'tests' / 'browser'}")
     session.run(str(found.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
+
+
+@nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """What a person sees and touches: two versions of the editor, each with both renderers, in a real browser."""
+    found = prepare(session)
+    environment.obtain_browser(found.python)
+    environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui), "OMP_NUM_THREADS": "1"}
+    arguments = session.posargs or ["--numprocesses=2", "--dist=loadgroup"]  # an editor in each process
+    session.run(
+        str(found.python), "-m", "pytest", "--durations=10", str(ROOT / "tests" / "browser"), *arguments,
+        env=environ, **RUN,
+    )  # fmt: skip
 
 
 @nox.session(venv_backend="none")

@@ -1,5 +1,6 @@
 """Makes the pack importable as `subject_dla`, as the host does, and marks each test with its folder's depth."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -28,3 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    folder = Path(os.environ.get("COMFYUI_PATH", ""))
+    assert (folder / "main.py").is_file(), f"COMFYUI_PATH is {str(folder)!r}, expected a checkout; nox sets it"
+    return folder

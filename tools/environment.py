@@ -1,4 +1,4 @@
-"""Prepares what the demo and the tests run on: a ComfyUI checkout and a Python environment for it.
+"""Prepares what the demo and the tests run on: a ComfyUI checkout, a Python environment, a browser.
 
 Only what comes with nox: it runs before anything is installed. Everything is made once, in
 `.cache/` or the folder in SUBJECT_DLA_CACHE, and found again; deleting the folder starts afresh.
@@ -28,6 +28,8 @@ TORCHAUDIO = "torchaudio==2.11.*"  # newest on the registry; without its depende
 TOOLS = ["requests", "websocket-client", "pytest", "pytest-xdist", "playwright", "accelerate", "panda3d"]
 TOOLS += ["comfyui-workflow-templates-json==0.1.123"]  # the front end's own workflows; not its pictures
 TOOLS += ["ruff==0.17.6", "mypy==2.4.1", "comfy-import-guard==1.3.0"]  # .pre-commit-config.yaml has the same ruff
+FRONT_END = "1.58.1"  # newest of the registry's: the second editor of the browser tests, beside the host's own
+CHINESE_FONT = "noto-cjk-sans-jp-regular==0.0.1"  # of all CJK languages; 13 MB, SIL Open Font License
 # What we do not take from the host's list: the torches are pinned above, the templates are pictures for its menu.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 
@@ -173,6 +175,32 @@ def find_browser() -> str | None:
     """Path of a Chromium: CHROMIUM_PATH, else one of the usual commands; None leaves it to playwright's own."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, names)), None)
+
+
+def obtain_front_end() -> Path:
+    """Static files of the newest editor; FRONT_END in the environment names another version."""
+    package = _obtain_package(f"comfyui-frontend-package=={os.environ.get('FRONT_END') or FRONT_END}")
+    return package / "comfyui_frontend_package" / "static"
+
+
+def obtain_chinese_font() -> Path:
+    """A folder with a font that has Chinese letters, which not every machine has."""
+    return _obtain_package(CHINESE_FONT)
+
+
+def _obtain_package(requirement: str) -> Path:
+    """Folder in the cache with one package of the registry, without those that it requires."""
+    folder = _cache_folder() / requirement.replace("==", "-")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_cache_folder() / "lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                target = Path(work, "package")
+                _run(
+                    [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={target}", requirement]
+                )
+                target.rename(folder)
+    return folder
 
 
 def _run(command: list[str]) -> None:

@@ -1,6 +1,5 @@
 """A real server with the pack in it, on tiny models, for the whole session of tests."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,13 +9,6 @@ from subject_dla.demo.family.layout import CONTEXT_WIDTH, MODELS, NAMES
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, save_dla
 from subject_dla.tests.small.prompts import two_references
 from subject_dla.tools.comfy_client.server import Server
-
-
-@pytest.fixture(scope="session")
-def comfyui() -> Path:
-    folder = Path(os.environ.get("COMFYUI_PATH", ""))
-    assert (folder / "main.py").is_file(), f"COMFYUI_PATH is {str(folder)!r}, expected a checkout; nox sets it"
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,27 +3,20 @@ on small models; of DreamO's nodes there are stand-ins, which show that its work
 
 import io
 import json
-import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 from safetensors import safe_open
-from subject_dla.demo import run as demo
-from subject_dla.demo.family.layout import MODELS
 from subject_dla.dla import load_dla
+from subject_dla.tests.small import editor
+from subject_dla.tests.small.editor import LOAD, build_models, chromium, open_editor
 from subject_dla.tests.small.editor_graphs import GRAPHS, NOT_BEFORE_1_49
-from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.prompts import key_of, make_node, of_type, run, shrink
-from subject_dla.tests.small.training import paint_subjects
-from subject_dla.tools import environment
 from subject_dla.tools.comfy_client import editor_graph, workflow
-from subject_dla.tools.comfy_client.server import PACK, ROOT, Server
+from subject_dla.tools.comfy_client.server import ROOT
 from subject_dla.tools.comfy_client.shipped import TITLES
 from subject_dla.tools.perf.batch import FORMS, SUBJECT, changes
 from subject_dla.tools.perf.batch import graph as batch_graph
@@ -32,33 +25,6 @@ WORKFLOWS = list(TITLES)
 SAVED_BY_0_1_0 = sorted((ROOT / "tests" / "fixtures" / "0.1.0" / "workflows").glob("*.json"))
 QWEN_IMAGE_21, CACHE_21 = "qwen_image_2_1_staged", "QwenImage21Cache"
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
-DREAMO_LORAS = ["flux-turbo", "dreamo_comfyui", "dreamo_cfg_distill_comfyui", "dreamo_sft_lora", "dreamo_dpo_lora"]
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-# The pack's nodes are known, and the editor has opened its own first workflow (or ours would be replaced by it).
-READY = """() => {
-    const app = window.app ?? window.comfyAPI?.app?.app
-    const types = (window.LiteGraph ?? window.comfyAPI?.litegraph?.LiteGraph)?.registered_node_types
-    return app?.graph && types?.SubjectEncode && app.extensionManager?.workflow?.activeWorkflow
-}"""
-LOAD = """async (workflow) => {
-    const app = window.app ?? window.comfyAPI.app.app
-    await app.loadGraphData(workflow)
-    const known = (window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types
-    const nodes = app.graph._nodes ?? app.graph.nodes
-    const prompt = await app.graphToPrompt()
-    return {
-        missing: nodes.filter((node) => !known[node.type]).map((node) => node.type),
-        broken: nodes.filter((node) => node.has_errors).map((node) => node.type),
-        unlinked: prompt.workflow.links.filter((link) => link === null).length,
-        count: nodes.length,
-        output: prompt.output,
-    }
-}"""
-
-
 TEMPLATES = Path(find_spec("comfyui_workflow_templates_json").origin).with_name("templates")
 # Of the front end's own: with bypassed and nested subgraphs, reroutes, primitives, widgets shown outside.
 OFFICIAL = [
@@ -73,42 +39,17 @@ OFFICIAL = [
 
 @pytest.fixture(scope="module")
 def small_server(comfyui, tmp_path_factory):
-    models = tmp_path_factory.mktemp("small-models")
-    subprocess.run([sys.executable, ROOT / "common/bootstrap.py", "tests.small.models", comfyui, models], check=True)
-    build_measures(models, comfyui)
-    for name in DREAMO_LORAS:
-        shutil.copyfile(models / "loras" / "dit_lora.safetensors", models / "loras" / f"{name}.safetensors")
-    own = {name: Path(__file__).with_name(name) for name in ("small_host", "load_counts")}
-    packs = {**own, "dreamo": DREAMO, PACK: ROOT}
-    base = tmp_path_factory.mktemp("small-host")
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"Comfy.TutorialCompleted": true}')  # else a dialog of templates, which takes its time
-    with Server(comfyui, base, packs=packs, models=[models, MODELS], arguments=["--cpu"]) as server:
-        for image in demo.IMAGES.glob("*.*g"):
-            server.client.upload(image)
-        paint_subjects(server.base / "input" / "my-subjects", subjects=3)
-        server.client.upload(demo.IMAGES / "chelsea.jpg", "example.png")  # every ComfyUI has one of that name
+    models = build_models(comfyui, tmp_path_factory.mktemp("small-models"))
+    with editor.small_server(comfyui, tmp_path_factory.mktemp("small-host"), models) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def page(small_server):
-    browser_path = environment.find_browser()
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
-        except Exception as error:
-            pytest.fail(
-                f"No Chromium starts here ({browser_path or 'none found'}): install the system's package chromium, run "
-                f"`python -m playwright install chromium`, or name one with CHROMIUM_PATH.\n{error}"
-            )
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.goto(small_server.address, wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_load_state("networkidle")
+        open_editor(page, small_server.address)
         yield page
-        browser.close()
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -1,0 +1,193 @@
+"""Two editors, the host's own and the newest, in one browser; each test on both, in both ways that they draw nodes."""
+
+import base64
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page
+from subject_dla.common.bootstrap import ROOT
+from subject_dla.tests.small.editor import LOAD, build_models, chromium, open_editor, small_server
+from subject_dla.tools import environment
+from subject_dla.tools.comfy_client.server import Server
+
+SCREENSHOTS = ROOT / "output" / "browser"
+FRONT_ENDS = {"own": None, "newest": environment.obtain_front_end}
+RENDERERS = {"classic": False, "nodes2": True}
+# Errors of the front end's own, by text or address: without its own templates, without the internet, on an older host.
+OF_THE_FRONT_END = re.compile(
+    r"core workflow templates|/templates/|api\.comfy\.org|/userdata[/?]|/docs/\w+/en\.md|Jobs ?Api|/api/jobs|primevue",
+    re.IGNORECASE,
+)
+FONTS = """<fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{font}</dir></fontconfig>"""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    fonts = tmp_path_factory.mktemp("fonts") / "fonts.conf"
+    fonts.write_text(FONTS.format(font=environment.obtain_chinese_font()))
+    with chromium(FONTCONFIG_FILE=str(fonts)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def models(comfyui, tmp_path_factory):
+    return build_models(comfyui, tmp_path_factory.mktemp("models"))
+
+
+# With several processes: the tests of a front end in one, which has its server and its page once.
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FRONT_ENDS]
+)
+def front_end(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, front_end, models, tmp_path_factory):
+    root = FRONT_ENDS[front_end]
+    arguments = ["--front-end-root", str(root())] if root else []
+    with small_server(comfyui, tmp_path_factory.mktemp("host"), models, arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def opened(browser, server, front_end):
+    page = browser.new_page(viewport={"width": 1600, "height": 900})
+    page.set_default_timeout(20_000)
+    editor = Editor(page, server, front_end)
+    open_editor(page, server.address)
+    yield editor
+    page.close()
+
+
+@pytest.fixture(scope="session", params=RENDERERS)
+def renderer(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def editor(opened, renderer):
+    """An empty graph in the front end, drawn by the renderer; an error that the page reports fails the test."""
+    opened.errors.clear()
+    opened.draw_by(renderer)
+    opened.clear()
+    yield opened
+    assert not opened.errors, "\n".join(opened.errors)
+
+
+class Editor:
+    """A page with the editor, and what a person does there."""
+
+    def __init__(self, page: Page, server: Server, front_end: str):
+        self.page, self.server, self.front_end, self.renderer = page, server, front_end, ""
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self._note(f"{error.message}\n{error.stack}"))
+        page.on("console", lambda said: said.type == "error" and self._note(f"{said.text} {said.location['url']}"))
+
+    def _note(self, text: str) -> None:
+        if not OF_THE_FRONT_END.search(text):
+            self.errors.append(text)
+
+    def run(self, function: str, argument=None):
+        """What a JavaScript function of the app, the class LiteGraph and an argument returns."""
+        call = f"""async (argument) => {{
+            const app = window.comfyAPI.app.app
+            return await ({function})(app, window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph, argument)
+        }}"""
+        return self.page.evaluate(call, argument)
+
+    def set(self, **settings) -> None:
+        """Settings by the last parts of their names: `VueNodes.Enabled` is `VueNodes__Enabled`."""
+        for name, value in settings.items():
+            change = "(app, _, [name, value]) => app.extensionManager.setting.set(name, value)"
+            self.run(change, [f"Comfy.{name.replace('__', '.')}", value])
+
+    def draw_by(self, renderer: str) -> None:
+        if renderer != self.renderer:
+            self.set(VueNodes__Enabled=RENDERERS[renderer])
+            self.renderer = renderer
+
+    def clear(self) -> None:
+        """An empty graph at natural size, and nothing open beside it."""
+        self.page.keyboard.press("Escape")
+        self.run("""(app) => {
+            app.graph.clear()
+            app.nodeOutputs = {}
+            app.extensionManager.sidebarTab.activeSidebarTabId = null
+            app.canvas.ds.scale = 1
+            app.canvas.ds.offset = [80, 120]
+            app.canvas.setDirty(true, true)
+        }""")
+
+    def load(self, graph: dict) -> dict:
+        """Loads a workflow; what of it the front end does not know, and what it would queue."""
+        return self.page.evaluate(LOAD, graph)
+
+    def add(self, kind: str, x: float, y: float) -> int:
+        """Adds a node; its id."""
+        return self.run("""async (app, LiteGraph, [kind, ...at]) => {
+            const node = LiteGraph.createNode(kind)
+            node.pos = at
+            app.graph.add(node)
+            app.canvas.draw(true, true)
+            await new Promise((resolve) => requestAnimationFrame(resolve))
+            return node.id
+        }""", [kind, x, y])  # fmt: skip
+
+    def queued(self) -> dict:
+        """What Run would queue."""
+        return self.run("async (app) => (await app.graphToPrompt()).output")
+
+    def point(self, of_node: str, node: int) -> tuple[float, float]:
+        """Where a point of a node, in the graph's units, is on the page."""
+        return tuple(self.run(
+            f"(app, _, id) => app.canvasPosToClientPos((({of_node})(app.graph.getNodeById(id))))", node
+        ))  # fmt: skip
+
+    def select(self, node: int) -> None:
+        """Clicks the node's title."""
+        self.page.mouse.click(*self.point("(node) => [node.pos[0] + node.size[0] / 2, node.pos[1] - 15]", node))
+
+    def drop(self, name: str, content: bytes) -> None:
+        """Drops a file on the canvas, as from a folder of the desktop."""
+        data = self.page.evaluate_handle("""([name, content]) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0))
+            const data = new DataTransfer()
+            data.items.add(new File([bytes], name, {type: "image/png"}))
+            return data
+        }""", [name, base64.b64encode(content).decode()])  # fmt: skip
+        self.page.locator("#graph-canvas").dispatch_event("drop", {"dataTransfer": data})
+
+    def open_templates(self) -> Locator:
+        self.page.get_by_role("button", name="Templates").first.click()
+        dialog = self.page.get_by_role("dialog")
+        dialog.wait_for()
+        return dialog
+
+    def search(self) -> Callable[[str], list[str]]:
+        """Opens the search for nodes; a function from words to the titles that are found, best first."""
+        self.page.mouse.dblclick(800, 600)
+        field = self.page.locator("input[role=combobox]:focus")
+
+        def titles(words: str) -> list[str]:
+            field.fill(words)
+            self.page.wait_for_timeout(300)  # the search waits for the end of the typing
+            texts = [option.inner_text() for option in self.page.get_by_role("option").all()]
+            return [text.replace("\xa0", " ").split("\n")[0].strip() for text in texts if text.strip()]
+
+        return titles
+
+    def screenshot(self, name: str) -> Path:
+        path = SCREENSHOTS / f"{name}-{self.front_end}-{self.renderer}.png"
+        self.page.screenshot(path=path)
+        return path
+
+    def open_help(self, node: int, title: str) -> Locator:
+        """The help page of a node, by the button above it; the node may not be where the last click was."""
+        self.select(node)
+        self.page.locator("[aria-label='Node Info'], [data-testid='info-button']").click()
+        shown = self.page.locator(".node-help-content")
+        shown.get_by_role("heading", name=title, exact=True).wait_for()
+        return shown

@@ -1,0 +1,42 @@
+"""The pack's nodes in the search, their help pages and their looks."""
+
+import pytest
+
+# Of the pictures and links of an element, the addresses of those that do not load. What the internet has is not asked.
+DEAD = """async (element) => {
+    const pictures = [...element.querySelectorAll("img")].map((one) => one.decode().then(() => [], () => [one.src]))
+    const addresses = [...element.querySelectorAll("a")].map((one) => one.href)
+    const asked = addresses.filter((address) => !address || address.startsWith(location.origin))
+    const links = asked.map((address) => fetch(address).then((found) => found.ok ? [] : [address], () => [address]))
+    return (await Promise.all([...pictures, ...links])).flat()
+}"""
+
+
+@pytest.fixture
+def ours(editor) -> dict[str, dict]:
+    return {name: node for name, node in editor.server.client.object_info().items() if name.startswith("Subject")}
+
+
+@pytest.fixture
+def once(editor):
+    """For what is not drawn by the renderer."""
+    if editor.renderer != "classic":
+        pytest.skip("the same with each renderer")
+
+
+def test_the_search_finds_each_node(editor, ours, once):
+    find = editor.search()
+    found = {node["display_name"]: find(node["display_name"]) for node in ours.values()}
+    editor.screenshot("search")
+    assert not {title: titles for title, titles in found.items() if title not in titles[:3]}
+
+
+def test_help(editor, ours, once):
+    """In the editor's panel: our page, its pictures loaded, its links alive."""
+    dead = {}
+    for number, (name, node) in enumerate(ours.items()):
+        editor.run("(app) => app.graph.clear()")
+        shown = editor.open_help(editor.add(name, 500 + 100 * (number % 2), 100), node["display_name"])
+        dead[name] = shown.evaluate(DEAD)
+        editor.screenshot(f"help-{name}")
+    assert not any(dead.values()), dead

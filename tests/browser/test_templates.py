@@ -1,0 +1,62 @@
+"""Our templates, as a person opens and runs them."""
+
+import json
+
+from subject_dla.tools.comfy_client import workflow
+from subject_dla.tools.comfy_client.server import PACK
+from subject_dla.tools.comfy_client.shipped import TITLES
+
+NOT_ON_EVERY_HOST = {"qwen_image_2_1_staged": "QwenImage21Cache"}
+PICTURES = """() => Object.values(window.comfyAPI.app.app.nodeOutputs).flatMap((output) => output.images ?? [])
+    .filter((image) => image.type == "output")"""
+
+SHOWN = """() => {
+    const node = window.comfyAPI.app.app.graph.nodes.find((node) => node.type == "SaveImage")
+    const shown = document.querySelector(`[data-node-id="${node.id}"] img`) ?? node.imgs?.[0]
+    return shown?.naturalWidth
+}"""
+
+
+def test_each_template_opens_whole(editor):
+    """Every node known, every link there, nothing reported."""
+    faults, known = {}, editor.server.client.object_info()
+    for name in TITLES:
+        if NOT_ON_EVERY_HOST.get(name, "KSampler") not in known:
+            continue
+        saved = workflow.read(name)
+        shown = editor.load(saved)
+        editor.page.wait_for_timeout(300)
+        editor.screenshot(f"template-{name}")
+        found = {key: shown[key] for key in ("missing", "broken", "unlinked") if shown[key]}
+        if shown["count"] != len(saved["nodes"]) or editor.errors:
+            found |= {"nodes": shown["count"], "errors": list(editor.errors)}
+            editor.errors.clear()
+        if found:
+            faults[name] = found
+    assert not faults, json.dumps(faults, indent=1)
+
+
+def test_a_first_picture_and_its_graph_back(editor):
+    """Install, Templates, demo, Run: a picture; dropped on an empty editor it brings its graph."""
+    dialog = editor.open_templates()
+    dialog.get_by_role("button", name=PACK).click()
+    listed = {name: dialog.get_by_test_id(f"template-workflow-{title}") for name, title in TITLES.items()}
+    for name, card in listed.items():
+        card.scroll_into_view_if_needed()
+        assert card.is_visible(), name
+    editor.screenshot("templates")
+    listed["demo"].click()
+    dialog.wait_for(state="hidden")
+    queued = editor.queued()
+    editor.page.get_by_role("button", name="Run", exact=True).click()
+    editor.page.wait_for_function(SHOWN, timeout=120_000)
+    editor.screenshot("first-picture")
+    (picture,) = editor.page.evaluate(PICTURES)
+
+    editor.clear()
+    assert not editor.queued()
+    editor.drop(picture["filename"], editor.server.client.fetch(picture))
+    editor.page.wait_for_function("() => window.comfyAPI.app.app.graph.nodes.length")
+    editor.page.wait_for_timeout(500)
+    editor.screenshot("dropped")
+    assert editor.queued() == queued

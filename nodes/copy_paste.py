@@ -10,6 +10,7 @@ class SubjectCopyPasteReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectCopyPasteReport",
             display_name="Copy-Paste Report",
             description=(

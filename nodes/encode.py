@@ -108,6 +108,7 @@ class SubjectPromptList(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "condition",
             node_id="SubjectPromptList",
             display_name="Prompt List",
             description=("One prompt per line: the nodes behind it run once for each prompt, in one queued job."),
@@ -159,6 +160,7 @@ class SubjectEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "condition",
             node_id="SubjectEncode",
             display_name="Encode Subject",
             description="The MLLM reads prompt and reference images together: hidden states of every layer and token.",
@@ -222,6 +224,7 @@ class SubjectAggregateLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "condition",
             node_id="SubjectAggregateLayers",
             display_name="Aggregate Layers",
             description="Pools the MLLM's layers into the DiT's context tokens; without a DLA they are the stock ones.",
@@ -286,6 +289,8 @@ class SubjectAddIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "condition",
+            words="UNO, face, reference",
             node_id="SubjectAddIdentity",
             display_name="Add Identity",
             description=(
@@ -294,10 +299,18 @@ class SubjectAddIdentity(io.ComfyNode):
                 " their own."
             ),
             search_aliases=[
+                "reference",
+                "reference image",
                 "reference latent",
                 "add reference",
-                "reference image",
                 "reference strength",
+                "consistent character",
+                "character reference",
+                "face",
+                "face id",
+                "ipadapter",
+                "pulid",
+                "multi subject",
                 "regional reference",
                 "region mask",
                 "uno",

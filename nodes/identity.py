@@ -15,6 +15,7 @@ class SubjectIdentityScores(io.ComfyNode):
         from ..loaders.embedders import folder_names
 
         return schema(
+            "measure",
             node_id="SubjectIdentityScores",
             display_name="Identity Scores",
             description=(

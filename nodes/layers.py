@@ -27,6 +27,7 @@ class SubjectAblateLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectAblateLayers",
             display_name="Ablate Layers",
             description="Sets layers of the MLLM's hidden states to zero, for text and image tokens separately.",
@@ -57,6 +58,7 @@ class SubjectAblationSweep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectAblationSweep",
             display_name="Ablation Sweep",
             description=(
@@ -113,6 +115,7 @@ class SubjectLayerWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectLayerWeights",
             display_name="Layer Weights",
             description="The weight that a DLA gives to every layer: heat map, overlay on a reference, description.",

@@ -15,6 +15,7 @@ class SubjectLoadMLLM(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "load",
             node_id="SubjectLoadMLLM",
             display_name="Load MLLM",
             description="Loads an InternVL3 (the paper's), Qwen2.5-VL, Qwen3-VL, Qwen3.5 or Gemma 4 from models/mllm.",
@@ -49,6 +50,7 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "load",
             node_id="SubjectMLLMFromCLIP",
             display_name="MLLM from CLIP",
             description="The LLM of a text encoder that the host has loaded, as the MLLM; not all of them read images.",
@@ -77,6 +79,7 @@ class SubjectLoadDLA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "load",
             node_id="SubjectLoadDLA",
             display_name="Load DLA",
             description="Loads a Dual Layer Aggregator, which pools the MLLM's layers into the DiT's context.",
@@ -116,6 +119,7 @@ class SubjectLoadPipeline(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "load",
             node_id="SubjectLoadPipeline",
             display_name="Load Subject Pipeline",
             description="DiT, VAE, MLLM and DLA in one node; parts that do not match are refused before loading.",

@@ -17,6 +17,7 @@ class SubjectLoadOrientation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "load",
             node_id="SubjectLoadOrientation",
             display_name="Load Orientation Model",
             description=(
@@ -62,6 +63,7 @@ class SubjectOrientation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectOrientation",
             display_name="Subject Orientation",
             description=(

@@ -10,6 +10,7 @@ class SubjectEncodeQwenImage21(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "condition",
             node_id="SubjectEncodeQwenImage21",
             display_name="Encode Qwen-Image 2.1 for Stages",
             description=(

@@ -27,6 +27,7 @@ class SubjectStagedGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectStagedGuider",
             display_name="Staged Guider",
             description=(
@@ -55,6 +56,7 @@ class SubjectStagedSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectStagedSampler",
             display_name="Staged Sampler",
             description="KSampler with stages: reads MLLM and VAE tokens as the schedule says, step by step.",
@@ -122,6 +124,7 @@ class SubjectImageGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectImageGuidance",
             display_name="Image Guidance",
             description=(

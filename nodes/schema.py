@@ -20,10 +20,16 @@ NONE = "none"
 CAPTION_TIP = "A short text for each picture, to figures of Contact Sheet."
 
 
-def schema(**arguments) -> io.Schema:
-    """io.Schema in the pack's category, without the arguments this host lacks (`search_aliases` came at 0.11)."""
+def schema(group: str, *, words: str = "", **arguments) -> io.Schema:
+    """io.Schema in a group of the pack's category, without the arguments this host lacks (`search_aliases`: 0.11).
+
+    Hosts without aliases search names alone, their first 30 letters or so: there the name has `words` behind it.
+    """
     known = {field.name for field in fields(io.Schema)}
-    return io.Schema(category=CATEGORY, **{key: value for key, value in arguments.items() if key in known})
+    if words and "search_aliases" not in known:
+        arguments["display_name"] += f" ({words})"
+    arguments = {key: value for key, value in arguments.items() if key in known}
+    return io.Schema(category=f"{CATEGORY}/{group}", **arguments)
 
 
 def output(kind, name: str, tooltip: str, *, is_list: bool = False):

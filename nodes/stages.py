@@ -52,6 +52,8 @@ class SubjectApplyStages(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
+            words="consistent character",
             node_id="SubjectApplyStages",
             display_name="Apply Stages",
             description=(
@@ -66,6 +68,9 @@ class SubjectApplyStages(io.ComfyNode):
                 "reference schedule",
                 "reference strength",
                 "delay reference",
+                "consistent character",
+                "kontext",
+                "uno",
                 "model patch",
             ],
             inputs=[
@@ -101,6 +106,7 @@ class SubjectStageSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectStageSchedule",
             display_name="Stage Schedule",
             description=(
@@ -128,6 +134,7 @@ class SubjectStageKeyframe(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectStageKeyframe",
             display_name="Stage Keyframe",
             description=(
@@ -187,6 +194,7 @@ class SubjectStagePreview(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectStagePreview",
             display_name="Stage Preview",
             description=(

@@ -18,6 +18,8 @@ class SubjectConditioning(io.ComfyNode):
             for index in range(1, SOCKETS + 1)
         ]
         return schema(
+            "condition",
+            words="multi subject",
             node_id="SubjectConditioning",
             display_name="Subject Conditioning",
             description=(
@@ -32,6 +34,13 @@ class SubjectConditioning(io.ComfyNode):
                 "qwen image edit",
                 "regional reference",
                 "multi reference",
+                "multi subject",
+                "consistent character",
+                "face",
+                "ipadapter",
+                "pulid",
+                "kontext",
+                "uno",
                 "mllm to conditioning",
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

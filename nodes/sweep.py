@@ -13,6 +13,7 @@ class SubjectThresholdSweep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "stages",
             node_id="SubjectThresholdSweep",
             display_name="Threshold Sweep",
             description=(
@@ -88,6 +89,7 @@ class SubjectContactSheet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "measure",
             node_id="SubjectContactSheet",
             display_name="Contact Sheet",
             description=(

@@ -12,6 +12,7 @@ class SubjectTrainDLA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
+            "train",
             node_id="SubjectTrainDLA",
             display_name="Train DLA",
             description=(

@@ -45,7 +45,7 @@ def made():
     nodes = {}
     for schema in SCHEMAS:
         nodes[schema.node_id] = {
-            "display_name": texts.of(schema.display_name),
+            "display_name": texts.of(schema.display_name.split(" (")[0]),  # without words for older hosts' search
             "description": texts.of(schema.description),
             "inputs": {one.id: socket(one) for one in schema.inputs},
             "outputs": {str(number): socket(one) for number, one in enumerate(schema.outputs)},

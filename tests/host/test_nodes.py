@@ -73,7 +73,7 @@ def test_the_schema_says_what_everything_is_and_execute_takes_it(name):
     schema = node.GET_SCHEMA()  # validates, on every host
     assert not {i.id for i in schema.inputs} & {o.id for o in schema.outputs}  # an error up to 0.3.75, unseen later
     info = node.GET_NODE_INFO_V1()
-    assert info["category"] == "subject" and info["display_name"] and info["description"]
+    assert info["category"].split("/")[0] == "subject" and info["display_name"] and info["description"]
     assert all(info["output_tooltips"])
     for kind in ("required", "optional"):
         for key, (type_, options) in info["input"].get(kind, {}).items():
@@ -177,3 +177,16 @@ def test_file_names_have_number_and_words_of_the_prompt():
     }
     _, names = NODES["SubjectPromptList"].execute("\n".join(prompts), "toys/").result
     assert names == [f"toys/{name}" for name in prompts.values()]
+
+
+@pytest.mark.parametrize(
+    "word", ["reference", "ipadapter", "consistent character", "face", "kontext", "uno", "pulid", "multi subject"]
+)
+def test_words_that_users_search_for_find_add_identity(word):
+    """Hosts without aliases search names: there `words` are in them (tests/browser types them)."""
+    shown = NODES["SubjectAddIdentity"].define_schema()
+    if not hasattr(shown, "search_aliases"):
+        names = " ".join(node.define_schema().display_name for node in NODES.values()).lower()
+        assert word in names or word in ("ipadapter", "kontext", "pulid")
+    else:
+        assert word in shown.search_aliases

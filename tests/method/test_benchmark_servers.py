@@ -4,8 +4,10 @@ server and of a case. The servers are threads that speak HTTP; real ones are in 
 import base64
 import io
 import json
+import socket
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -334,6 +336,37 @@ def test_a_server_whose_answers_are_odd_costs_no_case(odd, start, tmp_path, caps
     result = json.loads(capsys.readouterr().out)
     assert (result["made"], result["failed"]) == (20, 0)
     assert result["servers"][bad.address] == 0 or part in ("object_info", "system_stats")
+
+
+def test_no_case_waits_for_a_server_that_hangs_from_the_start(start, tmp_path, capsys, monkeypatch):
+    """It takes connections and never answers."""
+    works, asked, held = start(seconds=0.02), [], []
+
+    def take(server):
+        while True:
+            try:
+                held.append(server.accept()[0])
+            except OSError:
+                return
+            asked.append(held[-1].recv(1000).split(b"\r\n")[0])
+
+    wait = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: wait(request, timeout=min(timeout, 1)))
+    wanted(tmp_path, 1)
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"prompt": f"cat {n}", "image_paths": ["cat.png"]} for n in range(60)])
+    )
+    (tmp_path / "flow.json").write_text(json.dumps(GRAPH))
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        threading.Thread(target=take, args=(hangs,), daemon=True).start()
+        address = f"http://127.0.0.1:{hangs.getsockname()[1]}"
+        command = ["run", str(tmp_path / "list.json"), "--workflow", str(tmp_path / "flow.json")]
+        assert main([*command, "--out", str(tmp_path / "out"), "--server", f"{works.address},{address}"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert result["made"] == 60 and list(result["lost"]) == [address]
+    assert f"{address} does not answer (timed out); waiting for it." in said.err
+    assert set(asked) == {b"GET /system_stats HTTP/1.1"}
 
 
 def test_a_server_that_never_ends_a_job_does_not_hold_the_run(start, tmp_path):

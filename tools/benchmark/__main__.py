@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # started by its path, as `python tools/benchmark`
@@ -123,6 +124,10 @@ def run(options: argparse.Namespace) -> dict:
         say("The servers are of different versions: pictures may differ in their last bits.")
     more = {"prefetch": options.ahead, "patience": options.patience, "say": say}
     benchmark = Benchmark([one.client for one in servers], template, options.out, root=found.root, facts=facts, **more)
+    for worker, server in zip(benchmark.workers, servers):
+        if server.problem:  # it is looked for again, but no case is to wait for its answer
+            worker.problem, worker.away_since, worker.times_lost = server.problem, time.monotonic(), 1
+            say(f"{server.client.address} does not answer ({server.problem}); waiting for it.")
     result = benchmark.run(wanted)
     say(f"{result['pictures']} of {result['cases']} pictures in {options.out}, {result['failed']} failed")
     result["servers"] = {worker.client.address: worker.made for worker in benchmark.workers}

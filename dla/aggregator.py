@@ -89,7 +89,11 @@ class DualLayerAggregator(nn.Module):
         batch, _, tokens, width = hidden.shape
         vit_blend = vit_blend or self.config.vit_blend
 
-        x = torch.zeros(batch * tokens, width, device=device)
+        # what reads the results casts them to this; not normalised, hence not to fp16, whose largest number is 65504
+        read_as = hidden.dtype if self.project is None else dtype
+        read_as = torch.float32 if read_as == torch.float16 else read_as
+        fp32 = bool(vit_blend) or len(self.refiner) > 0
+        x = torch.zeros(batch * tokens, width, device=device, dtype=torch.float32 if fp32 else read_as)
         for pooling, index, states in self._chunks(features, keep, device, max_chunk_bytes):
             if pooling is None:
                 result = states[:, -1].float()
@@ -97,7 +101,7 @@ class DualLayerAggregator(nn.Module):
                 result = checkpoint(pooling, states, dtype, use_reentrant=False)
             else:
                 result = pooling(states, dtype)
-            x.index_copy_(0, index, result)
+            x.index_copy_(0, index, result.to(x.dtype))
         x = rearrange(x, "(b t) c -> b t c", b=batch)
 
         if vit_blend:
@@ -107,8 +111,7 @@ class DualLayerAggregator(nn.Module):
         for block in self.refiner:
             x = block(x, dtype, None if bool(keep.all()) else keep[:, None, None, :])
         if self.project is not None:
-            # not normalised, hence not in fp16, whose largest number is 65504
-            x = self.project(x.to(torch.float32 if dtype == torch.float16 else dtype))
+            x = self.project(x.to(read_as))
         if hidden.dtype == torch.float16:
             x = x.float().clamp(-65504, 65504)
         return x.to(hidden.dtype).masked_fill(~keep[..., None], 0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 MLP_RATIO = 4  # our choice, as in every common transformer
 NORM_EPSILON = 1e-6
-HEAD_SCORED_CHUNK_BYTES = 150 * 2**20  # at most: with the result a quarter of InternVL3-8B's states of 3,500 tokens
+HEAD_SCORED_CHUNK_BYTES = 165 * 2**20  # at most: with the result a quarter of InternVL3-8B's states of 3,500 tokens
 
 
 class TorchOperations:
@@ -27,14 +27,42 @@ class TorchOperations:
             return F.linear(x, self.weight.to(x.dtype), bias)
 
     class HeadLinear(nn.Linear):  # noqa: D106
+        def forward(self, read: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+            return head_linear(read, x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    class HeadLogits(nn.Linear):  # noqa: D106
         def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-            return head_linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            return head_logits(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.heads)
 
 
-def head_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each head's rows of a linear map on the head's own input: (N, H, C), (H D, C), (H D,) -> (N, H D)."""
-    weight, bias = rearrange(weight, "(h d) c -> h c d", h=x.shape[1]), rearrange(bias, "(h d) -> h 1 d", h=x.shape[1])
-    return rearrange(torch.baddbmm(bias, x.transpose(0, 1), weight), "h n d -> n (h d)")
+def head_linear(read: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each head's rows of a linear map on its own sum of states: (N, H, M), (M, N, C), (H D, C), (H D,) -> (N, H D).
+
+    As many heads at a time as there are layers, so that their sums are no larger than the states.
+    """
+    weight = rearrange(weight, "(h d) c -> h c d", h=read.shape[1])
+    bias = rearrange(bias, "(h d) -> h 1 d", h=read.shape[1])
+    parts = [
+        torch.baddbmm(b, (sums @ x.transpose(0, 1)).transpose(0, 1), w)
+        for sums, w, b in zip(read.split(len(x), dim=1), weight.split(len(x)), bias.split(len(x)))
+    ]
+    return rearrange(parts[0] if len(parts) == 1 else torch.cat(parts), "h n d -> n (h d)")
+
+
+def head_logits(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Attention logits (N, H, M, M) of states (M, N, C), from each head's queries, then its keys: (H 2 D, C), (H 2 D,).
+
+    Half of the heads after the other, so that there are never queries and keys of all.
+    """
+    layers, tokens, width = x.shape
+    size = width // heads
+    rows, parts = 2 * size * -(-heads // 2), []
+    for part in zip(weight.split(rows), bias.split(rows)):
+        q, k = F.linear(x, *part).view(layers, -1, 2, size).unbind(2)
+        logits = torch.baddbmm(q.new_empty(1, 1, 1), q.transpose(0, 1), k.permute(1, 2, 0), beta=0, alpha=size**-0.5)
+        parts.append(logits.view(tokens, -1, layers, layers))
+        del q, k
+    return torch.cat(parts, dim=1)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -194,7 +222,8 @@ class HeadScoredPooling(nn.Module):
         self.blocks: Any = nn.ModuleList(
             TransformerBlock(width, heads, mlp=False, operations=operations, **placement) for _ in range(blocks - 1)
         )
-        self.qk = operations.Linear(width, 2 * width, bias=True, **placement)  # each head's queries, then its keys
+        self.qk = operations.HeadLogits(width, 2 * width, bias=True, **placement)
+        self.qk.heads = heads
         self.value = operations.HeadLinear(width, width, bias=True, **placement)
         self.out = operations.Linear(width, width, bias=True, **placement)
         self.score = operations.Linear(width, 1 + heads, bias=False, **placement)  # of the state, of each head
@@ -206,7 +235,7 @@ class HeadScoredPooling(nn.Module):
         weights, attention = self._weigh(normed)
         read = (weights[:, None, :, None] * attention).sum(dim=2).to(normed.dtype)  # (N, H, M)
         del attention
-        value = self.value(read @ normed.transpose(0, 1))
+        value = self.value(read, normed)
         del normed
         return weighted_sum(weights, x) + self.out(value)
 
@@ -223,12 +252,7 @@ class HeadScoredPooling(nn.Module):
 
     def _weigh(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N, M) and attention (N, H, M, M), both fp32."""
-        layers, tokens, width = normed.shape
-        q, k = self.qk(normed).view(layers, tokens * self.heads, 2, -1).unbind(2)
-        scale = (width // self.heads) ** -0.5
-        logits = torch.baddbmm(q.new_empty(1, 1, 1), q.transpose(0, 1), k.permute(1, 2, 0), beta=0, alpha=scale)
-        del q, k
-        attention = logits.softmax(dim=-1, dtype=torch.float32).view(tokens, self.heads, layers, layers)
+        attention = self.qk(normed).softmax(dim=-1, dtype=torch.float32)
         scores = self.score(normed)  # (M, N, 1 + H)
         read = (attention * scores[..., 1:].permute(1, 2, 0)[:, :, None]).sum(dim=(1, 3))
         return gated(self.gate, read + scores[..., 0].T, normed.dtype), attention
@@ -267,8 +291,9 @@ def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
 
 def token_bytes(layers: int, width: int, heads: int, itemsize: int, head_scored: bool) -> int:
     """Bytes of the intermediate results of pooling one token; `itemsize` of the linear maps' dtype, in bytes."""
-    if head_scored:  # states, the same normed, queries and keys; then one sum of states for each head
-        return width * itemsize * max(4 * layers, 2 * layers + heads) + heads * layers * layers * 8
+    if head_scored:  # states, the same normed, logits; then half of queries and keys, attention, or heads' sums
+        states, scores = layers * width * itemsize, heads * layers * layers
+        return 2 * states + max(states, 8 * scores) + scores * itemsize
     # fp32: residual and norm; compute dtype: qkv, MLP
     return layers * width * (4 * 4 + 10 * itemsize) + heads * layers * layers * (4 + itemsize)
 

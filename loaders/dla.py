@@ -10,7 +10,7 @@ from ..dla.aggregator import MAX_CHUNK_BYTES, DualLayerAggregator
 from ..dla.config import DLAConfig
 from ..dla.context import Context, aggregate, kept_tokens
 from ..dla.features import Features, MLLMInfo
-from ..dla.pooling import head_linear
+from ..dla.pooling import head_linear, head_logits
 from . import folders
 from .host import make_patcher
 
@@ -18,11 +18,16 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
 
 
 class Operations(comfy.ops.manual_cast):
-    """The host's layers, whose weights it loads, offloads and casts, and the one that it lacks."""
+    """The host's layers, whose weights it loads, offloads and casts, and those that it lacks."""
 
     class HeadLinear(comfy.ops.manual_cast.Linear):  # noqa: D106
+        def forward_comfy_cast_weights(self, read: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+            return head_linear(read, x, *comfy.ops.cast_bias_weight(self, x))
+
+    class HeadLogits(comfy.ops.manual_cast.Linear):  # noqa: D106
         def forward_comfy_cast_weights(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-            return head_linear(x, *comfy.ops.cast_bias_weight(self, x))
+            weight, bias = comfy.ops.cast_bias_weight(self, x)
+            return head_logits(x, weight, bias, self.heads)
 
 
 class DLA:

@@ -10,7 +10,8 @@ import torch
 from einops import rearrange
 from subject_dla.common import bootstrap
 from subject_dla.dla import DLAConfig, DualLayerAggregator, MLLMInfo, Modality
-from subject_dla.dla.pooling import HeadScoredPooling
+from subject_dla.dla.aggregator import MAX_CHUNK_BYTES
+from subject_dla.dla.pooling import HeadScoredPooling, chunk_length
 from subject_dla.tests.small.features import random_features
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,6 +135,45 @@ def test_maps_behind_the_last_softmax_or_activation_run_once_a_token(pooling, sh
         dla(random_features([[0] * 8], info))
     maps = {"heads": 4, "linear": 24}[pooling] * 1024 * 1024  # multiplications for a token and layer
     assert counter.get_total_flops() / (2 * 8 * 29 * maps) < share
+
+
+@pytest.mark.parametrize("heads", [1, 16, 32])
+def test_heads_in_parts_are_the_plain_formula(heads):
+    """One head; more heads than layers, whose sums of states come in parts."""
+    dla, features = make_dla(pooling="heads", heads=heads, modalities="shared"), make_features()
+    found = run(dla, features)
+    with torch.no_grad():
+        expected = reference_token(dla.pooling["shared"], features.hidden_states[1, :, 4])
+    torch.testing.assert_close(found[1, 4], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_an_odd_number_of_heads_is_the_plain_formula():
+    info = MLLMInfo("odd", "internvl", layers=2, width=30)
+    dla = DualLayerAggregator(DLAConfig(info, 30, heads=5, modalities="shared"))
+    move(dla, 0.3)
+    features = random_features([[0, 1, 0]], info)
+    with torch.no_grad():
+        expected = [reference_token(dla.pooling["shared"], states) for states in features.hidden_states[0].unbind(1)]
+        torch.testing.assert_close(dla(features)[0], torch.stack(expected), rtol=2e-4, atol=2e-4)
+
+
+def test_half_of_the_heads_at_a_time_takes_the_states_of_internvl3_8b_in_14_chunks():
+    """1,500 text and 2,048 image tokens; 24 where queries and keys of all heads are made at once."""
+    step = chunk_length(29, 3584, 28, torch.bfloat16, MAX_CHUNK_BYTES, head_scored=True)
+    assert -(-1500 // step) - (-2048 // step) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooling", ["softmax", "heads"])
+def test_the_result_is_rounded_once(dtype, pooling):
+    features, dla = make_features(dtype=dtype), make_dla(pooling=pooling, dtype=dtype)
+    found = run(dla, features)
+    image = features.modality == Modality.IMAGE
+    for name, group in (("text", ~image), ("image", image)):
+        states = features.hidden_states.transpose(1, 2)[group].transpose(0, 1).contiguous().transpose(0, 1)
+        with torch.no_grad():
+            pooled = dla.pooling[name](states, dtype)
+        assert pooled.dtype == torch.float32 and torch.equal(found[group], pooled.to(dtype))
 
 
 def test_gate_one_is_the_papers_softmax_alone():

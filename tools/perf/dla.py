@@ -6,7 +6,8 @@ The plain form stacks all layers, and pools text and image tokens apart: `nn.Mul
 linear score, softmax, weighted sum. *same* is what ours computes (with a norm and a residual) written as plainly; ours
 has its weights, and `difference` is between these two. Width, layers and heads are full size everywhere; `--full` runs
 2,048 image and 1,500 text tokens in bf16. `dla_memory` is the peak beyond inputs and outputs over the input; with fewer
-tokens in chunks of as large a share of the input as at full size. Last line: one JSON object.
+tokens in chunks of as large a share of the input as at full size. `launches` counts the operations that an accelerator
+would run at full size, where each norm counts as seven (newer PyTorch has one for it). Last line: one JSON object.
 """
 
 import argparse
@@ -40,13 +41,19 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     info = MLLMInfo("InternVL3-8B", "internvl", LAYERS, WIDTH)
     modality = torch.tensor([[0] * tokens["text"] + [1] * tokens["image"]], dtype=torch.uint8)
-    mask = torch.ones_like(modality).bool()
     hidden = torch.randn(1, LAYERS + 1, modality.shape[1], WIDTH, device=device, dtype=dtype)
-    features = Features(hidden, tuple(range(LAYERS + 1)), modality, (modality == 1).short() - 1, mask, info)
 
-    def make(scores: str = "heads", subset: tuple[int, ...] | None = None) -> Any:
+    def with_states(hidden: Any, modality: Any) -> Any:
+        mask, index = torch.ones_like(modality).bool(), (modality == 1).short() - 1
+        return Features(hidden, tuple(range(LAYERS + 1)), modality, index, mask, info)
+
+    features = with_states(hidden, modality)
+
+    def make(
+        scores: str = "heads", subset: tuple[int, ...] | None = None, on: Any = device, dtype: torch.dtype = dtype
+    ) -> Any:
         config = DLAConfig(info, CONTEXT, heads=options.heads, scores=scores, layer_subset=subset)
-        return DualLayerAggregator(config, device=device, dtype=dtype).eval()
+        return DualLayerAggregator(config, device=on, dtype=dtype).eval()
 
     third = tuple(range(0, LAYERS + 1, 3))
     with torch.inference_mode():
@@ -65,6 +72,12 @@ def main(argv: list[str]) -> None:
         chunk = HEAD_SCORED_CHUNK_BYTES if options.full else int(hidden.nbytes * share)
         counted = {"plain": plain, "ours": lambda: ours(features, max_chunk_bytes=chunk)}
         counts = {name: _count(form, device) for name, form in counted.items()}
+    full = torch.tensor([[0] * FULL["text"] + [1] * FULL["image"]], dtype=torch.uint8)
+    states = torch.empty(1, LAYERS + 1, full.shape[1], WIDTH, device="meta", dtype=torch.bfloat16)
+    launches = {
+        name: _launches(make(subset=layers, on="meta", dtype=torch.bfloat16), with_states(states, full))
+        for name, layers in {"ours": None, "subset": third}.items()
+    }
     output = found.numel() * dtype.itemsize
     result = {
         "benchmark": "dla",
@@ -80,6 +93,7 @@ def main(argv: list[str]) -> None:
         "seconds": {name: round(timed.median(name), 4) for name in forms},
         "ratios": {name: timed.ratio(name, "plain") for name in forms},
         "tera_operations": {name: round(flops / 1e12, 3) for name, (flops, _) in counts.items()},
+        "launches": launches,
         "input_bytes": hidden.nbytes,
         "difference": float((found - expected).norm() / expected.norm()),
     }
@@ -129,6 +143,26 @@ def _plain_form(dla: Any, features: Any, normed: bool) -> Any:
         return project(out)
 
     return run
+
+
+def _launches(dla: Any, features: Any) -> int:
+    """Operations on tensors without storage; views and new tensors without values start no kernel."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        kernels = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = func.__name__.split(".")[0]
+            runs = not func.is_view and not name.startswith(("empty", "new_empty", "detach", "alias"))
+            self.kernels += runs and name != "_unsafe_view" and out.device.type == "meta"
+            return out
+
+    with torch.no_grad(), Count() as count:
+        dla(features)
+    return count.kernels
 
 
 def _count(form: Any, device: Any) -> tuple[int, int]:

@@ -27,10 +27,12 @@ class TorchOperations:
             return F.linear(x, self.weight.to(x.dtype), bias)
 
     class HeadLinear(nn.Linear):  # noqa: D106
-        def forward(self, read: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+        def forward(self, read: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]  # noqa: D102
             return head_linear(read, x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     class HeadLogits(nn.Linear):  # noqa: D106
+        heads: int
+
         def forward(self, x: Tensor) -> Tensor:  # noqa: D102
             return head_logits(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.heads)
 

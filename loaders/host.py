@@ -77,9 +77,20 @@ def _source(module: nn.Module) -> str:
 
 def show_on_node(text: str, node_id: str | None) -> None:
     """Shows a text at the bottom of a node in the editor that queued it; without a server nothing happens."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = _server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, sid=server.client_id)
+
+
+def on_prompt(handler: Callable[[Any], Any]) -> None:
+    """Has every request to queue a graph pass through the handler, before it is validated; once each handler."""
+    server = _server()
+    if server is not None and handler not in server.on_prompt_handlers:
+        server.add_on_prompt_handler(handler)
+
+
+def _server() -> Any:
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def load_vae(name: str) -> VAE:

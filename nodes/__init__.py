@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
+from ..loaders.host import on_prompt
 from . import (
     copy_paste,
     encode,
@@ -10,6 +11,7 @@ from . import (
     layers,
     load,
     orientation,
+    queued_graph,
     qwen_image21,
     sample,
     stages,
@@ -39,4 +41,5 @@ class SubjectExtension(ComfyExtension):
 
     async def get_node_list(self):
         folders.register()
+        on_prompt(queued_graph.remember)
         return [node for topic in TOPICS for node in topic.NODES]

@@ -3,10 +3,10 @@
 from comfy_api.latest import io, ui
 
 from .files import save_reports
-from .schema import CAPTION_TIP, Orientation, output, schema
+from .schema import CAPTION_TIP, Node, Orientation, output, schema
 
 
-class SubjectCopyPasteReport(io.ComfyNode):
+class SubjectCopyPasteReport(Node):
     @classmethod
     def define_schema(cls):
         return schema(

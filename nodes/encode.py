@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .files import file_names
 from .queued_graph import model_files
-from .schema import DLA, MLLM, Features, Stages, advanced, schema
+from .schema import DLA, MLLM, Features, Node, Stages, advanced, schema
 
 SOCKETS = 5  # image inputs of a node; each may carry a batch
 
@@ -104,7 +104,7 @@ def region_input(name: str, reference: str):
     )
 
 
-class SubjectPromptList(io.ComfyNode):
+class SubjectPromptList(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -156,7 +156,7 @@ class SubjectPromptList(io.ComfyNode):
         return io.NodeOutput(found, file_names(found, prefix))
 
 
-class SubjectEncode(io.ComfyNode):
+class SubjectEncode(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -220,7 +220,7 @@ class SubjectEncode(io.ComfyNode):
         return io.NodeOutput(encode_subject(mllm, prompt, in_order("image", images), dla, **options))
 
 
-class SubjectAggregateLayers(io.ComfyNode):
+class SubjectAggregateLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -285,7 +285,7 @@ class SubjectAggregateLayers(io.ComfyNode):
         )
 
 
-class SubjectAddIdentity(io.ComfyNode):
+class SubjectAddIdentity(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -33,8 +33,8 @@ def missing(kind: str, name: str | None) -> str | None:
 
 
 def problems(**names: str | None) -> bool | str:
-    """The answer of a node's `validate_inputs`: True, or the first missing file in words."""
-    return next((problem for kind, name in names.items() if (problem := missing(kind, name))), True)
+    """The answer of a node's `validate_inputs`: True, or every missing file in words."""
+    return "\n".join(problem for kind, name in names.items() if (problem := missing(kind, name))) or True
 
 
 def fingerprint(kind: str, name: str | None) -> str:

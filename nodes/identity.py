@@ -4,12 +4,12 @@ from comfy_api.latest import io, ui
 
 from .files import save_reports
 from .queued_graph import model_files
-from .schema import CAPTION_TIP, NONE, advanced, output, schema
+from .schema import CAPTION_TIP, NONE, Node, advanced, output, schema
 
 ONE_EACH = " One per line, or a list: for each picture, or for each item of a list of batches, or one for all."
 
 
-class SubjectIdentityScores(io.ComfyNode):
+class SubjectIdentityScores(Node):
     @classmethod
     def define_schema(cls):
         from ..loaders.embedders import folder_names

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .schema import DLA, Features, schema
+from .schema import DLA, Features, Node, schema
 
 UNTOUCHED = "untouched"
 CHOICES = [UNTOUCHED, "zero", "keep"]
@@ -23,7 +23,7 @@ def _action(name: str):
     )
 
 
-class SubjectAblateLayers(io.ComfyNode):
+class SubjectAblateLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -54,7 +54,7 @@ class SubjectAblateLayers(io.ComfyNode):
         return io.NodeOutput(ablate_lists(features, **{key: c for key, c in choices.items() if c[0] != UNTOUCHED}))
 
 
-class SubjectAblationSweep(io.ComfyNode):
+class SubjectAblationSweep(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -111,7 +111,7 @@ class SubjectAblationSweep(io.ComfyNode):
         return io.NodeOutput([trial.apply(features) for trial in trials], [trial.label for trial in trials])
 
 
-class SubjectLayerWeights(io.ComfyNode):
+class SubjectLayerWeights(Node):
     @classmethod
     def define_schema(cls):
         return schema(

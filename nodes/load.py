@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import files
-from .schema import DLA, MLLM, NONE, WEIGHT_DTYPES, advanced, schema
+from .schema import DLA, MLLM, NONE, WEIGHT_DTYPES, Node, advanced, schema
 
 DTYPE_TIP = (
     "How the MLLM's weights are kept in memory. default: as in the file, or the host's choice for it. "
@@ -11,7 +11,7 @@ DTYPE_TIP = (
 )
 
 
-class SubjectLoadMLLM(io.ComfyNode):
+class SubjectLoadMLLM(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -46,7 +46,7 @@ class SubjectLoadMLLM(io.ComfyNode):
         return io.NodeOutput(load_mllm(mllm, weight_dtype))
 
 
-class SubjectMLLMFromCLIP(io.ComfyNode):
+class SubjectMLLMFromCLIP(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -75,7 +75,7 @@ class SubjectMLLMFromCLIP(io.ComfyNode):
         return io.NodeOutput(mllm_from_clip(clip))
 
 
-class SubjectLoadDLA(io.ComfyNode):
+class SubjectLoadDLA(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -115,7 +115,7 @@ class SubjectLoadDLA(io.ComfyNode):
         return io.NodeOutput(load_dla(dla))
 
 
-class SubjectLoadPipeline(io.ComfyNode):
+class SubjectLoadPipeline(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import files
-from .schema import Orientation, advanced, output, schema
+from .schema import Node, Orientation, advanced, output, schema
 
 ANGLES = {
     "azimuth": "degrees, 0 to 360: 0 faces the camera, 90 faces the left of the picture.",
@@ -13,7 +13,7 @@ ANGLES = {
 }
 
 
-class SubjectLoadOrientation(io.ComfyNode):
+class SubjectLoadOrientation(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -59,7 +59,7 @@ class SubjectLoadOrientation(io.ComfyNode):
         return io.NodeOutput(load_orientation(orientation, save_safetensors))
 
 
-class SubjectOrientation(io.ComfyNode):
+class SubjectOrientation(Node):
     @classmethod
     def define_schema(cls):
         return schema(

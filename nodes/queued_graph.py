@@ -1,7 +1,13 @@
-"""What the queued graph says of a node: the host's hidden inputs `prompt` and `unique_id`."""
+"""What the queued graph says of a node: the host's hidden inputs `prompt` and `unique_id`.
 
+Validation gets no graph from the host: there it is that of the request to queue it.
+"""
+
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+_queued: ContextVar[dict | None] = ContextVar("queued_graph", default=None)  # of the request that this task answers
 MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
@@ -25,5 +31,39 @@ def model_files(hidden: Any, socket: str, *, chain: bool = False) -> list[str]:
     return found
 
 
+def remember(request: Any) -> Any:
+    """The host's handler of requests to /prompt: keeps the graph for `queued` until the answer, and passes it on."""
+    graph = request.get("prompt") if isinstance(request, dict) else None
+    _queued.set(graph if isinstance(graph, dict) else {})
+    return request
+
+
+def queued(node_id: Any) -> dict:
+    """The inputs of a node of the graph that is validated: values, and links as [node, output]; empty outside."""
+    return _inputs(_queued.get() or {}, node_id)
+
+
+def samplers_behind(node_id: Any) -> Iterator[str]:
+    """Names of the samplers that a node's MODEL or GUIDER goes to, in the graph that is validated."""
+    graph, wanted, seen = _queued.get() or {}, [str(node_id)], set()
+    while wanted:
+        source = wanted.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for key in graph:
+            inputs = _inputs(graph, key)
+            links = (inputs.get(name) for name in ("model", "guider"))
+            if not any(isinstance(link, list) and link and str(link[0]) == source for link in links):
+                continue
+            wanted.append(str(key))
+            sampler = inputs.get("sampler")  # Sampler Custom's, from KSampler Select
+            own = _inputs(graph, sampler[0]) if isinstance(sampler, list) and sampler else inputs
+            if isinstance(name := own.get("sampler_name"), str):
+                yield name
+
+
 def _inputs(graph: dict, node_id: Any) -> dict:
-    return graph.get(str(node_id), {}).get("inputs", {})
+    node = graph.get(str(node_id))
+    inputs = node.get("inputs") if isinstance(node, dict) else None
+    return inputs if isinstance(inputs, dict) else {}

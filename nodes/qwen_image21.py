@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from .encode import image_inputs, in_order, prompt_input
-from .schema import output, schema
+from .schema import Node, output, schema
 
 
-class SubjectEncodeQwenImage21(io.ComfyNode):
+class SubjectEncodeQwenImage21(Node):
     @classmethod
     def define_schema(cls):
         return schema(

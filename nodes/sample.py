@@ -3,7 +3,10 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from .schema import Stages, schema
+from ..sampling.clock import OWN_STEPS
+from . import queued_graph
+from .schema import Node, Stages, schema
+from .stages import own_steps
 
 MODEL_TIP = "The DiT, with LoRAs and patches of your choice."
 POSITIVE_TIP = "From Add Identity or Aggregate Layers."
@@ -19,11 +22,28 @@ CFG_TIP = (
 )
 
 
+def _problem(node_id: str, cfg: float | None) -> bool | str:
+    """The answer of `validate_inputs` of a node that samples with stages: True, or what does not go together."""
+    given = queued_graph.queued(node_id)
+    if cfg is not None and not 0 <= cfg <= 100:
+        return f"cfg is {cfg:g}, expected 0 to 100."
+    if given and cfg not in (None, 1.0) and "negative" not in given:
+        return (
+            f"cfg is {cfg:g}, which compares with a negative condition, but none is connected. Connect one (an empty"
+            " prompt will do), or set cfg to 1."
+        )
+    stages, sampler = given.get("stages"), given.get("sampler_name")
+    clock = queued_graph.queued(stages[0]).get("clock") if isinstance(stages, list) and stages else None
+    samplers = [sampler] if isinstance(sampler, str) else queued_graph.samplers_behind(node_id)
+    own = [name for name in samplers if name in OWN_STEPS]
+    return own_steps(own[0]) if clock == "steps" and own else True
+
+
 def _cfg():
     return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=CFG_TIP)
 
 
-class SubjectStagedGuider(io.ComfyNode):
+class SubjectStagedGuider(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -43,7 +63,12 @@ class SubjectStagedGuider(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="To SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, cfg):
+        return _problem(cls.hidden.unique_id, cfg)
 
     @classmethod
     def execute(cls, model, positive, stages, cfg, negative=None) -> io.NodeOutput:
@@ -52,7 +77,7 @@ class SubjectStagedGuider(io.ComfyNode):
         return io.NodeOutput(staged_guider(model, stages, positive, negative, cfg))
 
 
-class SubjectStagedSampler(io.ComfyNode):
+class SubjectStagedSampler(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -105,7 +130,12 @@ class SubjectStagedSampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="To VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, cfg):
+        return _problem(cls.hidden.unique_id, cfg)
 
     @classmethod
     def execute(
@@ -120,7 +150,7 @@ class SubjectStagedSampler(io.ComfyNode):
         )
 
 
-class SubjectImageGuidance(io.ComfyNode):
+class SubjectImageGuidance(Node):
     @classmethod
     def define_schema(cls):
         return schema(

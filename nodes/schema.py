@@ -1,6 +1,8 @@
 """Schemas on every host: arguments that an older host does not know are left out, never guessed from its version."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
 
 from comfy_api.latest import io
@@ -18,6 +20,47 @@ Orientation = io.Custom("ORIENTATION_MODEL")
 WEIGHT_DTYPES = ["default", *DTYPES]
 NONE = "none"
 CAPTION_TIP = "A short text for each picture, to figures of Contact Sheet."
+
+
+class Node(io.ComfyNode):
+    """A node of the pack: what its errors say begins with its display name."""
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        for name in ("execute", "validate_inputs"):
+            method = getattr(vars(cls).get(name), "__func__", None)
+            if method and not hasattr(method, "__wrapped__"):  # the host copies a node's class for each run
+                setattr(cls, name, classmethod(_titled(method)))
+
+
+def _titled(method: Callable) -> Callable:
+    """A node's method whose errors, and texts of what is not valid, begin with the node's display name."""
+
+    @functools.wraps(method)
+    def titled(cls, *arguments, **inputs):
+        try:
+            found = method(cls, *arguments, **inputs)
+        except (ValueError, RuntimeError) as error:
+            error.args = (with_title(cls, str(error)), *error.args[1:])
+            raise
+        return Problem(with_title(cls, found)) if isinstance(found, str) else found
+
+    titled.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # the host asks which inputs it takes
+    return titled
+
+
+class Problem(str):
+    """What is wrong with a node's inputs. The host writes it beside each input that was validated: once in full."""
+
+    def __str__(self) -> str:
+        text, self.short = getattr(self, "short", str.__str__(self)), "see above"
+        return text
+
+
+def with_title(node: type[io.ComfyNode], text: str) -> str:
+    """The text behind the node's display name, unless it begins with it."""
+    title = node.define_schema().display_name.split(" (")[0]
+    return text if text.startswith(title) else f"{title}: {text}"
 
 
 def schema(group: str, *, words: str = "", **arguments) -> io.Schema:

@@ -1,12 +1,18 @@
 """When the MLLM's tokens and the VAE's reference tokens are read: presets, keyframes, and a look at the plan."""
 
+import logging
+
 from comfy_api.latest import io, ui
 
-from ..sampling.clock import CLOCKS
-from ..sampling.stages import BLENDS, PRESETS, Keyframe, with_keyframe
+from ..loaders.host import show_on_node
+from ..sampling.clock import CLOCKS, OWN_STEPS
+from ..sampling.stages import BLENDS, PRESETS, Keyframe, Stages, flow_time_on_steps, with_keyframe
 from ..sampling.stages import preset as preset_stages
+from . import queued_graph
+from .schema import Node, schema, with_title
 from .schema import Stages as StagesType
-from .schema import schema
+
+log = logging.getLogger(__name__)
 
 STOCK_TIP = "Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
 
@@ -48,7 +54,34 @@ def schedule_inputs() -> list:
     ]
 
 
-class SubjectApplyStages(io.ComfyNode):
+def schedule_problem(node_id: str) -> bool | str:
+    """The answer of `validate_inputs` of a node with `schedule_inputs`: True, or what is wrong with them."""
+    given = queued_graph.queued(node_id)
+    values = [given.get(name) for name in ("preset", "clock", "tau1", "tau2")]
+    if any(value is None or isinstance(value, list) for value in values) or isinstance(given.get("stages"), list):
+        return True  # linked: known when it runs
+    try:
+        preset_stages(*values)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    own = [name for name in queued_graph.samplers_behind(node_id) if name in OWN_STEPS]
+    return own_steps(own[0]) if own and given["clock"] == "steps" else True
+
+
+def own_steps(sampler: str) -> str:
+    """Why a sampler does not go with the clock steps."""
+    return f"the clock is steps, but {sampler} chooses its own: choose the clock flow_time, or another sampler."
+
+
+def _schedule(node: type[Node], preset: str, clock: str, tau1: float, tau2: float) -> Stages:
+    """The preset's schedule, with a warning on the node where its thresholds look like those of another clock."""
+    if warning := flow_time_on_steps(preset, clock, tau1):
+        log.warning("%s", with_title(node, warning))
+        show_on_node(f"Warning: {warning}", node.hidden.unique_id if node.hidden else None)
+    return preset_stages(preset, clock, tau1, tau2)
+
+
+class SubjectApplyStages(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -93,16 +126,21 @@ class SubjectApplyStages(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("staged_model", display_name="model", tooltip="To any sampler or guider.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, tau1):
+        return schedule_problem(cls.hidden.unique_id)
 
     @classmethod
     def execute(cls, model, preset, clock, tau1, tau2, stages=None, sigmas=None) -> io.NodeOutput:
         from ..sampling.patch import apply_stages
 
-        return io.NodeOutput(apply_stages(model, stages or preset_stages(preset, clock, tau1, tau2), sigmas))
+        return io.NodeOutput(apply_stages(model, stages or _schedule(cls, preset, clock, tau1, tau2), sigmas))
 
 
-class SubjectStageSchedule(io.ComfyNode):
+class SubjectStageSchedule(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -123,14 +161,19 @@ class SubjectStageSchedule(io.ComfyNode):
                     tooltip="To Apply Stages, Staged Sampler, Staged Guider, Stage Preview or Add Identity.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    def validate_inputs(cls, tau1):
+        return schedule_problem(cls.hidden.unique_id)
+
+    @classmethod
     def execute(cls, preset, clock, tau1, tau2) -> io.NodeOutput:
-        return io.NodeOutput(preset_stages(preset, clock, tau1, tau2))
+        return io.NodeOutput(_schedule(cls, preset, clock, tau1, tau2))
 
 
-class SubjectStageKeyframe(io.ComfyNode):
+class SubjectStageKeyframe(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -190,7 +233,7 @@ class SubjectStageKeyframe(io.ComfyNode):
         return io.NodeOutput(with_keyframe(previous, Keyframe(start, mllm_strength, vae_strength, blend), clock))
 
 
-class SubjectStagePreview(io.ComfyNode):
+class SubjectStagePreview(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs, region_input, show_placement
-from .schema import DLA, MLLM, advanced, output, schema
+from .schema import DLA, MLLM, Node, advanced, output, schema
 
 
-class SubjectConditioning(io.ComfyNode):
+class SubjectConditioning(Node):
     @classmethod
     def define_schema(cls):
         masks = [

@@ -3,13 +3,13 @@
 from comfy_api.latest import io, ui
 
 from ..sampling.sweep import COMBINE
-from .schema import Stages, schema
+from .schema import Node, Stages, schema
 from .stages import clock_input, preset_input
 
 NUMBERS = "Numbers with commas between, such as 0.95, 0.85."
 
 
-class SubjectThresholdSweep(io.ComfyNode):
+class SubjectThresholdSweep(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -85,7 +85,7 @@ class SubjectThresholdSweep(io.ComfyNode):
         return io.NodeOutput([stages for _, stages in found], [label for label, _ in found])
 
 
-class SubjectContactSheet(io.ComfyNode):
+class SubjectContactSheet(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -5,10 +5,10 @@ from comfy_api.latest import io, ui
 from ..loaders.backbones import TRAINED, titles
 from ..training.inputs import BESIDE, NONE, TRAINING_STAGES, fingerprint_source, list_sources
 from . import files
-from .schema import DLA, MLLM, advanced, schema
+from .schema import DLA, MLLM, Node, advanced, schema
 
 
-class SubjectTrainDLA(io.ComfyNode):
+class SubjectTrainDLA(Node):
     @classmethod
     def define_schema(cls):
         return schema(

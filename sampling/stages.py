@@ -157,9 +157,40 @@ PRESETS = {
 def preset(name: str, clock: str | Clock = FLOW_TIME, tau1: float = 0.95, tau2: float = 0.85) -> Stages:
     """A schedule by name. Its thresholds are positions on `clock`, where the first and the second stage end.
 
+    Equal thresholds mean an empty middle stage. Raises ValueError for thresholds out of range or out of order.
+
     Source of the defaults: the paper's flow times.
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown stage preset {name!r}; there are {', '.join(PRESETS)}.")
-    clock = clock_named(clock)
-    return Stages((Keyframe(at, *on) for at, on in zip((clock.start, tau1, tau2), PRESETS[name].strengths)), clock)
+    clock, strengths = clock_named(clock), PRESETS[name].strengths
+    for threshold, value in (("tau1", tau1), ("tau2", tau2))[: len(strengths) - 1]:
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"{threshold} is {value:g}, expected a position between 0 and 1 on the clock {clock.name}."
+            )
+    if len(strengths) > 2 and clock.order(tau2) < clock.order(tau1):
+        raise ValueError(
+            f"Stages out of order: tau1 is {tau1:g} and tau2 {tau2:g}. On the clock {clock.name!r} positions"
+            f" {clock.direction}, so that tau2 must be {clock.later} tau1 (equal: no middle stage). Change them or the"
+            " clock; the paper's 0.95 / 0.85 are flow times."
+        )
+    if len(strengths) > 1 and tau1 == clock.start:
+        raise ValueError(
+            f"tau1 is {tau1:g}, where the clock {clock.name!r} begins: the first stage of {name} has no step."
+            f" Set it {clock.later} {clock.start:g}, or choose a preset without that stage (vae_only, both)."
+        )
+    frames = [Keyframe(at, *on) for at, on in zip((clock.start, tau1, tau2), strengths)]
+    if len(frames) > 2 and tau1 == tau2:
+        del frames[1]
+    return Stages(frames, clock)
+
+
+def flow_time_on_steps(name: str, clock: str, tau1: float) -> str:
+    """A warning where tau1 on the clock steps looks like a flow time: nearly the whole run has no references."""
+    if clock != "steps" or len(PRESETS[name].strengths) < 2 or tau1 < 0.8:
+        return ""
+    return (
+        f"tau1 is {tau1:g} on the clock steps: references come in after {tau1:.0%} of the steps. The paper's 0.95 is a"
+        " flow time; on the clock steps begin with 0.2, or choose the clock flow_time."
+    )

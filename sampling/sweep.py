@@ -33,11 +33,8 @@ def parse_numbers(text: str, name: str, top: float = 1.0) -> tuple[float, ...]:
 def scaled_preset(
     name: str, clock: str | Clock, tau1: float, tau2: float, context: float = 1.0, reference: float = 1.0
 ) -> Stages:
-    """A preset with its groups at these strengths where they are on.
-
-    Where tau1 = tau2, "paper" has no middle stage, so that the paper's (0, 0) is the MLLM throughout.
-    """
-    found = preset("two_stage" if name == "paper" and tau1 == tau2 else name, clock, tau1, tau2)
+    """A preset with its groups at these strengths where they are on; the paper's (0, 0) is the MLLM throughout."""
+    found = preset(name, clock, tau1, tau2)
     keyframes = (replace(k, context=k.context * context, reference=k.reference * reference) for k in found.keyframes)
     return Stages(keyframes, found.clock)
 

@@ -1,0 +1,128 @@
+"""Mistakes that the queue refuses before anything is loaded, on their node: by the host's own validation."""
+
+import asyncio
+import inspect
+
+import comfy_extras.nodes_custom_sampler as custom
+import execution
+import pytest
+from subject_dla.nodes import SubjectExtension, queued_graph
+from subject_dla.sampling.stages import preset
+
+import nodes as host_nodes
+
+OURS = asyncio.run(SubjectExtension().get_node_list())
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for node in (*OURS, custom.KSamplerSelect, custom.SamplerCustomAdvanced):
+        monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, node.__name__, node)
+
+
+def errors(node: str, **graph) -> list[str]:
+    """What the host says of a node of a graph that is queued: the details of its errors of ours."""
+    prompt = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
+
+    async def validate():
+        queued_graph.remember({"prompt": prompt})
+        takes = len(inspect.signature(execution.validate_prompt).parameters)
+        return await execution.validate_prompt(*("job", prompt, None)[:takes])
+
+    found = asyncio.run(validate())[3].get(node, {"errors": []})["errors"]
+    return [error["details"] for error in found if error["type"] == "custom_validation_failed"]
+
+
+def schedule(clock="flow_time", tau1=0.95, tau2=0.85, name="paper") -> dict:
+    return {"preset": name, "clock": clock, "tau1": tau1, "tau2": tau2}
+
+
+def staged(sampler="euler", **values) -> dict:
+    """Apply Stages before a KSampler whose picture is saved."""
+    sampled = {"model": ["2", 0], "positive": ["9", 0], "negative": ["9", 0], "latent_image": ["8", 0]}
+    sampled |= {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
+    return {
+        "n1": ("UNETLoader", {"unet_name": "a.safetensors", "weight_dtype": "default"}),
+        "2": ("SubjectApplyStages", {"model": ["n1", 0], **schedule(**values)}),
+        "3": ("KSampler", sampled),
+        "4": ("VAEDecode", {"samples": ["3", 0], "vae": ["7", 0]}),
+        "5": ("SaveImage", {"images": ["4", 0], "filename_prefix": "x"}),
+        "7": ("VAELoader", {"vae_name": "v.safetensors"}),
+        "8": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
+        "9": ("SubjectStageSchedule", schedule()),  # of a wrong type, so that other errors are there, too
+    }
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"tau1": 0.5}, ["tau1 is 0.5", "tau2 0.85", "below tau1"]),
+    ({"clock": "steps"}, ["tau1 is 0.95", "above tau1", "flow times"]),
+    ({"tau1": 1.5}, ["tau1 is 1.5", "between 0 and 1"]),
+    ({"tau1": 1.0}, ["tau1 is 1", "first stage"]),
+    ({"clock": "steps", "tau1": 0.2, "tau2": 0.4, "sampler": "dpm_adaptive"}, ["dpm_adaptive", "flow_time"]),
+])  # fmt: skip
+def test_thresholds_that_make_no_schedule_are_refused_by_their_names(values, words):
+    (text,) = errors("2", **staged(**values))
+    assert text.startswith("tau1 - Apply Stages: ") and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"tau1": 0.9, "tau2": 0.9}, {"clock": "steps", "tau1": 0.2, "tau2": 0.4}, {"sampler": "dpm_adaptive"},
+    {"clock": "steps", "tau1": 0.95, "name": "semantics_first"}, {"tau1": 0.1, "tau2": 0.9, "name": "both"},
+])  # fmt: skip
+def test_what_ran_is_not_refused(values):
+    assert errors("2", **staged(**values)) == []
+
+
+def test_a_schedule_that_is_connected_takes_the_place_of_the_widgets():
+    graph = staged(clock="steps")
+    graph["2"][1]["stages"] = ["9", 0]
+    assert errors("2", **graph) == []
+
+
+def test_equal_thresholds_mean_an_empty_middle_stage():
+    assert preset("paper", tau1=0.9, tau2=0.9) == preset("two_stage", tau1=0.9)
+
+
+def sampled(node="SubjectStagedGuider", clock="flow_time", **inputs) -> dict:
+    """A node that samples with stages, before a picture that is saved."""
+    given = {"model": ["n1", 0], "positive": ["6", 0], "stages": ["9", 0], "cfg": 1.0, **inputs}
+    custom = {"noise": ["6", 0], "guider": ["2", 0], "sampler": ["10", 0], "sigmas": ["6", 0], "latent_image": ["8", 0]}
+    return staged() | {
+        "2": (node, given),
+        "3": ("SamplerCustomAdvanced", custom),
+        "6": ("SubjectStageSchedule", schedule()),
+        "9": ("SubjectStageSchedule", schedule(clock, 0.2, 0.4) if clock == "steps" else schedule()),
+        "10": ("KSamplerSelect", {"sampler_name": inputs.get("sampler_name", "euler")}),
+    }
+
+
+def test_cfg_without_a_negative_is_refused():
+    (text,) = errors("2", **sampled(cfg=2.5))
+    assert text.startswith("cfg - Staged Guider: cfg is 2.5") and "negative" in text
+    assert errors("2", **sampled(cfg=2.5, negative=["6", 0])) == errors("2", **sampled(cfg=1.0)) == []
+    (text,) = errors("2", **sampled(cfg=-1.0))
+    assert "expected 0 to 100" in text
+
+
+@pytest.mark.parametrize("node", ["SubjectStagedGuider", "SubjectStagedSampler"])
+def test_samplers_with_steps_of_their_own_are_refused_on_the_clock_steps(node):
+    graph = sampled(node, "steps", sampler_name="dpm_adaptive")
+    if node == "SubjectStagedSampler":  # it samples itself
+        graph["4"] = ("VAEDecode", {"samples": ["2", 0], "vae": ["7", 0]})
+    (text,) = errors("2", **graph)
+    assert "dpm_adaptive" in text and "flow_time" in text
+    assert errors("2", **{**graph, "9": ("SubjectStageSchedule", schedule())}) == []
+
+
+def test_all_missing_files_are_named_once():
+    files = {"diffusion_model": "d.safetensors", "vae": "v.safetensors", "mllm": "m", "dla": "none"}
+    graph = staged() | {"n1": ("SubjectLoadPipeline", {**files, "weight_dtype": "default"})}
+    first, *others = errors("n1", **graph)
+    assert "Load Subject Pipeline: " in first and all(name in first for name in list(files.values())[:3])
+    assert all(text.endswith("see above") for text in others)
+
+
+def test_errors_of_a_run_begin_with_the_display_name():
+    guider = next(node for node in OURS if node.__name__ == "SubjectStageKeyframe")
+    with pytest.raises(ValueError, match="^Stage Keyframe: .*starts at 3"):
+        guider.execute(3.0, 1.0, 1.0, "hold", "flow_time")

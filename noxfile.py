@@ -64,7 +64,7 @@ def browser(session: nox.Session) -> None:
     found = prepare(session)
     environment.obtain_browser(found.python)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui), "OMP_NUM_THREADS": "1"}
-    arguments = session.posargs or ["--numprocesses=2", "--dist=loadgroup"]  # an editor in each process
+    arguments = session.posargs or ["--numprocesses=2"]  # an editor in each process
     session.run(
         str(found.python), "-m", "pytest", "--durations=10", str(ROOT / "tests" / "browser"), *arguments,
         env=environ, **RUN,

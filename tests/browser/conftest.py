@@ -23,6 +23,25 @@ OF_THE_FRONT_END = re.compile(
 FONTS = """<fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{font}</dir></fontconfig>"""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several processes: the tests of a front end in one of them, which has its server and its page once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFrontEnd(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return re.search(r"\[(\w+)", nodeid).group(1)
+
+    return ByFrontEnd(config, log)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.failed and (editor := item.funcargs.get("editor")):
+        editor.screenshot(f"failed-{item.originalname}")
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     fonts = tmp_path_factory.mktemp("fonts") / "fonts.conf"
@@ -36,10 +55,7 @@ def models(comfyui, tmp_path_factory):
     return build_models(comfyui, tmp_path_factory.mktemp("models"))
 
 
-# With several processes: the tests of a front end in one, which has its server and its page once.
-@pytest.fixture(
-    scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FRONT_ENDS]
-)
+@pytest.fixture(scope="session", params=FRONT_ENDS)
 def front_end(request) -> str:
     return request.param
 
@@ -53,13 +69,24 @@ def server(comfyui, front_end, models, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def opened(browser, server, front_end):
-    page = browser.new_page(viewport={"width": 1600, "height": 900})
-    page.set_default_timeout(20_000)
-    editor = Editor(page, server, front_end)
-    open_editor(page, server.address)
-    yield editor
-    page.close()
+def pages(browser, server, front_end):
+    """The editor's page by the language of its user's browser, opened once."""
+    opened: dict[str, Editor] = {}
+
+    def page(language: str) -> Editor:
+        if language not in opened:
+            new = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
+            new.set_default_timeout(20_000)
+            opened[language] = Editor(new, server, front_end)
+            open_editor(new, server.address)
+        return opened[language]
+
+    return page
+
+
+@pytest.fixture
+def language() -> str:
+    return "en"
 
 
 @pytest.fixture(scope="session", params=RENDERERS)
@@ -68,13 +95,14 @@ def renderer(request) -> str:
 
 
 @pytest.fixture
-def editor(opened, renderer):
+def editor(pages, renderer, language):
     """An empty graph in the front end, drawn by the renderer; an error that the page reports fails the test."""
-    opened.errors.clear()
-    opened.draw_by(renderer)
-    opened.clear()
-    yield opened
-    assert not opened.errors, "\n".join(opened.errors)
+    editor = pages(language)
+    editor.errors.clear()
+    editor.draw_by(renderer)
+    editor.clear()
+    yield editor
+    assert not editor.errors, "\n".join(editor.errors)
 
 
 class Editor:
@@ -89,6 +117,12 @@ class Editor:
     def _note(self, text: str) -> None:
         if not OF_THE_FRONT_END.search(text):
             self.errors.append(text)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Of the front end."""
+        major, minor = self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__").split(".")[:2]
+        return int(major), int(minor)
 
     def run(self, function: str, argument=None):
         """What a JavaScript function of the app, the class LiteGraph and an argument returns."""
@@ -187,7 +221,7 @@ class Editor:
     def open_help(self, node: int, title: str) -> Locator:
         """The help page of a node, by the button above it; the node may not be where the last click was."""
         self.select(node)
-        self.page.locator("[aria-label='Node Info'], [data-testid='info-button']").click()
+        self.page.get_by_test_id("info-button").click()
         shown = self.page.locator(".node-help-content")
         shown.get_by_role("heading", name=title, exact=True).wait_for()
         return shown

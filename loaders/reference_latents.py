@@ -135,7 +135,9 @@ def _model_warning(model: Model) -> str | None:
     return None if backbone_of(model) else UNKNOWN_FAMILY % (type(module).__name__, titles())
 
 
-def report_placement(model: Model, conditioning: list, files: Iterable[str], node_id: str | None = None) -> None:
+def report_placement(
+    model: Model, conditioning: list, files: Iterable[str], node_id: str | None = None, hints: Iterable[str] = ()
+) -> None:
     """Shows a CONDITIONING's placement on its node in the editor; warns, also in the log, where a file wants another.
 
     What is not known of the model's family is shown there, too.
@@ -147,6 +149,7 @@ def report_placement(model: Model, conditioning: list, files: Iterable[str], nod
         conditioning: With reference latents; without any, nothing is said.
         files: Names of the files that the model is made of, the only sign of some releases.
         node_id: Of the node in the queued graph; None = the log alone.
+        hints: Further warnings, shown with these.
     """
     placed = [reference_placement(values) for _, values in conditioning if reference_latents(values)]
     if not placed:
@@ -165,6 +168,7 @@ def report_placement(model: Model, conditioning: list, files: Iterable[str], nod
         log.warning("Add Identity: %s", warning)
     if unsure := _model_warning(model):
         warnings.append(unsure)
+    warnings += hints
     show_on_node("\n".join([f"Placement: {name}", *(f"Warning: {warning}" for warning in warnings)]), node_id)
 
 

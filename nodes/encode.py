@@ -1,10 +1,15 @@
 """Nodes from prompt and images to CONDITIONING: MLLM features, their aggregation, and reference latents."""
 
+import logging
+
 from comfy_api.latest import io
 
 from .files import file_names
+from .hints import image_count, image_hints, show_hints
 from .queued_graph import model_files
-from .schema import DLA, MLLM, Features, Node, Stages, advanced, schema
+from .schema import DLA, MLLM, Features, Node, Stages, advanced, schema, with_title
+
+log = logging.getLogger(__name__)
 
 SOCKETS = 5  # image inputs of a node; each may carry a batch
 
@@ -83,12 +88,14 @@ def reference_inputs(make) -> list:
     ]
 
 
-def show_placement(node, model, conditioning) -> None:
-    """Shows the placement on the node, and warns where the names of the model's files want another."""
+def show_placement(node, model, conditioning, hints=()) -> None:
+    """Shows placement and hints on the node, and warns where the names of the model's files want another placement."""
     from ..loaders.reference_latents import report_placement
 
+    for hint in hints:
+        log.warning("%s", with_title(node, hint))
     files = model_files(node.hidden, "model", chain=True)
-    report_placement(model, conditioning, files, node.hidden.unique_id if node.hidden else None)
+    report_placement(model, conditioning, files, node.hidden.unique_id if node.hidden else None, hints)
 
 
 def region_input(name: str, reference: str):
@@ -210,6 +217,7 @@ class SubjectEncode(Node):
                     tooltip="Hidden states, with each token's modality and image. To Aggregate Layers.",
                 )
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -217,6 +225,7 @@ class SubjectEncode(Node):
         from ..loaders.mllm import encode_subject
 
         options = {"image_size": image_size, "tiles": tiles, "system_prompt": system_prompt}
+        show_hints(cls, image_hints(cls, prompt, images), f"Images: {image_count(images)}")
         return io.NodeOutput(encode_subject(mllm, prompt, in_order("image", images), dla, **options))
 
 
@@ -361,7 +370,7 @@ class SubjectAddIdentity(Node):
         from ..loaders.reference_latents import add_identity
 
         out = add_identity(conditioning, model, vae, image, mask, **settings)
-        show_placement(cls, model, out)
+        show_placement(cls, model, out, image_hints(cls, "", {"image": image, "mask": mask}))
         return io.NodeOutput(out)
 
 

@@ -31,6 +31,15 @@ def model_files(hidden: Any, socket: str, *, chain: bool = False) -> list[str]:
     return found
 
 
+def source(hidden: Any, socket: str, kind: str) -> dict:
+    """The inputs of the node of a class that a socket of the node is connected to; empty where it is another."""
+    graph: dict = (hidden.prompt if hidden else None) or {}
+    link = _inputs(graph, hidden.unique_id).get(socket) if graph else None
+    if not (isinstance(link, list) and link) or graph.get(str(link[0]), {}).get("class_type") != kind:
+        return {}
+    return _inputs(graph, link[0])
+
+
 def remember(request: Any) -> Any:
     """The host's handler of requests to /prompt: keeps the graph for `queued` until the answer, and passes it on."""
     graph = request.get("prompt") if isinstance(request, dict) else None

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .encode import image_inputs, in_order, prompt_input
+from .hints import image_count, image_hints, show_hints
 from .schema import Node, output, schema
 
 
@@ -49,6 +50,7 @@ class SubjectEncodeQwenImage21(Node):
                 output(io.Conditioning, "negative", "To the same sampler; not used with cfg 1."),
                 output(io.Latent, "latent", "Empty, of the first reference's size: another size shifts an edit."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,6 +58,7 @@ class SubjectEncodeQwenImage21(Node):
         from ..loaders.qwen_image21 import encode_for_stages
 
         images = in_order("image", sockets)
+        show_hints(cls, image_hints(cls, prompt, sockets), f"Images: {image_count(sockets)}")
         return io.NodeOutput(*encode_for_stages(clip, vae, prompt, negative_prompt, images, resolution))
 
 

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .encode import SOCKETS, image_inputs, in_order, prompt_input, reference_inputs, region_input, show_placement
+from .hints import image_hints
 from .schema import DLA, MLLM, Node, advanced, output, schema
 
 
@@ -126,7 +127,7 @@ class SubjectConditioning(Node):
         sockets = [in_order(name, options) for name in ("image", "mask", "region")]
         others = {name: value for name, value in options.items() if not name.startswith(("image_", "mask_", "region_"))}
         out = subject_conditioning(model, vae, mllm, prompt, negative_prompt, *sockets, **others)
-        show_placement(cls, model, out[0])
+        show_placement(cls, model, out[0], image_hints(cls, prompt, options))
         return io.NodeOutput(*out)
 
 

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import ImageDraw, ImageFont
 
@@ -12,7 +13,7 @@ from .palette import INK, Colour
 
 log = logging.getLogger(__name__)
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FONTS = Path(__file__).with_name("fonts")
 # Pillow's own font has ASCII, ours most alphabets and the usual letters of Chinese, Japanese and Korean. Then those
 # that systems have under these names.

@@ -1,0 +1,52 @@
+"""Hints on nodes: images that a prompt names but nobody connected, and cut-outs whose background comes along."""
+
+from types import SimpleNamespace
+
+import folder_paths
+import numpy
+import pytest
+import torch
+from PIL import Image
+from subject_dla.nodes import hints
+from subject_dla.nodes.encode import SubjectAddIdentity, SubjectEncode
+
+ONE, TWO = torch.zeros(1, 32, 32, 3), torch.zeros(2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("prompt, sockets, named", [
+    ("the cat of image 2 on a sofa", {"image_1": ONE}, ["2"]),
+    ("the cat of image 2 beside image 1", {"image_1": TWO}, []),
+    ("Image1 and image 3, <image4>", {"image_1": ONE, "image_2": ONE}, ["3", "4"]),
+    ("图2中的猫和图像 3 里的狗", {"image_1": TWO}, ["3"]),
+    ("photo 35mm, image 4k, picture 50mm, imagery 5, image 2024", {}, []),
+    ("the subject on a beach", {}, []),
+])  # fmt: skip
+def test_images_that_the_prompt_names_without_being_there(prompt, sockets, named):
+    found = hints.image_hints(SubjectEncode, prompt, sockets)
+    assert [text.split("image ")[1].split(",")[0] for text in found] == named, found
+
+
+@pytest.mark.parametrize("alpha, cut_out", [(0, True), (255, False), (None, False)])
+def test_a_cut_out_gets_a_hint_unless_its_mask_is_connected(tmp_path, monkeypatch, alpha, cut_out):
+    pixels = numpy.full((8, 8, 4 if alpha is not None else 3), 200, numpy.uint8)
+    if alpha is not None:
+        pixels[:4, :, 3], pixels[4:, :, 3] = alpha, 255
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda *_: str(tmp_path))
+    graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}}, "2": {"inputs": {"image": ["1", 0]}}}
+    monkeypatch.setattr(SubjectAddIdentity, "hidden", SimpleNamespace(prompt=graph, unique_id="2"))
+    found = hints.image_hints(SubjectAddIdentity, "", {"image": ONE, "mask": None})
+    assert len(found) == cut_out and all("cat.png" in text and "InvertMask" in text for text in found)
+    assert hints.image_hints(SubjectAddIdentity, "", {"image": ONE, "mask": ONE[..., 0]}) == []
+    graph["1"]["inputs"]["image"] = "../none.png"
+    assert hints.image_hints(SubjectAddIdentity, "", {"image": ONE}) == []
+
+
+def test_hints_are_shown_and_logged_by_the_display_name(monkeypatch, caplog):
+    sent = []
+    monkeypatch.setattr(hints, "show_on_node", lambda *text: sent.append(text))
+    monkeypatch.setattr(SubjectEncode, "hidden", SimpleNamespace(prompt={}, unique_id="7"))
+    hints.show_hints(SubjectEncode, ["one", "two"], "Images: 1")
+    hints.show_hints(SubjectEncode, [], "Images: 2")
+    assert sent == [("Images: 1\nWarning: one\nWarning: two", "7"), ("Images: 2", "7")]
+    assert "Encode Subject: one" in caplog.text

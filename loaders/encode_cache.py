@@ -117,6 +117,32 @@ def weights(model: nn.Module, patcher: Any) -> str:
     return f"{fingerprint(model)} {patcher.load_device.type} {patches}"
 
 
+def behaviour(owner: Any, model: nn.Module) -> str:
+    """What beside weights decides what a model computes: settings, methods that nodes replaced, padding, hooks.
+
+    Nodes for seamless tiling, for instance, set the padding of a VAE's convolutions, or replace their methods.
+    """
+    found: list = [type(model).__qualname__, _settings(owner)]
+    for name, module in model.named_modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        found.append((name, getattr(module, "padding_mode", None), hooks, _settings(module, plain=())))
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+PLAIN = (int, float, str, bool, tuple, torch.dtype, torch.device, type(None))
+
+
+def _settings(owner: Any, plain: tuple[type, ...] = PLAIN) -> list[tuple]:
+    """An object's own plain values, and its own functions by address and code, since addresses are used again."""
+    return [
+        (name, id(value), getattr(getattr(value, "__func__", value), "__code__", None))
+        if callable(value)
+        else (name, value)
+        for name, value in sorted(vars(owner).items())
+        if isinstance(value, plain) or (callable(value) and not isinstance(value, nn.Module))
+    ]
+
+
 def stored(tensor: Tensor) -> Tensor:
     """A copy where the host keeps what lies between nodes: the CPU's memory, as a rule."""
     return tensor.to(intermediate_device(), copy=True).contiguous()
@@ -127,6 +153,6 @@ def encode_reference(vae: Any, pixels: Tensor) -> Tensor:
     model = getattr(vae, "first_stage_model", None)
     facts = None
     if isinstance(model, nn.Module):
-        facts = (content(pixels), weights(model, getattr(vae, "patcher", None)), getattr(vae, "vae_dtype", None))
+        facts = (content(pixels), weights(model, getattr(vae, "patcher", None)), behaviour(vae, model))
     (latent,) = VAE_LATENTS.get(vae, facts, lambda: (vae.encode(pixels),))
     return latent.clone()  # the caller's own

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 import transformers
@@ -25,6 +26,7 @@ from subject_dla.tests.small.mllm import (
     build_qwen25vl,
     build_qwen35,
 )
+from subject_dla.tests.small.models import host_shapes, random_like
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 
@@ -81,6 +83,40 @@ def test_latents_belong_to_pixels_vae_and_weights():
     assert other.encoded == 1
     vae.first_stage_model.scale.data = torch.full((1,), 2.0)  # weights swapped under the same object
     assert torch.equal(encode_reference(vae, mine), first * 2) and vae.encoded == 3
+
+
+def convolutions(vae):
+    return [module for module in vae.first_stage_model.modules() if isinstance(module, torch.nn.Conv2d)]
+
+
+def other_input(vae):
+    vae.process_input = lambda image: image
+
+
+def seamless(vae):
+    plain = convolutions(vae)[0]._conv_forward
+    convolutions(vae)[0]._conv_forward = lambda *arguments: 2 * plain(*arguments)
+
+
+def padding(vae):
+    for module in convolutions(vae):
+        module.padding_mode = "circular"
+
+
+def hooked(vae):
+    convolutions(vae)[0].register_forward_hook(lambda module, given, found: found + 1)
+
+
+@pytest.mark.parametrize("change", [other_input, seamless, padding, hooked])
+def test_a_vae_that_was_changed_in_place_encodes_anew(change, monkeypatch):
+    shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
+    vae, calls = comfy.sd.VAE(sd=random_like(shapes, torch.float32)), []
+    monkeypatch.setattr(comfy.sd.VAE, "encode", lambda *given, encode=vae.encode: calls.append(0) or encode(*given[1:]))
+    before = encode_reference(vae, picture(64, 48))
+    assert torch.equal(encode_reference(vae, picture(64, 48)), before) and len(calls) == 1  # the host's own is stable
+    change(vae)
+    after = encode_reference(vae, picture(64, 48))
+    assert len(calls) == 2 and torch.equal(after, vae.encode(picture(64, 48))) and not torch.equal(after, before)
 
 
 def test_a_model_that_is_freed_frees_what_it_made():

@@ -163,8 +163,8 @@ def test_staging_by_one_node_adds_two_nodes_at_most(small_server):
 
 
 def test_a_further_prompt_moves_models_as_seldom_as_with_the_hosts_nodes(small_server):
-    """Each change of the model is a move where memory holds one at a time. The host's edit node reads the reference
-    with the VAE for each prompt, too; without that a prompt takes three: encoder, DiT, VAE."""
+    """Each change of the model is a move where memory holds one at a time. Ours reads a reference with the VAE once;
+    the host's edit node does for each prompt, so that the stock graph here has a Reference Latent."""
     small_server.client.upload(SUBJECT, "subject.jpg")
     found = {}
     for form in FORMS:
@@ -172,7 +172,7 @@ def test_a_further_prompt_moves_models_as_seldom_as_with_the_hosts_nodes(small_s
             before = len(small_server.client.get("/loads"))
             run(small_server, batch_graph(form, f"the subject, number {number}", number))
         found[form] = changes(small_server.client.get("/loads")[before:])
-    assert found["stock"] == 3 and found["ours"] <= 4, found
+    assert found["ours"] <= found["stock"] == 3, found
 
 
 def test_qwen_image_2_1_staged_is_the_stock_graph_with_a_node_more(small_server):

@@ -188,14 +188,18 @@ class TinyVAE:
     """Latents of a family's form, from the pixels alone; counts what it encodes."""
 
     def __init__(self, backbone):
-        self.backbone, self.encoded = backbone, 0
+        self.backbone, self._calls = backbone, []  # no number: that would be a setting of the VAE
         self.first_stage_model = torch.nn.Module()  # without weights
+
+    @property
+    def encoded(self):
+        return len(self._calls)
 
     def spacial_compression_encode(self):
         return self.backbone.latent_downscale
 
     def encode(self, pixels):
-        self.encoded += 1
+        self._calls.append(tuple(pixels.shape))
         small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), self.backbone.latent_downscale)
         latent = small.repeat(1, -(-self.backbone.latent_channels // 3), 1, 1)[:, : self.backbone.latent_channels]
         return latent.unsqueeze(2) if self.backbone.latent_dimensions == 3 else latent

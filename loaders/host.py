@@ -89,6 +89,38 @@ def on_prompt(handler: Callable[[Any], Any]) -> None:
         server.add_on_prompt_handler(handler)
 
 
+def editor_of_run() -> Callable[[str, dict[str, Any]], None] | None:
+    """A function that sends an event to the editor that queued the running graph; None where no editor did."""
+    server = _server()
+    if server is None or server.client_id is None:
+        return None
+    client = server.client_id
+    return lambda event, data: server.send_sync(event, data, client)
+
+
+def answer_requests(path: str, answer: Callable[[Any], dict[str, Any]]) -> None:
+    """Answers POST requests of JSON at a path of the server, a ValueError by status 400; without a server none."""
+    server = _server()
+    if server is None:
+        return
+    from aiohttp import web
+
+    async def handle(request: Any) -> Any:
+        try:
+            return web.json_response(answer(await request.json()))
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+
+    server.routes.post(path)(handle)
+
+
+def executing_node() -> str | None:
+    """Id of the node that runs; None outside the queue."""
+    utils = sys.modules.get("comfy_execution.utils")
+    context = None if utils is None else utils.get_executing_context()
+    return None if context is None else context.node_id
+
+
 def _server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from ..loaders.host import on_prompt
+from ..loaders.host import answer_requests, on_prompt
 from . import (
     copy_paste,
     encode,
@@ -37,9 +37,10 @@ TOPICS = (
 
 
 class SubjectExtension(ComfyExtension):
-    """What the host asks for the pack's nodes; also where `models/mllm` and `models/dla` become known to it."""
+    """What the host asks for the pack's nodes; also where model folders and a route become known to it."""
 
     async def get_node_list(self):
         folders.register()
         on_prompt(queued_graph.remember)
+        answer_requests("/subject_dla/stages", stages.draw_stages)
         return [node for topic in TOPICS for node in topic.NODES]

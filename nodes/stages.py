@@ -252,7 +252,12 @@ class SubjectStagePreview(Node):
                     "model", tooltip="The model that will sample: it turns the sampler's sigmas into flow time."
                 ),
                 io.Sigmas.Input(
-                    "sigmas", tooltip="The sampler's sigmas, from Basic Scheduler or any other scheduler node."
+                    "sigmas",
+                    optional=True,
+                    tooltip=(
+                        "The sampler's sigmas, from Basic Scheduler or any other scheduler node. Left open: those of"
+                        " the sampler that the model or the schedule is connected to in this workflow."
+                    ),
                 ),
                 io.Latent.Input(
                     "latent",
@@ -266,14 +271,29 @@ class SubjectStagePreview(Node):
                 io.Image.Output("plot", display_name="plot", tooltip="Strength of MLLM and VAE over the steps."),
                 io.String.Output("text", display_name="text", tooltip="The same, one line per stage."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, stages, model, sigmas, latent=None) -> io.NodeOutput:
+    def fingerprint_inputs(cls, **_):
+        return float("nan")  # settings of a sampler that is no input of this node may have changed
+
+    @classmethod
+    def execute(cls, stages, model, sigmas=None, latent=None) -> io.NodeOutput:
+        from ..sampling.sample import sigmas_of_graph
         from ..sampling.stage_plot import preview
 
+        if sigmas is None:
+            sigmas = sigmas_of_graph(model, cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         plot, text = preview(stages, model, sigmas, latent)
         return io.NodeOutput(plot, text, ui=ui.PreviewImage(plot, cls=cls))
+
+
+def draw_stages(request) -> dict:
+    """The server's answer to the stage editor."""
+    from ..sampling.stage_editor import answer
+
+    return answer(request)
 
 
 NODES = [SubjectApplyStages, SubjectStageSchedule, SubjectStageKeyframe, SubjectStagePreview]

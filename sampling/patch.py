@@ -19,10 +19,11 @@ from torch import Tensor
 from ..loaders.backbones import backbone_of, pixel_family
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
-from ..loaders.host import IGNORES_REFERENCES, reads_references
+from ..loaders.host import IGNORES_REFERENCES, editor_of_run, executing_node, reads_references
 from .conditions import changes_strengths, check_conditions, check_family, check_guidance
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
+from .run_progress import RunProgress
 from .staged_run import StagedRun
 from .stages import Stages
 from .tokens import grid, patch_size
@@ -30,6 +31,8 @@ from .tokens import grid, patch_size
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+CALLBACK = 5  # its place among the arguments of `outer_sample`
+RUN_EVENT = "subject_dla.run"  # web/js/stages.js listens to it
 
 NO_REFERENCES = (
     "Apply Stages: no condition has a reference latent, so the schedule's VAE strengths have no effect. Add one with "
@@ -68,7 +71,7 @@ def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> An
 
 def add_stages(model_options: dict, stages: Stages, sigmas: list[float] | None = None) -> None:
     """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one."""
-    wrappers_of(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas)]
+    wrappers_of(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas, executing_node())]
 
 
 def is_staged(model_options: dict) -> bool:
@@ -90,7 +93,9 @@ def put_outermost(model_options: dict, kind: str, key: str, wrapper: Any) -> Non
     wrappers |= {key: [wrapper]} | others
 
 
-def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _outer_sample(
+    stages: Stages, whole: list[float] | None, node: str | None, executor: Any, *args: Any, **kwargs: Any
+) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
     guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
     module, backbone = dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher)
@@ -120,6 +125,16 @@ def _outer_sample(stages: Stages, whole: list[float] | None, executor: Any, *arg
         check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
     run = StagedRun(schedule, backbone, whole or sigmas)
     run.add_variants(guider.conds)
+    if (send := editor_of_run()) is not None:
+        nodes = [one for one in dict.fromkeys((node, executing_node())) if one is not None]
+        progress = RunProgress(lambda: run.moment, lambda said: send(RUN_EVENT, {"nodes": nodes, **said}))
+        tokens = prod(grid(args[0].shape, patch_size(module, backbone)))
+        progress.begin(sigmas, tokens, model_sampling)
+        if len(args) > CALLBACK:
+            progress.callback = args[CALLBACK]
+            args = (*args[:CALLBACK], progress, *args[CALLBACK + 1 :])
+        else:
+            progress.callback, kwargs["callback"] = kwargs.get("callback"), progress
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     # outside LazyCache, which may leave out what is inside it

@@ -1,5 +1,6 @@
 """What a schedule gives to each step of one sampler run, as a picture and as text."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
 from PIL import Image
@@ -19,7 +20,9 @@ HEIGHT = 304
 LEFT, RIGHT, TOP, ROW, GAP = 92, 20, 44, 84, 34
 
 
-def preview(stages: Stages, model: Model, sigmas: Tensor, latent: dict | None = None) -> tuple[Tensor, str]:
+def preview(
+    stages: Stages, model: Model, sigmas: Sequence[float] | Tensor, latent: dict | None = None
+) -> tuple[Tensor, str]:
     """(plot (1, h, w, 3) in 0..1, text) for a run over `sigmas` of `model`; `latent` gives the token count."""
     patch = patch_size(dit_of(model.model), backbone_of(model))
     frames, rows, columns = grid(latent["samples"].shape, patch) if latent else (1, REFERENCE_TOKENS, 1)

@@ -57,7 +57,7 @@ class StagedRun:
         self._guider = ""  # its class
         self._options: dict = {}  # of the guider's model
         self._canvas = (0, 0)  # height and width of the noisy latent
-        self._moment = EVERYTHING_ON  # of the last call
+        self.moment = EVERYTHING_ON  # of the last call
         self._stage: tuple | None = None  # its variant and keyframes
         self._conditions: dict[Any, Condition] = {}  # by uuid, as the host prepared them
         self._active: set[Any] = set()  # uuids of the stage's
@@ -100,12 +100,12 @@ class StagedRun:
         tokens = prod(grid(x.shape, patch))
         self._batch, self._canvas = len(x), (x.shape[-2], x.shape[-1])
         moment = self.schedule.at(sigma, self.sigmas, tokens)
-        if moment[:3] != self._moment[:3]:  # with a blend at every step, each with overrides of its own
+        if moment[:3] != self.moment[:3]:  # with a blend at every step, each with overrides of its own
             self.free()
             self._overrides.clear()
-        self._moment = moment
-        index = self.variants.index(self.schedule.variant(self._moment))
-        stage = index, self._moment.keyframes
+        self.moment = moment
+        index = self.variants.index(self.schedule.variant(self.moment))
+        stage = index, self.moment.keyframes
         clones = model_options.get("multigpu_clones", {}).values()
         self._models, self._guider = [guider.inner_model, *(c.model for c in clones)], type(guider).__name__
         self._options = model_options
@@ -169,7 +169,7 @@ class StagedRun:
         if not all(uuid in self._conditions for uuid in uuids):
             self._warn("Apply Stages: another extension adds a condition of its own during the run; it has no stages.")
         tokens = 0 if context is None else context.shape[1]
-        strengths = (self._moment.context, self._moment.reference, *self._moment.own.values())
+        strengths = (self.moment.context, self.moment.reference, *self.moment.own.values())
         key = (strengths, uuids, x.shape, tokens, tuple(sorted(shapes.items())), x.device)
         if key not in self._overrides:
             parts, count = token_parts(backbone, module, tokens, x.shape, shapes), len(reference_shapes(shapes))
@@ -230,7 +230,7 @@ class StagedRun:
         Log strengths (keys,), and log weights (references, image tokens) of the regions.
         """
         canvas = self._canvas
-        condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self._moment)
+        condition, moment = ({}, EVERYTHING_ON) if condition is None else (condition, self.moment)
         area, image = area_of(condition, canvas), next(part.grid for part in parts if part.group == "image")
         strengths, weights = [], torch.zeros(count, prod(image))
         found = reference_settings(condition, count)

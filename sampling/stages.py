@@ -4,7 +4,7 @@ The groups are `context` (the MLLM's or text encoder's tokens, called MLLM token
 reference latents' tokens, called VAE tokens there).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -117,10 +117,12 @@ class PlannedStep(NamedTuple):
     reference: float
 
 
-def plan(stages: Stages, sigmas: Iterable[float], tokens: int = REFERENCE_TOKENS) -> list[PlannedStep]:
-    """The strengths of every step of a run over `sigmas` (n + 1 falling values for n steps)."""
+def plan(
+    stages: Stages, sigmas: Iterable[float], tokens: int = REFERENCE_TOKENS, whole: Sequence[float] | None = None
+) -> list[PlannedStep]:
+    """The strengths of every step of a run over `sigmas` (n + 1 falling values for n steps), or a part of `whole`."""
     sigmas = [float(s) for s in sigmas]
-    positions = [stages.clock.position(sigma, sigmas) for sigma in sigmas[:-1]]
+    positions = [stages.clock.position(sigma, whole or sigmas) for sigma in sigmas[:-1]]
     return [
         PlannedStep(step, sigmas[step], position, *stages.strengths(position, tokens))
         for step, position in enumerate(positions)

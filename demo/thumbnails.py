@@ -157,42 +157,44 @@ def _toy(name: str) -> Image.Image:
 
 
 def _one(references: Sequence[Image.Image], picture: Image.Image) -> Image.Image:
-    """A picture, above it or on its top left what it was made from."""
-    page, pen = _page()
+    """A picture, above it or on its bottom left what it was made from."""
+    page = _page()
     wide = picture.width > picture.height
     high = SIDE * picture.height // picture.width if wide else SIDE - FOOT
     page.paste(picture.convert("RGB").resize((SIDE, high), FINE), (0, SIDE - FOOT - high))
     side = SIDE - FOOT - high - 2 * GAP if wide else 124
+    top = GAP if wide else SIDE - FOOT - side - GAP
     for number, reference in enumerate(references):
-        left = number * SIDE // len(references) + (SIDE // len(references) - side) // 2 if wide else 2 * GAP
-        top = GAP if wide else 2 * GAP
+        left = number * SIDE // len(references) + (SIDE // len(references) - side) // 2 if wide else GAP
         page.paste(PAPER, (left - GAP, top - GAP, left + side + GAP, top + side + GAP))
-        page.paste(reference.convert("RGB").resize((side, side), FINE), (left, top))
-        _tag(pen, left, top, "reference")
+        _paste(page, reference, (left, top, side, side), "reference")
     return page
 
 
 def _grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pictures in rows, the first one the reference."""
-    page, pen = _page()
+    page = _page()
     wide, high = SIDE // columns, (SIDE - FOOT) // columns
     for number, picture in enumerate(pictures):
-        x, y = number % columns * wide, number // columns * high
-        page.paste(picture.convert("RGB").resize((wide - 2, high - 2), FINE), (x + 1, y + 1))
-    _tag(pen, 1, 1, "reference")
+        place = (number % columns * wide + 1, number // columns * high + 1, wide - 2, high - 2)
+        _paste(page, picture, place, "" if number else "reference")
     return page
 
 
-def _page() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _page() -> Image.Image:
     page = Image.new("RGB", (SIDE, SIDE), PAPER)
-    pen = ImageDraw.Draw(page)
-    write(pen, (SIDE - 8, SIDE - FOOT / 2), CORNER, GREY, LETTERS, "rm")
-    return page, pen
+    write(ImageDraw.Draw(page), (SIDE - 8, SIDE - FOOT / 2), CORNER, GREY, LETTERS, "rm")
+    return page
 
 
-def _tag(pen: ImageDraw.ImageDraw, x: float, y: float, text: str) -> None:
-    pen.rectangle((x, y, x + text_width(text, LETTERS) + 10, y + LETTERS + 8), PAPER)
-    write(pen, (x + 5, y + LETTERS / 2 + 4), text, INK, LETTERS, "lm")
+def _paste(page: Image.Image, picture: Image.Image, place: tuple[int, int, int, int], tag: str) -> None:
+    """At left, top, width, height, with a tag at the bottom: the editor's own badge is at the top."""
+    left, top, width, height = place
+    page.paste(picture.convert("RGB").resize((width, height), FINE), (left, top))
+    if tag:
+        pen, bottom = ImageDraw.Draw(page), top + height
+        pen.rectangle((left, bottom - LETTERS - 8, left + text_width(tag, LETTERS) + 10, bottom), PAPER)
+        write(pen, (left + 5, bottom - LETTERS / 2 - 4), tag, INK, LETTERS, "lm")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,29 @@ def test_each_template_opens_whole(editor):
     assert not faults, json.dumps(faults, indent=1)
 
 
+def test_they_are_listed_in_their_order_and_found(editor):
+    """The host lists them in that of the file system; the editor searches their names alone."""
+    dialog = editor.open_templates()
+    dialog.get_by_role("button", name=PACK).click()
+    cards = dialog.locator("[data-testid^='template-workflow-']")
+    dialog.get_by_test_id(f"template-workflow-{TITLES['demo']}").wait_for()
+
+    def shown():
+        ids = cards.evaluate_all("(cards) => cards.map((card) => card.dataset.testid)")
+        return [title.removeprefix("template-workflow-") for title in ids]
+
+    assert shown() == list(TITLES.values())
+    found = {"consistent character": "batch_prompts", "reference": "several_subjects", "subject": "demo"}
+    for words, name in found.items():
+        dialog.get_by_role("textbox").first.fill(words)
+        cards.nth(len(TITLES) - 1).wait_for(state="detached")
+        editor.page.wait_for_timeout(500)
+        assert TITLES[name] in shown(), words
+    editor.screenshot("templates-search")
+    dialog.get_by_test_id(f"template-workflow-{TITLES[name]}").click()
+    dialog.wait_for(state="hidden")
+
+
 def test_a_first_picture_and_its_graph_back(editor):
     """Install, Templates, demo, Run: a picture; dropped on an empty editor it brings its graph."""
     dialog = editor.open_templates()

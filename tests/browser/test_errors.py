@@ -1,0 +1,50 @@
+"""Mistakes are shown where they are made, before anything is loaded."""
+
+import re
+
+import pytest
+from subject_dla.tools.comfy_client import workflow
+
+SCHEDULE, SAMPLER, PIPELINE = "SubjectStageSchedule", "SubjectStagedSampler", "SubjectLoadPipeline"
+CASES = {  # case: changed widgets by node, the node that is marked, words of the message
+    "flow times on the clock steps": (
+        {SCHEDULE: {"preset": "paper", "clock": "steps", "tau1": 0.95, "tau2": 0.85}}, SCHEDULE,
+        "Stages out of order: tau1 is 0.95 and tau2 0.85"),
+    "a sampler with steps of its own": (
+        {SCHEDULE: {"preset": "paper", "clock": "steps", "tau1": 0.2, "tau2": 0.4},
+         SAMPLER: {"sampler_name": "dpm_adaptive"}}, SAMPLER, "the clock is steps, but dpm_adaptive chooses its own"),
+    "no negative": ({SAMPLER: {"cfg": 3, "negative": None}}, SAMPLER, "Staged Sampler: cfg is 3"),
+    "two missing files": (
+        {PIPELINE: {"mllm": "gone", "dla": "lost.safetensors"}}, PIPELINE, "models/dla has no 'lost.safetensors'"),
+}  # fmt: skip
+CHANGE = """(app, _, changes) => {
+    for (const [kind, values] of Object.entries(changes)) {
+        const node = app.graph.nodes.find((node) => node.type == kind)
+        for (const [name, value] of Object.entries(values)) {
+            const widget = node.widgets.find((widget) => widget.name == name)
+            widget ? widget.value = value : node.disconnectInput(node.findInputSlot(name))
+        }
+    }
+}"""
+# The nodes that are marked, and what the server says of them.
+MARKED = """(app) => Object.entries(app.lastNodeErrors).map(([id, {errors}]) => [
+    app.graph.getNodeById(id).type, errors.map(({details}) => details).join("\\n")
+])"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_marked_on_its_node(editor, case):
+    changes, node, words = CASES[case]
+    editor.load(workflow.read("demo"))
+    editor.run(CHANGE, changes)
+    with editor.page.expect_response("**/prompt"):
+        editor.page.get_by_role("button", name="Run", exact=True).click()
+    shown, details = editor.page.get_by_text(words).first, editor.page.get_by_role("button", name="View details")
+    details.or_(shown).first.wait_for()
+    if details.is_visible():  # newer editors show the text in a panel
+        details.click()
+        editor.page.get_by_role("button", name=re.compile("^Info for ")).first.click()
+        shown.wait_for()
+    editor.screenshot(f"error-{case}".replace(" ", "-"))
+    ((marked, text),) = editor.run(MARKED)
+    assert marked == node and text.count(words) == 1

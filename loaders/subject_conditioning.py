@@ -71,9 +71,11 @@ def subject_conditioning(
                 )
     _check_width(model, mllm, dla)
     seen = images if mllm.reads_images else ()
-    positive = aggregate_conditioning(encode_subject(mllm, prompt, seen, dla), dla, pooled_from=pooled_from)
+    layers = None if dla else mllm.stock.numbers(mllm.info.layers)  # those above are not run
+    features = encode_subject(mllm, prompt, seen, dla, layers=layers)
+    positive = aggregate_conditioning(features, dla, pooled_from=pooled_from)
     if encode_negative:
-        features = encode_subject(mllm, negative_prompt, seen if dla is None else (), dla)
+        features = encode_subject(mllm, negative_prompt, seen if dla is None else (), dla, layers=layers)
         negative = aggregate_conditioning(features, dla)
     else:
         negative = [[torch.zeros_like(tokens), {**values, "pooled_output": None}] for tokens, values in positive]

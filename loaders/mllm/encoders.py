@@ -121,9 +121,21 @@ ENCODERS = (
 )  # fmt: skip
 
 
+# Classes of the host built on one of these encoders, whose DiTs get another context: read by its record, or refused.
+BUILT_ON = {"HunyuanImage": True, "Kandinsky5": True, "PixelDiT": False}
+
+
+def built_on(module: Any) -> str:
+    """The name in `BUILT_ON` of a CLIP's text encoder; "" where it is none of them."""
+    classes = [base.__name__ for base in type(module).__mro__]
+    return next((name for name in BUILT_ON if any(base.startswith(name) for base in classes)), "")
+
+
 def encoder_of(module: Any, key: Any) -> HostEncoder | None:
     """The record of a CLIP's text encoder that holds an LLM as `key`; None where this pack does not know it."""
     classes = [base.__name__ for base in type(module).__mro__]
+    if not BUILT_ON.get(built_on(module), True):
+        return None
     found = [encoder for encoder in ENCODERS if key in encoder.keys]
     named = [e for e in found if e.host_class and any(name.startswith(e.host_class) for name in classes)]
     return next(iter(named + [encoder for encoder in found if not encoder.host_class]), None)

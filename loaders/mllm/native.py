@@ -4,6 +4,7 @@ Only the socket's public interface is used (`load_model`, `tokenize`, `cond_stag
 whatever a loader put behind it.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -18,12 +19,14 @@ from ..encode_cache import MLLM_STATES, content, stored, weights
 from ..host import load_text_encoder
 from ..protocols import CLIP
 from .base import MLLM, MLLMError
-from .encoders import ENCODERS, encoder_of, titles
+from .encoders import ENCODERS, built_on, encoder_of, titles
 from .vision import Vision, image_numbers, qwen_grid, qwen_pixels, to_grid
+
+log = logging.getLogger(__name__)
 
 
 class ClipMLLM(MLLM):
-    """A CLIP as an MLLM; all its layers run in one pass of the host's own forward, in fp32; images are kept."""
+    """A CLIP as an MLLM; its layers up to the last wanted run in one pass of the host's forward; images are kept."""
 
     def __init__(self, clip: CLIP, name: str = ""):
         module = getattr(clip, "cond_stage_model", None)
@@ -34,12 +37,17 @@ class ClipMLLM(MLLM):
         inner: Any = getattr(module, key, alone) if isinstance(key, str) else None
         model = getattr(getattr(inner, "transformer", None), "model", None)
         if encoder is None or model is None:
-            found = key if isinstance(key, str) else type(module).__name__
+            found = built_on(module) or (key if isinstance(key, str) else type(module).__name__)
             known = ", ".join(dict.fromkeys(key for encoder in ENCODERS for key in encoder.keys))
             raise MLLMError(
                 f"This CLIP is {found!r}, expected an LLM: {known}. Load the text encoder of one of these models with"
                 f" the host's Load CLIP node and its type: {titles()}. Or load a Hugging Face folder with Load MLLM."
             )
+        if other := built_on(module):
+            log.warning(
+                "MLLM from CLIP: this CLIP is %s's. It is read as that of %s, so that without a DLA the context is not"
+                " the one that %s samples with.", other, encoder.title, other,
+            )  # fmt: skip
         family, drop = encoder.family, encoder.drop_leading_template
         super().__init__(family.info(name or key, inner.num_layers, model.config.hidden_size, drop), family)
         self.clip, self.patcher, self.key = clip, clip.patcher, key
@@ -112,8 +120,10 @@ class ClipMLLM(MLLM):
 
     def _states(self, pairs: list, grids: list, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Hidden states (1, M, T, C) of the layers `wanted`, by the host's forward, and the mask (1, T)."""
-        encoder, top = self.clip.cond_stage_model, self.info.layers
-        inner = self._inner
+        encoder, inner, every = self.clip.cond_stage_model, self._inner, self._model.layers
+        top = self.info.layers
+        if not hasattr(self._model, "embed_tokens_per_layer"):  # Gemma 4's share keys by their numbers: all are run
+            top = min(top, wanted[-1])
         encoder.reset_clip_options()
         tokens = [token if isinstance(token, int) else None for token, _ in pairs[0]]
         numbers = image_numbers(tokens, grids)
@@ -131,7 +141,8 @@ class ClipMLLM(MLLM):
         if grids and self.family.bidirectional:
             attend = partial(_attend, (numbers[:, None] == numbers) & (numbers > 0))
             hooks += [layer.register_forward_pre_hook(attend, with_kwargs=True) for layer in self._model.layers]
-        if wanted[-1] > top:
+        unnormed = wanted[-1] > top or top < self.info.layers
+        if unnormed and self._model.norm is not None:
             hooks.append(self._model.norm.register_forward_pre_hook(lambda module, args: raw.append(args[0].float())))
         if hasattr(self._model, "embed_tokens_per_layer"):  # Gemma 4, which the host encodes without their part
             ids = numbers.new_zeros(numbers.shape)  # 0 = padding, at images
@@ -140,10 +151,13 @@ class ClipMLLM(MLLM):
         try:
             load_text_encoder(self.clip, {self.key: pairs})
             encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
+            if top < self.info.layers:
+                self._model.layers = every[:top]  # after the host has loaded them all
             inner.layer = "all"  # last: set_clip_options may put it back
             inner.layer_norm_hidden_state = False  # it would norm every layer
             out = inner.encode_token_weights(pairs)
         finally:
+            self._model.layers = every
             encoder.reset_clip_options()
             inner.layer_norm_hidden_state = normed
             for hook in hooks:
@@ -157,7 +171,8 @@ class ClipMLLM(MLLM):
                 f" tokens, {self.info.width}). A node has probably replaced its forward."
             )
         if raw:
-            states = torch.cat((states, raw[0][:, None].to(states)), dim=1)
+            below = states if wanted[-1] > top else states[:, :-1]  # whose last is normed
+            states = torch.cat((below, raw[0][:, None].to(states)), dim=1)
         mask = out[2].get("attention_mask") if len(out) > 2 else None
         mask = torch.ones(states.shape[0], states.shape[2]) if mask is None else mask
         return states[:, list(wanted)], mask.bool().to(states.device)

@@ -466,3 +466,35 @@ def test_gemma_4_gives_the_features_of_transformers(monkeypatch, images):
 def test_every_encoder_is_compared_with_its_host():
     named = {encoder.host_class for encoder in ENCODERS if encoder.host_class}
     assert named <= {*MADE_BY, "Flux2TEModel", "Ideogram4"}
+
+
+@pytest.mark.parametrize("name, made", [
+    ("HunyuanImage", ("hunyuan_image", "te", {}, "HunyuanImageTokenizer", "Qwen25_7BVLI_Config", LAYERS)),
+    ("Kandinsky5", ("kandinsky5", "te", {}, "Kandinsky5TokenizerImage", "Qwen25_7BVLI_Config", LAYERS)),
+    ("PixelDiT", ("pixeldit", "pixeldit_te", {}, "PixelDiTGemma2Tokenizer", "Gemma2_2B_Config", LAYERS)),
+])  # fmt: skip
+def test_encoders_built_on_another_are_named_or_refused(monkeypatch, caplog, name, made):
+    monkeypatch.setitem(MADE_BY, name, made)
+    if name != "PixelDiT":
+        shrink_qwen25vl_vision(monkeypatch)
+    clip = build_clip(monkeypatch, name)
+    if name == "PixelDiT":
+        with pytest.raises(MLLMError, match="This CLIP is 'PixelDiT', expected an LLM"):
+            mllm_from_clip(clip)
+        return
+    states = mllm_from_clip(clip).encode("a red fox").hidden_states
+    assert f"this CLIP is {name}'s" in caplog.text and "Qwen-Image" in caplog.text and bool(states.isfinite().all())
+
+
+@pytest.mark.parametrize("name", MADE_BY)
+def test_layers_above_the_last_wanted_do_not_run_and_the_others_are_the_same(monkeypatch, name):
+    mllm = mllm_from_clip(build_clip(monkeypatch, name))
+    every, top = mllm.encode("a red fox"), mllm.info.layers
+    run, layers = [], mllm._model.layers
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: run.append(number))
+    for wanted in ([0, 2], [1], [top - 1], [0, top]):
+        run.clear()
+        found = mllm.encode("a red fox", layers=wanted)
+        assert run == list(range(top if name == "Gemma 4" else wanted[-1])) and mllm._model.layers is layers
+        assert all(torch.equal(found.layer(number), every.layer(number)) for number in wanted), wanted

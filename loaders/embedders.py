@@ -127,9 +127,10 @@ class FolderEmbedder(Embedder):
         class_ = getattr(transformers, classes.get(type_, "Dinov2WithRegistersModel"))
         options = {"add_pooling_layer": False} if type_ == "vit" else {}  # DINO has none: its class token is the output
         with torch.inference_mode(False):
-            model, found = class_.from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True, **options
-            )
+            model, found = class_.from_pretrained(  # the attention of its config.json may be code to fetch and run
+                str(folder), local_files_only=True, output_loading_info=True, attn_implementation="sdpa",
+                trust_remote_code=False, **options
+            )  # fmt: skip
             model = model.float().eval().requires_grad_(False)
         if found["missing_keys"]:  # the library would use random weights
             raise EmbedderError(
@@ -175,7 +176,9 @@ class FolderEmbedder(Embedder):
         """(D,) float32 on the CPU; of a prompt that is too long the beginning counts."""
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(self.folder), local_files_only=True, trust_remote_code=False
+        )
         longest = self.model.config.text_config.max_position_embeddings
         self.cut += len(tokenizer(prompt)["input_ids"]) > longest
         tokens = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self._load())

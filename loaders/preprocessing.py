@@ -8,12 +8,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..common.images import SLIMMEST, ImageError
 from ..common.masks import fit_mask, subject_box
 
 # The published normalisations (RGB); part of the weights, so they are not read from a preprocessor file.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+LARGEST = 4096  # px of a longest side from which a subject is cut out; what is larger is reduced before
 FILL = 0.85  # longest side of the cut-out subject / side of the square that it is put into (Orient Anything)
 
 
@@ -49,9 +51,14 @@ def preprocess(image: Tensor, how: Preprocessing, begin: Callable[[float], int] 
     """(H, W, 3) in 0..1 to (3, crop, crop) float32, as torchvision's Resize, CenterCrop and Normalize would.
 
     begin: how the half px is rounded where the crop is not in the middle: torchvision rounds, transformers floors.
+    Raises ImageError for a picture so slender that its shorter side cannot be enlarged.
     """
     height, width = image.shape[:2]
     short = min(height, width)
+    if max(height, width) > SLIMMEST * short:
+        raise ImageError(
+            f"A picture is {width} x {height} px, expected sides at most {SLIMMEST}:1 apart. Crop it to the subject."
+        )
     size = (how.resize * height // short, how.resize * width // short)
     image = rearrange(image.float(), "h w c -> 1 c h w")
     if size != (height, width):
@@ -72,6 +79,11 @@ def preprocess_subject(image: Tensor, mask: Tensor | None = None) -> Tensor:
     Source: Orient Anything's own cut-out, then transformers' image processor of DINOv2.
     """
     image = image.float().clamp(0, 1)
+    if max(image.shape[:2]) > LARGEST:
+        scale = LARGEST / max(image.shape[:2])
+        planes = rearrange(image, "h w c -> 1 c h w")
+        image = interpolate(planes, size=[max(1, round(side * scale)) for side in image.shape[:2]], mode="area")
+        image = rearrange(image, "1 c h w -> h w c")
     if mask is not None:
         mask = fit_mask(mask, image)
         image = _centred(image * mask[..., None], subject_box(mask))

@@ -208,7 +208,7 @@ def _masks(mask: Tensor | None, count: int, what: str) -> list[Tensor | None]:
         return [None] * count
     if not mask.isfinite().all():
         raise ValueError(f"The {what} holds values that are NaN or infinite, expected 0 to 1. Check its source.")
-    mask = mask.reshape(-1, *mask.shape[-2:])
+    mask = mask.float().reshape(-1, *mask.shape[-2:])  # bool, too
     if len(mask) not in (1, count):
         raise ValueError(f"{len(mask)} {what}s for {count} images. Give one {what} for all, or one for each image.")
     return [mask[i % len(mask)] for i in range(count)]

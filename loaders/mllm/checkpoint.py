@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from ...common.dtypes import UNQUANTIZED
 from ...common.safetensors_header import SafetensorsError, TensorHeader, read_header
@@ -48,11 +48,15 @@ def read_info(folder: Path) -> MLLMInfo:
 def read_headers(folder: Path) -> Headers:
     """Header of every key, from model.safetensors or the shards of its index. Raises MLLMError for incomplete files."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (folder / "model.safetensors").is_file():  # first, as transformers does: an index beside it is of other files
+        files = [folder / "model.safetensors"]
+    elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise MLLMError(f"{index} is damaged ({error!r}). Download it again.") from error
+        if outside := [name for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name]:
+            raise MLLMError(f"{index} names {outside[0]!r}, expected files in its own folder. Download it again.")
         files = [folder / name for name in names]
         for path in files:
             if not path.is_file():
@@ -66,9 +70,7 @@ def read_headers(folder: Path) -> Headers:
                     " repository's safetensors revision, or convert with transformers' save_pretrained."
                 )
             raise MLLMError(f"{folder} has no *.safetensors. Download the weights (all shards) into it.")
-        if len(files) > 1 and (folder / "model.safetensors") in files:
-            files = [folder / "model.safetensors"]
-        elif len(files) > 1:
+        if len(files) > 1:
             raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
     headers: Headers = {}
     for path in files:

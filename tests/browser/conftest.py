@@ -22,6 +22,7 @@ OF_THE_FRONT_END = re.compile(
     r"|/api/prompt|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
     re.IGNORECASE,
 )
+DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]  # advice on the two renderers
 FONTS = """<fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{font}</dir></fontconfig>"""
 
 
@@ -79,6 +80,7 @@ def pages(browser, server, front_end):
         if language not in opened:
             new = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
             new.set_default_timeout(20_000)
+            new.add_init_script(f"for (const key of {DISMISSED}) localStorage.setItem(key, true)")
             opened[language] = Editor(new, server, front_end)
             open_editor(new, server.address)
         return opened[language]
@@ -156,6 +158,11 @@ class Editor:
             app.canvas.ds.offset = [80, 120]
             app.canvas.setDirty(true, true)
         }""")
+
+    def fit(self) -> None:
+        """The whole graph in view."""
+        self.run("(app) => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(500)
 
     def load(self, graph: dict) -> dict:
         """Loads a workflow; what of it the front end does not know, and what it would queue."""

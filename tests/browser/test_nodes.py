@@ -1,7 +1,18 @@
 """The pack's nodes in the search, their help pages and their looks."""
 
-import pytest
+import io
+from itertools import combinations
 
+import pytest
+from PIL import Image
+
+SOCKETS = ["SubjectLoadMLLM", "SubjectEncode", "SubjectLoadDLA", "SubjectStageSchedule", "SubjectLoadOrientation"]
+# Where the dot of a node's first output is on the page.
+DOT = """(app, _, id) => {
+    const drawn = () => app.canvasPosToClientPos(app.graph.getNodeById(id).getConnectionPos(false, 0))
+    const box = document.querySelector(`[data-slot-key="${id}-out-0"]`)?.getBoundingClientRect()
+    return box ? [box.x + box.width / 2, box.y + box.height / 2] : drawn()
+}"""
 # What users call a reference; the first ones find Add Identity on hosts without aliases too.
 WORDS = ["reference", "face", "uno"]
 ALIASES = ["ipadapter", "consistent character", "kontext", "pulid", "multi subject"]
@@ -48,3 +59,16 @@ def test_help(editor, ours, once):
         dead[name] = shown.evaluate(DEAD)
         editor.screenshot(f"help-{name}")
     assert not any(dead.values()), dead
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_the_dots_of_our_sockets_differ(editor, palette):
+    """As they are drawn: from each other, from grey, and from the node that they are on."""
+    editor.set(ColorPalette=palette)
+    nodes = [editor.add(kind, 100 + 450 * (place // 2), 60 + 330 * (place % 2)) for place, kind in enumerate(SOCKETS)]
+    editor.page.wait_for_timeout(500)
+    picture = Image.open(io.BytesIO(editor.screenshot(f"sockets-{palette}").read_bytes())).convert("RGB")
+    editor.set(ColorPalette="dark")
+    colours = [picture.getpixel(tuple(map(round, editor.run(DOT, node)))) for node in nodes]
+    assert all(sum(abs(a - b) for a, b in zip(*pair)) > 80 for pair in combinations(colours, 2)), colours
+    assert all(max(colour) - min(colour) > 40 for colour in colours), colours

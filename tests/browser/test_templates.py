@@ -67,10 +67,12 @@ def test_a_first_picture_and_its_graph_back(editor):
     for name, card in listed.items():
         card.scroll_into_view_if_needed()
         assert card.is_visible(), name
+    listed["demo"].scroll_into_view_if_needed()
     editor.screenshot("templates")
     listed["demo"].click()
     dialog.wait_for(state="hidden")
     queued = editor.queued()
+    editor.fit()
     editor.page.get_by_role("button", name="Run", exact=True).click()
     editor.page.wait_for_function(SHOWN, timeout=120_000)
     editor.screenshot("first-picture")
@@ -80,6 +82,6 @@ def test_a_first_picture_and_its_graph_back(editor):
     assert not editor.queued()
     editor.drop(picture["filename"], editor.server.client.fetch(picture))
     editor.page.wait_for_function("() => window.comfyAPI.app.app.graph.nodes.length")
-    editor.page.wait_for_timeout(500)
+    editor.fit()
     editor.screenshot("dropped")
     assert editor.queued() == queued

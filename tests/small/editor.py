@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ READY = """() => {
 }"""
 LOAD = """async (workflow) => {
     const app = window.app ?? window.comfyAPI.app.app
-    await app.loadGraphData(workflow)
+    await app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)  // in its tab
     const known = (window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types
     const nodes = app.graph._nodes ?? app.graph.nodes
     const prompt = await app.graphToPrompt()
@@ -63,7 +64,14 @@ def small_server(comfyui: Path, base: Path, models: Path, arguments: Sequence[st
     packs = {name: SERVER_TESTS / name for name in ("small_host", "load_counts", "dreamo")} | {PACK: ROOT}
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"Comfy.TutorialCompleted": true}')  # else a dialog of templates, which takes its time
+    settings.write_text(
+        json.dumps(
+            {
+                "Comfy.TutorialCompleted": True,  # else a dialog of templates, which takes its time
+                "Comfy.Minimap.Visible": False,  # it covers nodes
+            }
+        )
+    )
     with Server(comfyui, base, packs=packs, models=[models], arguments=["--cpu", *arguments]) as server:
         for image in demo.IMAGES.glob("*.*g"):
             server.client.upload(image)

@@ -2,47 +2,105 @@
 
 import hashlib
 import os
+import sys
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import folder_paths
+
+from ..common.list_files import PICTURES
 
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
 BESIDE = "beside the DLA"  # as start_lora: the LoRA that was trained with the connected DLA, which has its name
 NONE = "none"
 LISTS = (".json", ".jsonl", ".tar")
+NAMES = 100_000  # most names of a folder that are read for an offer: half a second
 
 
 def list_sources() -> list[str]:
-    """Lists folders in the host's input folder, and the lists and .tar shards there and in these folders."""
+    """Lists what can be trained on in the host's input folder, and for lists and .tar shards also in its folders."""
     root = Path(folder_paths.get_input_directory())
-    folders = [path for path in root.glob("*") if path.is_dir()]
-    lists = [parent / name for parent in (root, *folders) for name in _lists(parent, parent.stat().st_mtime_ns)]
-    names = (path.relative_to(root).as_posix() for path in (*folders, *lists))
-    return sorted((name for name in names if not name.startswith(".")), key=str.lower)
+    top = _look(root)
+    found = [*top.lists, *(name for name in top.folders if _trains(root / name))]
+    found += [f"{name}/{one}" for name in top.folders for one in _look(root / name).lists]
+    return sorted(found, key=str.lower)
 
 
-@lru_cache(maxsize=1024)
-def _lists(folder: Path, changed: int) -> tuple[str, ...]:
-    """The lists and shards in a folder, read again when it was changed: a million names take seconds."""
+class _Names(NamedTuple):
+    """What is in a folder."""
+
+    lists: tuple[str, ...]
+    folders: tuple[str, ...]
+    captioned: bool  # whether a picture has a caption
+
+
+def _look(folder: Path, most: int = NAMES) -> _Names:
+    """What the first names in a folder are; nothing where it cannot be read."""
+    try:
+        return _read(folder, folder.stat().st_mtime_ns, most)
+    except OSError:
+        return _Names((), (), False)
+
+
+@lru_cache(maxsize=4096)
+def _read(folder: Path, changed: int, most: int) -> _Names:
+    """The same, read again only when the folder was changed: a million names take seconds."""
+    lists, folders, pictures, captions = [], [], [], set()
     with os.scandir(folder) as entries:
-        return tuple(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in LISTS)
+        names = list(islice(entries, most))
+    for entry in names:
+        stem, suffix = os.path.splitext(entry.name)
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif suffix == ".txt":
+            captions.add(stem)
+        elif suffix.lower() in PICTURES:
+            pictures.append(stem)
+        elif suffix.lower() in LISTS:
+            lists.append(entry.name)
+    captioned = any(stem in captions for stem in pictures)
+    if len(names) == most and not captioned:  # the rest is not read: these may come first, and their others later
+        captioned = bool(captions) or any((folder / f"{stem}.txt").is_file() for stem in pictures[:100])
+    return _Names(tuple(lists), tuple(folders), captioned)
+
+
+def _trains(folder: Path, most: int = NAMES) -> bool:
+    """Whether shards, or pictures with captions, are in a folder; so many names of it and of its folders are read."""
+    top = _look(folder, most)
+    if top.captioned or any(name.endswith(".tar") for name in top.lists):
+        return True
+    inner = [folder / name for name in top.folders]
+    some = inner[: most // 1000]  # with more, who knows
+    return len(some) < len(inner) or any(_look(one, most // len(some)).captioned for one in some)
 
 
 def find_source(data: str | None) -> Path:
-    """Returns the path of a listed source. Raises ValueError where it is not listed, or has nothing to train on."""
-    if data not in (found := list_sources()):
+    """Returns the path of a source. Raises ValueError where it is none, or has nothing to train on.
+
+    What is not offered is taken, too, where it is a folder or a list in the place of those: a saved workflow's, or one
+    behind more names than are read for the offer.
+    """
+    root = Path(folder_paths.get_input_directory())
+    path = root / data if isinstance(data, str) else root
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    plain = "/".join(parts) == data and not any(part.startswith(".") for part in parts)
+    if plain and len(parts) <= 2 and path.is_file() and path.suffix.lower() in LISTS:
+        return path
+    if not (plain and len(parts) == 1 and path.is_dir()):
+        found = list_sources()
         there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
         raise ValueError(
             f"Train DLA: no data {data!r} in ComfyUI's input folder; of folders and lists there is: {there}. Put a "
             "folder of subjects, a .json list or .tar shards there and press R."
         )
-    path = Path(folder_paths.get_input_directory()) / data
-    captions = (caption for pattern in ("*.tar", "*.txt", "*/*.txt") for caption in path.glob(pattern))
-    if path.is_dir() and not any(captions):
+    if not _trains(path, sys.maxsize):
         raise ValueError(
-            f"Train DLA: the folder {data!r} has no captions, expected SUBJECT/PICTURE.jpg and SUBJECT/PICTURE.txt in "
-            "it. If it holds a .json list, choose that list instead of the folder."
+            f"Train DLA: the folder {data!r} has no captions beside its pictures, expected SUBJECT/PICTURE.jpg and "
+            "SUBJECT/PICTURE.txt in it. If it holds a .json list, choose that list instead of the folder."
         )
     return path
 

@@ -3,12 +3,15 @@
 import asyncio
 import inspect
 import json
+import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension
+from subject_dla.training import inputs
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
 
@@ -126,7 +129,7 @@ def test_training_data_are_offered_and_taken_from_the_input_folder_alone(tmp_pat
     (tmp_path / "outside" / "1.txt").write_text("a cat")
     (root / "empty").mkdir()
     combo = next(i for i in NODES["SubjectTrainDLA"].define_schema().inputs if i.id == "data")
-    assert combo.options == ["c.jsonl", "cats", "empty", "uno", "uno/list.json"]
+    assert combo.options == ["c.jsonl", "cats", "uno/list.json"]  # of folders: with captions alone
     settings = {"name": "run", "stage": "1: MLLM tokens", "steps": 3, "lora_rank": 0, "seed": 0}
     check = NODES["SubjectTrainDLA"].validate_inputs
     assert check(data="cats", **settings) is True and check(data="uno/list.json", **settings) is True
@@ -140,6 +143,49 @@ def test_training_data_are_offered_and_taken_from_the_input_folder_alone(tmp_pat
     for bare in ("empty", "uno"):
         with pytest.raises(ValueError, match=f"{bare}.*no captions"):
             check(data=bare, **settings)
+
+
+@pytest.mark.parametrize("files, offered", [
+    (["a/1.jpg", "a/1.txt"], True), (["a/1.JPG", "a/1.txt"], True), (["1.png", "1.txt"], True), (["s-0.tar"], True),
+    (["a/1.jpg", "a/2.txt"], False), (["a/1.jpg", "1.txt"], False), (["a/b/1.jpg", "a/b/1.txt"], False),
+    ([".a/1.jpg", ".a/1.txt"], False), (["readme.txt"], False),
+])  # fmt: skip
+def test_folders_are_offered_where_a_picture_has_a_caption(tmp_path, monkeypatch, files, offered):
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    for name in files:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    assert ("data" in inputs.list_sources()) is offered
+    if not offered:  # found once its caption is written
+        (tmp_path / "data" / "0.webp").touch()
+        (tmp_path / "data" / "0.txt").touch()
+        os.utime(tmp_path / "data", (1, 1))  # later than one tick of the file system's clock
+        assert "data" in inputs.list_sources()
+
+
+def test_an_offer_reads_some_names_and_a_choice_all(tmp_path, monkeypatch):
+    """Folders of more names than are read: offered where captions may come, and judged when chosen."""
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "data").mkdir()
+    for number in range(8):
+        (tmp_path / "data" / f"{number}.jpg").touch()
+    look = inputs.os.scandir
+    read = []
+
+    @contextmanager
+    def counted(folder):
+        with look(folder) as entries:
+            yield (read.append(entry.name) or entry for entry in sorted(entries, key=lambda entry: entry.name))
+
+    monkeypatch.setattr(inputs.os, "scandir", counted)
+    assert not inputs._trains(tmp_path / "data", 4) and read == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert not inputs._trains(tmp_path / "data", 4) and len(read) == 4  # nothing changed
+    (tmp_path / "data" / "7.txt").touch()
+    os.utime(tmp_path / "data", (1, 1))
+    assert not inputs._trains(tmp_path / "data", 4) and inputs.find_source("data") == tmp_path / "data"
+    (tmp_path / "data" / "1.txt").touch()
+    os.utime(tmp_path / "data", (2, 2))
+    assert inputs._trains(tmp_path / "data", 4)
 
 
 def test_keyframes_chain_and_a_mixed_clock_is_refused():

@@ -5,6 +5,7 @@ import inspect
 
 import comfy_extras.nodes_custom_sampler as custom
 import execution
+import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension, queued_graph
 from subject_dla.sampling.stages import preset
@@ -20,7 +21,7 @@ def registered(monkeypatch):
         monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, node.__name__, node)
 
 
-def errors(node: str, **graph) -> list[str]:
+def errors(node: str, kind: str = "custom_validation_failed", **graph) -> list[str]:
     """What the host says of a node of a graph that is queued: the details of its errors of ours."""
     prompt = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
 
@@ -30,7 +31,7 @@ def errors(node: str, **graph) -> list[str]:
         return await execution.validate_prompt(*("job", prompt, None)[:takes])
 
     found = asyncio.run(validate())[3].get(node, {"errors": []})["errors"]
-    return [error["details"] for error in found if error["type"] == "custom_validation_failed"]
+    return [error["details"] for error in found if error["type"] == kind]
 
 
 def schedule(clock="flow_time", tau1=0.95, tau2=0.85, name="paper") -> dict:
@@ -120,6 +121,16 @@ def test_all_missing_files_are_named_once():
     first, *others = errors("n1", **graph)
     assert "Load Subject Pipeline: " in first and all(name in first for name in list(files.values())[:3])
     assert all(text.endswith("see above") for text in others)
+
+
+def test_saved_training_data_that_are_not_offered_are_judged_by_the_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "bare").mkdir()
+    widgets = {"name": "run", "stage": "1: MLLM tokens", "steps": 3, "lora_rank": 0, "seed": 0, "learning_rate": 1e-4}
+    widgets |= {"resolution": 512, "batch_size": 1, "accumulate": 1, "data": "bare"}
+    graph = staged() | {"4": ("SubjectTrainDLA", {"model": ["n1", 0], "vae": ["7", 0], "mllm": ["9", 0], **widgets})}
+    (text,) = errors("4", "exception_during_validation", **graph)
+    assert text.startswith("Train DLA: the folder 'bare' has no captions") and "SUBJECT/PICTURE.txt" in text
 
 
 def test_errors_of_a_run_begin_with_the_display_name():

@@ -2,7 +2,8 @@
 
     python training --template > recipe.toml            every setting, its default and its meaning
     python training recipe.toml --comfyui FOLDER         in ComfyUI's Python
-    accelerate launch --num_processes 2 training recipe.toml --comfyui FOLDER
+    accelerate launch --num_processes 2 training recipe.toml --comfyui FOLDER                       on two GPUs
+    python -m torch.distributed.run --nproc_per_node 2 training recipe.toml --comfyui FOLDER       without one
 
 Anything after -- goes to ComfyUI (-- --lowvram). The last line of standard output is one JSON object.
 """
@@ -34,7 +35,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="the settings; see --template")
     add("--template", action="store_true", help="print a recipe with every setting, and end")
     add("--comfyui", **folder, default=os.environ.get("COMFYUI_PATH"), help="the ComfyUI to run in")
-    add("--models", **folder, **many, help="a models folder laid out like ComfyUI's")
+    add("--models", **folder, **many, help="a models folder like ComfyUI's, before it; gets the finished files")
     add("--output", **folder, help="in place of ComfyUI's output folder")
     add("--set", **many, metavar="SECTION.NAME=VALUE", help="overrides a setting, as TOML")
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -119,15 +120,20 @@ def _accelerate():
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
     )
-    return Accelerator(kwargs_handlers=[*settings])
+    # on processors each process would believe itself alone, unless it is told
+    return Accelerator(cpu=not _has_accelerator(), kwargs_handlers=[*settings])
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine has a device that the host runs on beside the processor."""
+    import torch
+
+    return any(a.is_available() for a in (torch.cuda, torch.backends.mps, getattr(torch, "xpu", torch.cuda)))
 
 
 def _start_host(options: argparse.Namespace, host_options: list[str]) -> None:
     """Starts the host's model management and loaders in this process, with its own options and folders."""
-    import torch
-
-    accelerators = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", torch.cuda))
-    bootstrap.start_host(options.comfyui, host_options, cpu=not any(a.is_available() for a in accelerators))
+    bootstrap.start_host(options.comfyui, host_options, cpu=not _has_accelerator())
     import folder_paths
     from comfy.cli_args import args
     from utils.extra_config import load_extra_path_config

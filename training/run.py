@@ -98,8 +98,6 @@ class _Run:
                 if self.processes.stopped:
                     raise KeyboardInterrupt
                 self._between_steps()
-            if self.main and not self.paths.dla.exists():  # a finished run whose file was removed
-                self._export()
             ended = True
         finally:
             if self.module.lora is not None:

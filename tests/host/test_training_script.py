@@ -42,7 +42,7 @@ def start(workspace: Path, *arguments: str, launch: tuple[str, ...] = (), **vari
     folders += ["--output", workspace]
     command = [*(launch or (sys.executable,)), ROOT / "training", workspace / "recipe.toml", *folders]
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen([*map(str, command), *arguments], cwd=ROOT, env=environment, **keywords)
 
 
@@ -140,6 +140,17 @@ def test_sharded_on_two_machines_it_is_the_same_run_and_resumes_as_another(works
     state = read_state(last)
     assert 6 <= state["step"] == len(state["losses"]) < 90 and not (runs / "sharded" / "run.lock").exists()
     assert all(value.isfinite().all() for file in files for value in load_file(last / f"{file}.safetensors").values())
+
+
+def test_sharded_by_the_documented_command_a_run_saves_at_its_end_alone(workspace):
+    """On processors, too, each process knows of the others; `save_every = 0` saves once."""
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2")
+    changes = {"run.name": "'end'", "run.save_every": "0", "run.validate_every": "0", "training.steps": "1"}
+    options = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    out, err = finish(start(workspace, *options, launch=(*launch, "--num_processes", "2")))
+    assert "2 processes, each with its share" in err and out.count("\n") == 1
+    assert all(value.isfinite().all() for value in weights(out).values())
+    assert (workspace / "subject_dla" / "runs" / "end" / "checkpoint-00000001").is_dir()
 
 
 def test_bad_recipes_are_named(workspace):

@@ -17,7 +17,7 @@ from subject_dla.tools.benchmark import worker
 from subject_dla.tools.benchmark.__main__ import main
 from subject_dla.tools.benchmark.ledger import RunError
 from subject_dla.tools.benchmark.runner import Benchmark
-from subject_dla.tools.benchmark.servers import clients
+from subject_dla.tools.benchmark.servers import Found, check_equal, clients
 from subject_dla.tools.benchmark.sets import Case
 from subject_dla.tools.benchmark.template import Template
 from subject_dla.tools.comfy_client.client import Client
@@ -403,6 +403,13 @@ def test_a_service_with_the_least_of_the_interface(start, tmp_path, capsys):
     (tmp_path / "flow.json").write_text(json.dumps(graph))
     assert main([*command, "--out", str(tmp_path / "c"), "--server", address]) == 1
     assert "export the workflow from the editor in API format" in capsys.readouterr().err
+
+
+def test_a_models_folder_that_no_server_has_is_said_too():
+    nodes = {"SubjectLoadMLLM": {"input": {"required": {"mllm": [["other"], {}]}}, "output_node": True}}
+    prompt = {"1": {"class_type": "SubjectLoadMLLM", "inputs": {"mllm": "InternVL3-8B-hf"}}}
+    with pytest.raises(RunError, match="InternVL3-8B-hf, mllm of node 1"):
+        check_equal([Found(Client("http://127.0.0.1:1"), "", nodes)], prompt)
 
 
 def test_what_servers_lack_is_said_before_the_start(start, tmp_path, capsys):

@@ -12,6 +12,7 @@ from .ledger import RunError
 from .template import upstream
 
 MODEL_FILES = ("safetensors", "sft", "ckpt", "pt", "pth", "bin", "gguf", "onnx")
+MODEL_FOLDERS = ("mllm",)  # inputs that name a folder of a model
 
 
 class Found(NamedTuple):
@@ -66,7 +67,7 @@ def check_equal(found: Sequence[Found], prompt: dict) -> None:
     if lines:
         raise RunError(
             "\n".join(["The workflow needs what these servers do not have:", *lines])
-            + "\nInstall it there, or leave them out of --server."
+            + "\nInstall that there, or leave the server out."
         )
 
 
@@ -84,7 +85,7 @@ def missing(prompt: dict, nodes: Mapping[str, dict]) -> dict[str, bool]:
         for name, values in choices(nodes[node["class_type"]]).items():
             value = node["inputs"].get(name)
             if isinstance(value, str) and value not in values:
-                certain = value.lower().rpartition(".")[2] in MODEL_FILES
+                certain = value.lower().rpartition(".")[2] in MODEL_FILES or name in MODEL_FOLDERS
                 found[f"{value}, {name} of {title(key, prompt, names)}"] = certain
     return found
 

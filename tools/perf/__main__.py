@@ -7,6 +7,9 @@ from pathlib import Path
 from ._table import run_all
 
 names = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+if sys.argv[1:2] in (["-h"], ["--help"]):
+    print(f"{__doc__}\n\nNames: {', '.join(names)}. Options of one: nox -s bench -- NAME --help")
+    sys.exit()
 if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
     sys.exit(run_all(sys.argv[1:]))
 if sys.argv[1] not in names:

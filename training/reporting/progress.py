@@ -74,7 +74,7 @@ class Progress:
         """Step, loss, seconds per step and time left; or step and message."""
         text = f"step {self.step}/{self.steps}"
         if self.seconds is None:
-            return f"{text}: {self.text}"
+            return text + (":\n" if self.text.startswith("|") else ": ") + self.text  # a table on lines of its own
         minutes = ceil(self.seconds * (self.steps - self.step) / 60)
         left = f", {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f", {minutes} min left"
         return f"{text}, loss {self.history.losses[-1]:.4f}, {self.seconds:.2f} s/step" + left * bool(minutes)

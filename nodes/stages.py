@@ -55,17 +55,36 @@ def schedule_inputs() -> list:
 
 
 def schedule_problem(node_id: str) -> bool | str:
-    """The answer of `validate_inputs` of a node with `schedule_inputs`: True, or what is wrong with them."""
+    """The answer of `validate_inputs` of a node with a schedule: True, or what is wrong with it, as far as is known."""
     given = queued_graph.queued(node_id)
-    values = [given.get(name) for name in ("preset", "clock", "tau1", "tau2")]
-    if any(value is None or isinstance(value, list) for value in values) or isinstance(given.get("stages"), list):
-        return True  # linked: known when it runs
-    try:
-        preset_stages(*values)
-    except (TypeError, ValueError) as error:
-        return str(error)
+    linked = given.get("stages")
+    if isinstance(linked, list) and linked:  # takes the place of the widgets
+        given = queued_graph.queued(linked[0])
+    else:
+        try:
+            _queued_stages(node_id)
+        except (TypeError, ValueError) as error:
+            return str(error)
     own = [name for name in queued_graph.samplers_behind(node_id) if name in OWN_STEPS]
-    return own_steps(own[0]) if own and given["clock"] == "steps" else True
+    return own_steps(own[0]) if own and given.get("clock") == "steps" else True
+
+
+def _queued_stages(node_id: str) -> Stages | None:
+    """The schedule that Stage Keyframe or the widgets of a preset make; None where it is known only when it runs."""
+    given = queued_graph.queued(node_id)
+    names = ("start", "mllm_strength", "vae_strength", "blend") if "start" in given else ("preset",)
+    values = [given.get(name) for name in (*names, "clock", *(("tau1", "tau2") if "preset" in given else ()))]
+    if any(value is None or isinstance(value, list) for value in values):
+        return None
+    if "preset" in given:
+        return preset_stages(*values)
+    previous, before = given.get("previous"), None
+    if isinstance(previous, list) and previous:
+        try:
+            before = _queued_stages(previous[0])
+        except (TypeError, ValueError, RecursionError):  # an error on that node
+            before = None
+    return with_keyframe(before, Keyframe(*values[:-1]), values[-1])
 
 
 def own_steps(sampler: str) -> str:
@@ -226,7 +245,12 @@ class SubjectStageKeyframe(Node):
                     ),
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, start):
+        return schedule_problem(cls.hidden.unique_id)
 
     @classmethod
     def execute(cls, start, mllm_strength, vae_strength, blend, clock, previous=None) -> io.NodeOutput:

@@ -1,8 +1,11 @@
 """Many settings in one queued job: schedules over a grid of thresholds, and all pictures on one labelled sheet."""
 
+import inspect
+
 from comfy_api.latest import io, ui
 
-from ..sampling.sweep import COMBINE
+from ..sampling.sweep import COMBINE, parse_numbers, threshold_sweep
+from . import queued_graph
 from .schema import Node, Stages, schema
 from .stages import clock_input, preset_input
 
@@ -71,18 +74,34 @@ class SubjectThresholdSweep(Node):
                     tooltip="What each schedule is. To Contact Sheet.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, preset, clock, tau1, tau2, combine, mllm_strengths, vae_strengths, controls) -> io.NodeOutput:
-        from ..sampling.sweep import parse_numbers, threshold_sweep
+    def validate_inputs(cls, tau1):
+        widgets = queued_graph.queued(cls.hidden.unique_id)
+        given = [widgets.get(name) for name in inspect.signature(_sweep).parameters]
+        if any(value is None or isinstance(value, list) for value in given):
+            return True  # linked: known when it runs
+        try:
+            _sweep(*given)
+        except ValueError as error:
+            return str(error)
+        return True
 
-        found = threshold_sweep(
-            preset, clock, parse_numbers(tau1, "tau1"), parse_numbers(tau2, "tau2"),
-            parse_numbers(mllm_strengths, "mllm_strengths", 2), parse_numbers(vae_strengths, "vae_strengths", 2),
-            combine=combine, controls=controls,
-        )  # fmt: skip
+    @classmethod
+    def execute(cls, preset, clock, tau1, tau2, combine, mllm_strengths, vae_strengths, controls) -> io.NodeOutput:
+        found = _sweep(preset, clock, tau1, tau2, combine, mllm_strengths, vae_strengths, controls)
         return io.NodeOutput([stages for _, stages in found], [label for label, _ in found])
+
+
+def _sweep(preset, clock, tau1, tau2, combine, mllm_strengths, vae_strengths, controls) -> list:
+    """(label, schedule) of each setting."""
+    return threshold_sweep(
+        preset, clock, parse_numbers(tau1, "tau1"), parse_numbers(tau2, "tau2"),
+        parse_numbers(mllm_strengths, "mllm_strengths", 2), parse_numbers(vae_strengths, "vae_strengths", 2),
+        combine=combine, controls=controls,
+    )  # fmt: skip
 
 
 class SubjectContactSheet(Node):

@@ -80,6 +80,64 @@ def test_a_schedule_that_is_connected_takes_the_place_of_the_widgets():
     assert errors("2", **graph) == []
 
 
+def test_a_connected_schedule_on_steps_is_refused_with_samplers_that_choose_their_own():
+    graph = staged(sampler="dpm_fast")
+    graph["2"][1]["stages"] = ["9", 0]
+    graph["9"] = ("SubjectStageKeyframe", keyframe(0.2, "steps"))
+    (text,) = errors("2", **graph)
+    assert text.startswith("tau1 - Apply Stages: ") and "dpm_fast" in text
+    graph["9"] = ("SubjectStageKeyframe", keyframe(0.2, "flow_time"))
+    assert errors("2", **graph) == errors("9", **graph) == []
+
+
+def keyframe(start, clock="flow_time", previous=None) -> dict:
+    given = {"start": start, "mllm_strength": 1.0, "vae_strength": 1.0, "blend": "hold", "clock": clock}
+    return given | ({"previous": [previous, 0]} if previous else {})
+
+
+def keyframes(*values, before=None) -> dict:
+    """Apply Stages with keyframes 1, 2, … of (start, clock) in a chain, the first behind a schedule if there is one."""
+    graph = staged()
+    graph["2"][1]["stages"] = [f"k{len(values)}", 0]
+    if before:
+        graph["k0"] = ("SubjectStageSchedule", before)
+    for number, (start, clock) in enumerate(values, 1):
+        previous = f"k{number - 1}" if number > 1 or before else None
+        graph[f"k{number}"] = ("SubjectStageKeyframe", keyframe(start, clock, previous))
+    return graph
+
+
+def test_keyframes_are_refused_on_the_one_that_does_not_fit_the_chain():
+    graph = keyframes((1.0, "flow_time"), (0.5, "flow_time"), (0.9, "flow_time"), (0.2, "flow_time"))
+    (text,) = errors("k3", **graph)
+    assert text.startswith("start - Stage Keyframe: Stages out of order: keyframe 3") and "0.9" in text
+    assert errors("k2", **graph) == errors("k4", **graph) == []
+    (text,) = errors("k2", **keyframes((1.0, "flow_time"), (0.5, "steps")))
+    assert text.count("Stage Keyframe") == 1 and "'steps'" in text and "'flow_time'" in text
+    (text,) = errors("k1", **keyframes((3.0, "flow_time")))
+    assert "starts at 3" in text
+    graph = keyframes((0.9, "flow_time"), before=schedule(name="semantics_first"))
+    assert errors("k1", **graph) == []
+    (text,) = errors("k1", **keyframes((0.97, "flow_time"), before=schedule(name="semantics_first")))
+    assert "keyframe 3 starts at 0.97" in text
+    graph["k0"][1]["tau1"] = ["n1", 0]  # linked: known when it runs
+    assert errors("k1", **graph) == []
+
+
+@pytest.mark.parametrize("values, words", [
+    ({}, []), ({"tau1": "0.9, x"}, ["tau1 holds 'x'"]), ({"tau1": "0.2", "tau2": "0.9"}, ["No tau2 of 0.9"]),
+    ({"combine": "pairs", "tau2": "0.9"}, ["pairs"]), ({"vae_strengths": "3"}, ["vae_strengths", "0 to 2"]),
+])  # fmt: skip
+def test_lists_of_a_sweep_are_refused_on_the_sweep(values, words):
+    graph = staged()
+    graph["2"][1]["stages"] = ["9", 0]
+    given = {**schedule(tau1="0.97, 0.95", tau2="0.9, 0.7, 0.6"), "combine": "grid", "controls": True}
+    graph["9"] = ("SubjectThresholdSweep", {**given, "mllm_strengths": "1", "vae_strengths": "1", **values})
+    found = errors("9", **graph)
+    assert len(found) == bool(words)
+    assert all(text.startswith("tau1 - Threshold Sweep: ") and word in text for text in found for word in words), found
+
+
 def test_equal_thresholds_mean_an_empty_middle_stage():
     assert preset("paper", tau1=0.9, tau2=0.9) == preset("two_stage", tau1=0.9)
 

@@ -58,8 +58,9 @@ class Problem(str):
 
 
 def with_title(node: type[io.ComfyNode], text: str) -> str:
-    """The text behind the node's display name, unless it begins with it."""
+    """The text behind the node's display name, unless it begins with it; nodes that sample apply stages themselves."""
     title = node.define_schema().display_name.split(" (")[0]
+    text = text.removeprefix("Apply Stages: ")
     return text if text.startswith(title) else f"{title}: {text}"
 
 

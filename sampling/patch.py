@@ -6,6 +6,8 @@ and strength 0 is the host's path without those tokens.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from math import prod
@@ -93,36 +95,48 @@ def put_outermost(model_options: dict, kind: str, key: str, wrapper: Any) -> Non
     wrappers |= {key: [wrapper]} | others
 
 
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors begin with the node that made the patch: the host shows them on the sampler."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Apply Stages"):
+            error.args = (f"Apply Stages: {error}",)
+        raise
+
+
 def _outer_sample(
     stages: Stages, whole: list[float] | None, node: str | None, executor: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
     guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
     module, backbone = dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher)
-    for name, conditions in guider.conds.items():
-        check_conditions(guider.model_patcher, stages, conditions, name)
-    function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
-    model_sampling = guider.model_patcher.get_model_object("model_sampling")
-    is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
-    conditions = [*chain.from_iterable(guider.conds.values())]
-    referenced = any(map(reference_latents, conditions))
-    if not referenced and {key.reference for key in stages.keyframes} not in ({0}, {1}):
-        log.warning(NO_REFERENCES)
-    if referenced and (family := pixel_family(guider.model_patcher)):
-        log.warning(PIXEL_REFERENCES, family)
-    elif referenced and not reads_references(module):
-        log.warning(f"Apply Stages: {IGNORES_REFERENCES}", type(module).__name__)
-    schedule = RunSchedule.of(stages, conditions)
-    check_caches(guider.model_options, schedule.all)
-    sigmas = [float(s) for s in sigmas]
-    for clock in dict.fromkeys(one.clock for one in schedule.all):
-        clock.check_run(function, type(model_sampling).__name__, is_flow)
-        message = clock.describe_part(sigmas, whole, float(model_sampling.sigma_max))
-        if message:
-            log.info(message)
-    if schedule.own and (False, True) in stages.variants():
-        tokens = prod(grid(args[0].shape, patch_size(module, backbone)))
-        check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
+    with _named():
+        for name, conditions in guider.conds.items():
+            check_conditions(guider.model_patcher, stages, conditions, name)
+        function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
+        model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+        conditions = [*chain.from_iterable(guider.conds.values())]
+        referenced = any(map(reference_latents, conditions))
+        if not referenced and {key.reference for key in stages.keyframes} not in ({0}, {1}):
+            log.warning(NO_REFERENCES)
+        if referenced and (family := pixel_family(guider.model_patcher)):
+            log.warning(PIXEL_REFERENCES, family)
+        elif referenced and not reads_references(module):
+            log.warning(f"Apply Stages: {IGNORES_REFERENCES}", type(module).__name__)
+        schedule = RunSchedule.of(stages, conditions)
+        check_caches(guider.model_options, schedule.all)
+        sigmas = [float(s) for s in sigmas]
+        for clock in dict.fromkeys(one.clock for one in schedule.all):
+            clock.check_run(function, type(model_sampling).__name__, is_flow)
+            message = clock.describe_part(sigmas, whole, float(model_sampling.sigma_max))
+            if message:
+                log.info(message)
+        if schedule.own and (False, True) in stages.variants():
+            tokens = prod(grid(args[0].shape, patch_size(module, backbone)))
+            check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
     run = StagedRun(schedule, backbone, whole or sigmas)
     run.add_variants(guider.conds)
     if (send := editor_of_run()) is not None:

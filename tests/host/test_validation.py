@@ -8,6 +8,7 @@ import execution
 import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension, queued_graph
+from subject_dla.nodes.schema import with_title
 from subject_dla.sampling.stages import preset
 
 import nodes as host_nodes
@@ -195,3 +196,7 @@ def test_errors_of_a_run_begin_with_the_display_name():
     guider = next(node for node in OURS if node.__name__ == "SubjectStageKeyframe")
     with pytest.raises(ValueError, match="^Stage Keyframe: .*starts at 3"):
         guider.execute(3.0, 1.0, 1.0, "hold", "flow_time")
+    sampler = next(node for node in OURS if node.__name__ == "SubjectStagedSampler")
+    text = "Apply Stages: its sigmas are [0.0]"
+    assert with_title(sampler, text) == "Staged Sampler: its sigmas are [0.0]"
+    assert with_title(next(node for node in OURS if node.__name__ == "SubjectApplyStages"), text) == text

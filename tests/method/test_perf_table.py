@@ -50,6 +50,19 @@ def test_all_are_run_and_one_that_fails_is_shown(monkeypatch, capsys):
     assert run_all([]) == 1 and "no lost in its JSON object" in capsys.readouterr().out
 
 
+def test_an_interrupt_shows_what_was_measured(monkeypatch, capsys):
+    def run(name, options):
+        if name == "second":
+            raise KeyboardInterrupt
+        return {"fast": 0.5, "slow": 1.5}, ""
+
+    monkeypatch.setattr(_table, "TABLE", ROWS)
+    monkeypatch.setattr(_table, "_run", run)
+    assert run_all([]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["fast"] == 0.5 and result["failed"] == {"second": "interrupted", "third": "not run"}
+
+
 def test_the_last_line_of_a_failure_is_its_reason():
     assert _table._run("nothing", []) == ({}, "Which benchmark? There are: " + _names() + ".")
     with pytest.raises(SystemExit, match="one option, --full; found --fast"):

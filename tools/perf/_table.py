@@ -75,15 +75,21 @@ def run_all(options: list[str]) -> int:
         options: Empty, or `--full` for the benchmarks that take it.
 
     Returns:
-        The exit status: 0, or 1 where a benchmark failed. A limit that is not reached is no failure.
+        The exit status: 0, or 1 where a benchmark failed or Ctrl-C ended it. A limit that is not reached is no failure.
     """
     if options not in ([], ["--full"]):
         sys.exit(f"Without a benchmark's name there is one option, --full; found {' '.join(options)}.")
     results: dict[str, dict[str, Any]] = {}
     problems: dict[str, str] = {}
     for name in dict.fromkeys(row.benchmark for row in TABLE):
+        if "interrupted" in problems.values():
+            results[name], problems[name] = {}, "not run"
+            continue
         say(f"{name} ...")
-        result, problem = _run(name, options if name in TAKE_FULL else [])
+        try:
+            result, problem = _run(name, options if name in TAKE_FULL else [])
+        except KeyboardInterrupt:  # what was measured before is not lost
+            result, problem = {}, "interrupted"
         missing = [row.key for row in TABLE if row.benchmark == name and row.key not in result]
         if not problem and missing:
             problem = f"no {', '.join(missing)} in its JSON object"

@@ -38,7 +38,10 @@ function element(name, attributes = {}, ...children) {
     return made
 }
 
-/** The node's graph in the API's form, as far as the server asks: typed values and links; muted nodes are left out. */
+/**
+ * The node's graph in the API's form, as far as the server asks: typed values and links; muted nodes are left out, and
+ * links from outside of a subgraph, in which the values typed there are shown.
+ */
 function graphOf(graph) {
     const found = {}
     for (const node of graph._nodes ?? graph.nodes) {
@@ -48,7 +51,7 @@ function graphOf(graph) {
             if (["number", "string", "boolean"].includes(typeof widget.value)) inputs[widget.name] = widget.value
         for (const input of node.inputs ?? []) {
             const link = input.link == null ? null : linkOf(graph, input.link)
-            if (link) inputs[input.name] = [String(link.origin_id), link.origin_slot]
+            if (nodeOf(graph, link?.origin_id)) inputs[input.name] = [String(link.origin_id), link.origin_slot]
         }
         found[String(node.id)] = { class_type: node.mode === 4 ? "bypassed" : node.type, inputs }
     }
@@ -56,7 +59,7 @@ function graphOf(graph) {
 }
 
 const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links.get?.(id) ?? graph.links[id]
-const nodeOf = (graph, id) => graph.getNodeById(id) ?? graph.getNodeById(Number(id))
+const nodeOf = (graph, id) => (id == null ? null : graph.getNodeById(id) ?? graph.getNodeById(Number(id)))
 const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)
 
 /** One change for the front end's undo, whatever it consists of. */

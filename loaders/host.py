@@ -4,9 +4,11 @@
 """
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,6 +121,21 @@ def executing_node() -> str | None:
     utils = sys.modules.get("comfy_execution.utils")
     context = None if utils is None else utils.get_executing_context()
     return None if context is None else context.node_id
+
+
+def editor_language() -> str:
+    """The language that the user has chosen in the editor, such as "zh"; English ("en") where that is not known.
+
+    With several users (--multi-user) a request does not say whose it is.
+    """
+    import folder_paths
+
+    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("Comfy.Locale", "en")
+    except (OSError, ValueError, AttributeError):
+        return "en"
+    return found if isinstance(found, str) else "en"
 
 
 def _server() -> Any:

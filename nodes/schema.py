@@ -8,6 +8,7 @@ from dataclasses import fields
 from comfy_api.latest import io
 
 from ..common.dtypes import DTYPES
+from .translation import translate
 
 CATEGORY = "subject"
 
@@ -43,7 +44,7 @@ def _titled(method: Callable) -> Callable:
         except (ValueError, RuntimeError) as error:
             error.args = (with_title(cls, str(error)), *error.args[1:])
             raise
-        return Problem(with_title(cls, found)) if isinstance(found, str) else found
+        return Problem(translate(with_title(cls, found))) if isinstance(found, str) else found
 
     titled.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # the host asks which inputs it takes
     return titled

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import re
 
 import comfy_extras.nodes_custom_sampler as custom
 import execution
@@ -9,6 +10,7 @@ import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension, queued_graph
 from subject_dla.nodes.schema import with_title
+from subject_dla.nodes.translation import translate
 from subject_dla.sampling.stages import preset
 
 import nodes as host_nodes
@@ -32,7 +34,15 @@ def errors(node: str, kind: str = "custom_validation_failed", **graph) -> list[s
         return await execution.validate_prompt(*("job", prompt, None)[:takes])
 
     found = asyncio.run(validate())[3].get(node, {"errors": []})["errors"]
-    return [error["details"] for error in found if error["type"] == kind]
+    details = [error["details"] for error in found if error["type"] == kind]
+    for text in details if kind == "custom_validation_failed" else ():  # each has a Chinese form with its values
+        said = text.split(" - ", 1)[1]
+        lines = zip(said.split("\n"), translate(said, "zh").split("\n"), strict=True)
+        assert said == "see above" or all(re.search("[\u4e00-\u9fff]", line) for _, line in lines), said
+        assert set(re.findall(r"\d\.\d+|\w+\.safetensors", said)) <= set(
+            re.findall(r"\d\.\d+|\w+\.safetensors", translate(said, "zh"))
+        )
+    return details
 
 
 def schedule(clock="flow_time", tau1=0.95, tau2=0.85, name="paper") -> dict:
@@ -190,6 +200,20 @@ def test_saved_training_data_that_are_not_offered_are_judged_by_the_node(tmp_pat
     graph = staged() | {"4": ("SubjectTrainDLA", {"model": ["n1", 0], "vae": ["7", 0], "mllm": ["9", 0], **widgets})}
     (text,) = errors("4", "exception_during_validation", **graph)
     assert text.startswith("Train DLA: the folder 'bare' has no captions") and "SUBJECT/PICTURE.txt" in text
+
+
+def test_messages_are_in_the_language_of_the_editor(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    (text,) = errors("2", **staged(tau1=1.5))
+    assert text.startswith("tau1 - Apply Stages: tau1 is 1.5")
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    for damaged in ("{", "[]", '{"Comfy.Locale": 3}', '{"Comfy.Locale": "../../x"}', '{"Comfy.Locale": "fr"}'):
+        settings.write_text(damaged)
+        assert errors("2", **staged(tau1=1.5)) == [text]
+    settings.write_text('{"Comfy.Locale": "zh"}')
+    (chinese,) = errors("2", **staged(tau1=1.5))
+    assert chinese.startswith("tau1 - 应用阶段：tau1 为 1.5") and "flow_time" in chinese
 
 
 def test_errors_of_a_run_begin_with_the_display_name():

@@ -68,7 +68,7 @@ def train_in_graph(
         log.info("%s: stopped at step %d, %s", name, step, saved)
         raise
     report, history, sheet = result.text(), result.history, newest_samples(paths)
-    log.info("%s: %s", name, report)
+    log.info("%s: %s", name, result.headline)  # what else is in the report was logged when it happened
     plots = [history.curve(), *([validation_plot(history.validation)] if history.validation else [])]
     return load_dla(result.dla.name), to_batch(plots), report, None if sheet is None else to_tensor(sheet)
 

@@ -66,7 +66,7 @@ class _Run:
     def __init__(self, recipe, models, paths, callback, processes):
         self.models, self.paths, self.callback = models, paths, callback
         self.processes, self.main = processes, processes.main
-        self.history = History(recipe.run.name, {})
+        self.history, self._said = History(recipe.run.name, {}), set[str]()
         scores = processes.from_main(lambda: begun_scores(paths.output_dir))
         self.recipe = recipe
         if models.start_dla is None and scores not in (None, given := recipe.dla.scores):
@@ -89,6 +89,7 @@ class _Run:
             self.module.lora.attach()
         try:
             self._announce()
+            self._say("loading the MLLM and the VAE, encoding the first examples")
             self._between_steps()
             started, first = time.perf_counter(), self.history.step
             while self.history.step < self.recipe.steps:
@@ -187,6 +188,7 @@ class _Run:
         for problem in self.batches.problems[known:]:
             self._say(f"left out, the next example of its sizes takes its place: {problem}")
         self.batches.encode(self._encoded)
+        self._say("loading the diffusion model")
         self.module.backbone.load(required_memory(self.components, self.recipe, self.processes.shards))
 
     def _train_step(self) -> None:
@@ -309,7 +311,9 @@ class _Run:
             self._say(text)
 
     def _say(self, text: str) -> None:
-        if self.main:
+        """Each message once in a process's part of a run."""
+        if self.main and text not in self._said:
+            self._said.add(text)
             self.callback(Progress(self.history, self.recipe.steps, text=text))
 
     def _show(self, picture: Image.Image, path: Path, text: str = "") -> None:

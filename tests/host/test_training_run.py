@@ -278,6 +278,8 @@ def test_a_run_begun_by_0_1_0_ends_with_the_weights_that_0_1_0_gives(tmp_path, m
         history = train(recipe, loaded, paths, lambda progress: messages.append(progress.text)).history
     assert set(seen) == {"mllm", "vae", "both"} and len(seen) == 4
     assert "Resuming from step 3 (checkpoint-00000003)" in messages
+    told = [message for message in messages if message]
+    assert "loading the diffusion model" in told and len(told) == len({*told})
     assert "dla.scores is heads now, this run began with states, and continues so." in messages
     with safe_open(FIXTURE / "expected.safetensors", framework="pt") as file:
         made = file.metadata()

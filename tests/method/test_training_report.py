@@ -50,9 +50,10 @@ def test_a_bins_interval_is_students_t(count):
 
 def test_a_line_has_step_loss_pace_and_time_left():
     history = History("a", {}, losses=[0.5, 0.25])
-    for steps, seconds, end in ((10, 0.5, ", 1 min left"), (10_002, 0.72, ", 2 h 0 min left"), (2, 0.5, "")):
-        line = f"step 2/{steps}, loss 0.2500, {seconds:.2f} s/step{end}"
-        assert Progress(history, steps, seconds).line == line
+    ends = {10: ", 4 s left", 302: ", 3 min left", 14_402: ", 2 h 0 min left", 2: ""}
+    for steps, end in ends.items():
+        line = f"step 2/{steps}, loss 0.2500, 0.50 s/step{end}"
+        assert Progress(history, steps, 0.5).line == line
     assert Progress(history, 10, text="left out: a.png").line == "step 2/10: left out: a.png"
 
 

@@ -75,9 +75,11 @@ class Progress:
         text = f"step {self.step}/{self.steps}"
         if self.seconds is None:
             return text + (":\n" if self.text.startswith("|") else ": ") + self.text  # a table on lines of its own
-        minutes = ceil(self.seconds * (self.steps - self.step) / 60)
-        left = f", {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f", {minutes} min left"
-        return f"{text}, loss {self.history.losses[-1]:.4f}, {self.seconds:.2f} s/step" + left * bool(minutes)
+        seconds = ceil(self.seconds * (self.steps - self.step))
+        minutes = ceil(seconds / 60)
+        left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+        left = f", {left if seconds >= 60 else f'{seconds} s'} left"
+        return f"{text}, loss {self.history.losses[-1]:.4f}, {self.seconds:.2f} s/step" + left * bool(seconds)
 
 
 @dataclass
@@ -89,12 +91,17 @@ class Result:
     history: History
     problems: tuple[str, ...]  # a line for each image or entry of the data that was left out
 
-    def text(self) -> str:
-        """Returns the run in a few lines, and its last validation table."""
-        losses, validation = self.history.losses, self.history.validation
+    @property
+    def headline(self) -> str:
+        """Losses and files, in two lines."""
+        losses = self.history.losses
         start, end = (fmean(part) if part else nan for part in (losses[:20], losses[-20:]))
         lines = [f"{len(losses)} steps, loss {start:.4f} at the start, {end:.4f} now"]
-        lines.append(f"DLA: {self.dla.name}" + (f", LoRA: {self.lora.name}" if self.lora else ""))
+        return "\n".join([*lines, f"DLA: {self.dla.name}" + (f", LoRA: {self.lora.name}" if self.lora else "")])
+
+    def text(self) -> str:
+        """Returns the run in a few lines, and its last validation table."""
+        lines, validation = [self.headline], self.history.validation
         if validation:
             lines += [f"Held out, step {max(validation)}:", table(validation[max(validation)])]
         lines += [f"left out: {problem}" for problem in self.problems[:SHOWN]]

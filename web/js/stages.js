@@ -30,6 +30,7 @@ const STYLE = `
 .subject-stages output.wrong { color: var(--error-text, #ff4444); }`
 
 const editors = new Set()
+const lastRuns = new Map() // what the last run of a node said; undo makes all nodes anew
 
 function element(name, attributes = {}, ...children) {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name)
@@ -62,6 +63,16 @@ const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links.get?.(id) ?? gr
 const nodeOf = (graph, id) => (id == null ? null : graph.getNodeById(id) ?? graph.getNodeById(Number(id)))
 const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)
 
+/** The last keyframe of the chain that begins with a Stage Schedule; any other node itself. */
+function lastOf(node) {
+    for (const { links } of node.type === KINDS[0] ? [] : node.outputs)
+        for (const { target_id, target_slot } of (links ?? []).map((id) => linkOf(node.graph, id))) {
+            const next = nodeOf(node.graph, target_id)
+            if (next?.type === KEYFRAME && next.inputs[target_slot]?.name === "previous") return lastOf(next)
+        }
+    return node
+}
+
 /** One change for the front end's undo, whatever it consists of. */
 function change(act) {
     app.canvas.emitBeforeChange()
@@ -84,7 +95,6 @@ function setValue(node, name, value) {
 class StageEditor {
     constructor(node) {
         this.node = node
-        this.last = null // what the last run said
         this.now = null // position of the step that runs
         this.plan = null
         this.root = document.createElement("div")
@@ -92,7 +102,7 @@ class StageEditor {
         this.svg = element("svg", { role: "group" })
         this.text = document.createElement("output")
         this.add = this.button("+ keyframe", "Add a keyframe to the schedule", () => this.addKeyframe())
-        this.remove = this.button("− keyframe", "Remove the last keyframe of the schedule", () => this.removeKeyframe())
+        this.remove = this.button("− keyframe", "Remove the last keyframe of the schedule", () => this.removeKeyframe(this.lastNode()))
         const row = document.createElement("div")
         row.className = "row"
         row.append(this.add, this.remove)
@@ -117,11 +127,19 @@ class StageEditor {
         return made
     }
 
+    /** Of the node, among all workflows of this page. */
+    name() {
+        return `${app.graph.id} ${this.node.id}`
+    }
+
     /** Asks the server when something changed that it reads; while an answer is under way, once more behind it. */
     async refresh() {
         if (this.asking || !this.node.graph) return
-        const request = JSON.stringify({ graph: graphOf(this.node.graph), node: String(this.node.id), last: this.last })
+        const request = JSON.stringify({
+            graph: graphOf(this.node.graph), node: String(lastOf(this.node).id), last: lastRuns.get(this.name()),
+        })
         if (request === this.asked) return
+        if (this.now === null) this.live = "" // of a run that has ended
         this.asking = true
         this.asked = request
         try {
@@ -190,7 +208,12 @@ class StageEditor {
         plan.keyframes.forEach((key, index) => parts.push(...this.handles(key, index)))
         this.svg.replaceChildren(...parts)
         if (focused) this.svg.querySelector(`[data-handle="${focused}"]`)?.focus()
-        this.remove.disabled = nodeOf(this.node.graph, plan.keyframes.at(-1).node)?.type !== KEYFRAME
+        this.remove.disabled = this.lastNode()?.type !== KEYFRAME
+    }
+
+    /** The node of the last keyframe. */
+    lastNode() {
+        return nodeOf(this.node.graph, this.plan?.keyframes.at(-1).node)
     }
 
     summary() {
@@ -199,6 +222,7 @@ class StageEditor {
 
     say(text, wrong = false) {
         this.text.classList.toggle("wrong", wrong)
+        this.text.setAttribute("aria-live", wrong ? "polite" : "off") // not every step of a run is read out
         if (this.text.textContent !== text) this.text.textContent = text
     }
 
@@ -283,6 +307,11 @@ class StageEditor {
         made.addEventListener("keydown", (event) => {
             const [less, more] = across && this.plan.clock.end < this.plan.clock.start
                 ? ["ArrowRight", "ArrowLeft"] : ["ArrowLeft", "ArrowRight"]
+            if (event.key === "Delete" || event.key === "Backspace") {
+                event.stopPropagation() // else the canvas deletes the selected node
+                event.preventDefault()
+                this.removeKeyframe(owner)
+            }
             const way = { [less]: -1, [more]: 1, ArrowDown: -1, ArrowUp: 1 }[event.key]
             const ends = { Home: least, End: most }[event.key]
             if (way === undefined && ends === undefined) return
@@ -309,12 +338,12 @@ class StageEditor {
         const last = this.plan?.keyframes.at(-1)
         if (!last) return
         change(() => {
-            let source = nodeOf(graph, last.node)
+            let source = this.lastNode()
             if (source.type === KINDS[0]) source = this.schedule(source)
             const output = source.outputs.findIndex((one) => one.type === "STAGES")
             const targets = (source.outputs[output].links ?? []).map((id) => linkOf(graph, id))
             const key = LiteGraph.createNode(KEYFRAME)
-            key.pos = [source.pos[0], source.pos[1] + source.size[1] + 50]
+            key.pos = [source.pos[0] + source.size[0] + 40, source.pos[1]]
             graph.add(key)
             const from = this.plan.keyframes.length > 1 ? last.start : this.plan.clock.start
             setValue(key, "start", Math.round(((from + this.plan.clock.end) / 2) * 100) / 100)
@@ -331,16 +360,15 @@ class StageEditor {
     /** A Stage Schedule with the values of an Apply Stages, connected to it. */
     schedule(node) {
         const made = LiteGraph.createNode(KINDS[1])
-        made.pos = [node.pos[0] - made.size[0] - 60, node.pos[1]]
+        made.pos = [node.pos[0], node.pos[1] + node.size[1] + 60]
         node.graph.add(made)
         for (const name of ["preset", "clock", "tau1", "tau2"]) setValue(made, name, widgetOf(node, name).value)
         made.connect(0, node, node.inputs.findIndex((one) => one.name === "stages"))
         return made
     }
 
-    removeKeyframe() {
+    removeKeyframe(key) {
         const { graph } = this.node
-        const key = nodeOf(graph, this.plan?.keyframes.at(-1).node)
         if (key?.type !== KEYFRAME) return
         change(() => {
             const previous = key.inputs.find((one) => one.name === "previous")
@@ -353,11 +381,17 @@ class StageEditor {
         this.refresh()
     }
 
+    /** After a run that was stopped. */
+    end() {
+        this.now = null
+        this.draw()
+    }
+
     /** What a run says of itself; ids of nodes inside subgraphs end in the node's own. */
     follow({ nodes, begin, text, step, steps }) {
         const ids = nodes.map((id) => String(id).split(":").pop())
         if (!ids.includes(String(this.node.id)) && !ids.includes(this.plan?.run?.node)) return
-        if (begin) this.last = begin
+        if (begin) lastRuns.set(this.name(), begin)
         const done = step === undefined ? 0 : step / steps
         const at = this.plan?.steps[step ?? 0]
         this.now = done < 1 && at ? at[0] : null
@@ -374,6 +408,8 @@ app.registerExtension({
         style.textContent = STYLE
         document.head.append(style)
         api.addEventListener("subject_dla.run", ({ detail }) => editors.forEach((editor) => editor.follow(detail)))
+        for (const name of ["execution_interrupted", "execution_error"])
+            api.addEventListener(name, () => editors.forEach((editor) => editor.end()))
         // values and links change in many ways, without an event that all front ends have
         setInterval(() => document.hidden || editors.forEach((editor) => editor.refresh()), 300)
     },

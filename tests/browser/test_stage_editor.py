@@ -1,0 +1,168 @@
+"""The stage editor of Apply Stages and Stage Schedule, and the colours of the pack's sockets."""
+
+import re
+
+import pytest
+from subject_dla.tests.small.prompts import of_type
+from subject_dla.tools.comfy_client import workflow
+
+OURS = ["MLLM", "MLLM_FEATURES", "DLA", "STAGES", "ORIENTATION_MODEL"]
+# A model, Apply Stages and a sampler in a row.
+ROW = """(app, LiteGraph) => {
+    const [model, stages, sampler] = ["UNETLoader", "SubjectApplyStages", "KSampler"].map((kind, index) => {
+        const node = LiteGraph.createNode(kind)
+        node.pos = [20 + 340 * index + (index > 1 ? 120 : 0), 60]
+        app.graph.add(node)
+        return node
+    })
+    model.connect(0, stages, 0)
+    stages.connect(0, sampler, 0)
+    app.canvas.setDirty(true, true)
+    return stages.id
+}"""
+
+
+def slider(editor, name):
+    """Of the Apply Stages; a Stage Schedule behind it has the same."""
+    return editor.page.locator(f".subject-stages [role=slider][aria-label$='{name}']").first
+
+
+def queued(editor) -> dict:
+    """Inputs of the Apply Stages that Run would queue."""
+    return of_type(editor.queued(), "SubjectApplyStages")
+
+
+def shown(editor, value):
+    """Waits until the first boundary is drawn at a value."""
+    function = "(value) => document.querySelector('.subject-stages .handle')?.getAttribute('aria-valuenow') == value"
+    editor.page.wait_for_function(function, arg=value)
+
+
+def drag(editor, handle, across, down):
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    mouse = editor.page.mouse
+    mouse.move(x, y)
+    mouse.down()
+    mouse.move(x + across / 2, y + down / 2)
+    mouse.move(x + across, y + down)
+    mouse.up()
+
+
+@pytest.fixture
+def stages(editor) -> int:
+    node = editor.run(ROW)
+    slider(editor, "keyframe 2, start").wait_for()
+    editor.page.mouse.click(700, 820)  # the front end notes what the graph is, to undo changes to it
+    return node
+
+
+def test_a_boundary_is_dragged_and_undone(editor, stages):
+    boundary = slider(editor, "keyframe 2, start")
+    assert boundary.get_attribute("aria-valuenow") == "0.95"
+    editor.page.locator(".subject-stages .tick").nth(19).wait_for(state="attached")  # a mark for each of the 20 steps
+    drag(editor, boundary, 60, 0)
+    editor.screenshot("stage-editor-dragged")
+    dragged = queued(editor)["tau1"]
+    assert 0.5 < dragged < 0.85 and round(dragged, 2) == dragged
+    assert queued(editor) == {**queued(editor), "preset": "semantics_first", "tau2": 0.85}
+    assert "stage_editor" not in queued(editor)
+    saved = "(app, _, id) => app.graph.serialize().nodes.find((node) => node.id === id).widgets_values"
+    assert editor.run(saved, stages) == ["semantics_first", "flow_time", dragged, 0.85]
+    shown(editor, dragged)
+    editor.page.keyboard.press("Control+z")
+    slider(editor, "keyframe 2, start").wait_for()
+    shown(editor, 0.95)
+    assert queued(editor)["tau1"] == 0.95
+
+
+def test_the_keyboard_moves_a_boundary(editor, stages):
+    slider(editor, "keyframe 2, start").focus()
+    for key, value in [("ArrowRight", 0.94), ("ArrowLeft", 0.95), ("Shift+ArrowRight", 0.85), ("ArrowDown", 0.84)]:
+        editor.page.keyboard.press(key)
+        assert queued(editor)["tau1"] == value
+        editor.page.wait_for_timeout(150)  # the handles are drawn anew: the focus must stay
+    assert "0.84 on the clock flow_time" in slider(editor, "keyframe 2, start").get_attribute("aria-valuetext")
+
+
+def test_what_a_preset_does_not_read_is_greyed_out(editor, stages):
+    disabled = (
+        """(app, _, id) => app.graph.getNodeById(id).widgets.filter((one) => one.disabled).map((one) => one.name)"""
+    )
+    choose = """(app, _, [id, value]) => {
+        const widget = app.graph.getNodeById(id).widgets.find((one) => one.name === "preset")
+        widget.value = value
+        widget.callback(value)
+    }"""
+    for preset, greyed, handles in [("paper", [], 2), ("both", ["tau1", "tau2"], 0), ("two_stage", ["tau2"], 1)]:
+        editor.run(choose, [stages, preset])
+        editor.page.wait_for_function(
+            "(count) => document.querySelectorAll('.subject-stages .handle').length === count", arg=handles
+        )
+        assert editor.run(disabled, stages) == greyed
+        editor.screenshot(f"stage-editor-{preset}")
+
+
+def test_keyframes_are_added_edited_and_removed(editor, stages):
+    page = editor.page
+    page.get_by_role("button", name="Add a keyframe").click()
+    slider(editor, "keyframe 3, VAE tokens").wait_for()
+    drag(editor, slider(editor, "keyframe 3, VAE tokens"), 0, 25)
+    editor.screenshot("stage-editor-keyframe")
+    prompt = editor.queued()
+    frame, schedule = of_type(prompt, "SubjectStageKeyframe"), of_type(prompt, "SubjectStageSchedule")
+    assert 0 < frame["vae_strength"] < 1 and frame["mllm_strength"] == 1 and frame["start"] in (0.47, 0.48)
+    assert schedule == {"preset": "semantics_first", "clock": "flow_time", "tau1": 0.95, "tau2": 0.85}
+    assert prompt[queued(editor)["stages"][0]]["class_type"] == "SubjectStageKeyframe"
+    page.get_by_role("button", name="Remove the last keyframe").first.click()
+    page.wait_for_function("() => !document.querySelector('.subject-stages .handle.up')")
+    prompt = editor.queued()
+    assert prompt[queued(editor)["stages"][0]]["class_type"] == "SubjectStageSchedule"
+
+
+def test_our_sockets_have_colours_of_their_own(editor):
+    """In dark and light palettes; a palette that names our types keeps its colours."""
+    colours = """(app, _, types) => types.map((type) => [
+        app.canvas.default_connection_color_byType[type],
+        app.canvas.constructor.link_type_colors[type],
+        getComputedStyle(document.body).getPropertyValue(`--color-datatype-${type}`).trim(),
+    ])"""
+    found = {}
+    try:
+        for palette in ("light", "dark"):
+            editor.set(ColorPalette=palette)
+            editor.page.wait_for_timeout(300)
+            found[palette] = editor.run(colours, OURS)
+            assert all(slot == link == variable for slot, link, variable in found[palette]), found
+            assert len({slot for slot, *_ in found[palette]} - {""}) == len(OURS), found
+    finally:
+        editor.set(ColorPalette="dark")
+    assert found["light"] != found["dark"]
+    editor.run("""(app) => {
+        app.canvas.default_connection_color_byType.DLA = "#123456"
+    }""")
+    assert editor.run(colours, ["DLA"])[0][0] == "#123456"
+    editor.run("(app) => { app.canvas.default_connection_color_byType.DLA = '' }")
+    assert editor.run(colours, ["DLA"]) == [found["dark"][OURS.index("DLA")]]
+
+
+def test_a_run_shows_step_stage_strengths_and_time_left(editor):
+    """In the Stage Schedule of the demo; the sampler keeps the host's progress and preview."""
+    editor.load(workflow.read("demo"))
+    editor.run("""() => {
+        window.told = []
+        new MutationObserver(() => {
+            const text = document.querySelector(".subject-stages output").textContent
+            if (text.startsWith("step ") && text !== window.told.at(-1)) window.told.push(text)
+        }).observe(document.body, {subtree: true, childList: true, characterData: true})
+    }""")
+    editor.page.get_by_role("button", name="Run", exact=True).click()
+    editor.page.wait_for_function("() => window.told.length > 3", timeout=120_000)
+    editor.screenshot("sampling")
+    steps = of_type(editor.queued(), "SubjectStagedSampler")["steps"]
+    editor.page.wait_for_function(
+        "(last) => window.told.at(-1)?.startsWith(last)", arg=f"step {steps}/{steps}, stage ", timeout=120_000
+    )
+    told = editor.run("() => window.told")
+    assert len(told) == steps + 1 and len(set(told)) == len(told)  # each step once, and that it begins
+    assert re.fullmatch(rf"step {steps - 1}/{steps}, stage \d: MLLM \d\.\d\d, VAE \d\.\d\d, \d+ s left", told[-2])

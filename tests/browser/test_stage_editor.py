@@ -53,7 +53,7 @@ def drag(editor, handle, across, down):
 def stages(editor) -> int:
     node = editor.run(ROW)
     slider(editor, "keyframe 2, start").wait_for()
-    editor.page.mouse.click(700, 820)  # the front end notes what the graph is, to undo changes to it
+    editor.page.mouse.click(560, 720)  # the front end notes what the graph is, to undo changes to it
     return node
 
 

@@ -10,8 +10,8 @@ const STEP = 0.01 // of a widget; ten times with Shift
 const NAMES = { mllm: "MLLM tokens", vae: "VAE tokens" }
 const STYLE = `
 .subject-stages { display: flex; flex-direction: column; gap: 4px; font: 11px sans-serif; min-width: 0;
-    min-height: 220px; color: var(--input-text, #ddd); --mllm: #3b8de0; --vae: #e07f14; }
-.subject-stages svg { width: 100%; flex: 1 1 140px; min-height: 140px; touch-action: none;
+    min-height: 130px; color: var(--input-text, #ddd); --mllm: #3b8de0; --vae: #e07f14; }
+.subject-stages svg { width: 100%; flex: 1 1 130px; min-height: 90px; touch-action: none;
     background: var(--comfy-input-bg, #222); border-radius: 4px; overflow: hidden; }
 .subject-stages text { fill: currentColor; font-size: 10px; user-select: none; }
 .subject-stages .axis, .subject-stages .tick { stroke: currentColor; opacity: 0.35; }
@@ -26,7 +26,7 @@ const STYLE = `
 .subject-stages button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222); cursor: pointer;
     border: 1px solid var(--border-color, #888); border-radius: 4px; padding: 0 6px; }
 .subject-stages button:disabled { opacity: 0.4; cursor: default; }
-.subject-stages output { flex: none; white-space: pre-line; height: 3.6em; overflow: auto; line-height: 1.2em; }
+.subject-stages output { flex: 0 1 3.6em; white-space: pre-line; min-height: 0; overflow: auto; line-height: 1.2em; }
 .subject-stages output.wrong { color: var(--error-text, #ff4444); }`
 
 const editors = new Set()
@@ -112,7 +112,7 @@ class StageEditor {
         for (const name of ["pointerdown", "mousedown", "dblclick", "contextmenu"])
             this.root.addEventListener(name, (event) => event.stopPropagation())
         this.widget = node.addDOMWidget("stage_editor", "subject_stages", this.root, {
-            serialize: false, hideOnZoom: false, getMinHeight: () => 240, getValue: () => "", setValue: () => {},
+            serialize: false, hideOnZoom: false, getMinHeight: () => 130, getValue: () => "", setValue: () => {},
         })
         this.widget.serialize = false // neither in files nor in the queue
     }
@@ -127,6 +127,14 @@ class StageEditor {
         return made
     }
 
+    /** Whether its node is there. Undo makes nodes anew, but Nodes 2.0 goes on showing the elements of the old ones. */
+    isAlive() {
+        if (this.node.graph) return true
+        const anew = this.root.isConnected && nodeOf(app.canvas.graph, this.node.id)
+        if (anew && KINDS.includes(anew.type)) this.node = anew
+        return Boolean(this.node.graph)
+    }
+
     /** Of the node, among all workflows of this page. */
     name() {
         return `${app.graph.id} ${this.node.id}`
@@ -134,7 +142,7 @@ class StageEditor {
 
     /** Asks the server when something changed that it reads; while an answer is under way, once more behind it. */
     async refresh() {
-        if (this.asking || !this.node.graph) return
+        if (this.asking || !this.node.graph || !this.root.isConnected) return
         const request = JSON.stringify({
             graph: graphOf(this.node.graph), node: String(lastOf(this.node).id), last: lastRuns.get(this.name()),
         })
@@ -176,8 +184,9 @@ class StageEditor {
     draw() {
         const { plan } = this
         this.say(this.wrong || this.live || this.summary(), Boolean(this.wrong))
-        if (!plan || !this.svg.clientWidth) return
+        if (!plan) return
         this.grey()
+        if (!this.svg.clientWidth) return
         this.width = this.svg.clientWidth // of the layout, whatever the zoom of the canvas
         this.height = this.svg.clientHeight
         const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.handle : null
@@ -411,17 +420,16 @@ app.registerExtension({
         for (const name of ["execution_interrupted", "execution_error"])
             api.addEventListener(name, () => editors.forEach((editor) => editor.end()))
         // values and links change in many ways, without an event that all front ends have
-        setInterval(() => document.hidden || editors.forEach((editor) => editor.refresh()), 300)
+        setInterval(() => {
+            if (document.hidden) return
+            for (const editor of editors) if (editor.isAlive()) editor.refresh()
+                else editors.delete(editor)
+        }, 300)
     },
     nodeCreated(node) {
         if (!KINDS.includes(node.comfyClass ?? node.type)) return
-        const editor = new StageEditor(node)
-        editors.add(editor)
-        const { onRemoved } = node
-        node.onRemoved = function (...args) {
-            editors.delete(editor)
-            return onRemoved?.apply(this, args)
-        }
-        node.setSize([Math.max(node.size[0], 380), node.computeSize()[1]])
+        editors.add(new StageEditor(node))
+        // room for all of it, which a node of an older file may not have: there it takes less, above the nodes below
+        node.setSize([Math.max(node.size[0], 380), node.computeSize()[1] + 110])
     },
 })

@@ -67,7 +67,7 @@ def test_a_boundary_is_dragged_and_undone(editor, stages):
     assert 0.5 < dragged < 0.85 and round(dragged, 2) == dragged
     assert queued(editor) == {**queued(editor), "preset": "semantics_first", "tau2": 0.85}
     assert "stage_editor" not in queued(editor)
-    saved = "(app, _, id) => app.graph.serialize().nodes.find((node) => node.id === id).widgets_values"
+    saved = "(app, _, id) => app.graph.serialize().nodes.find((node) => String(node.id) === String(id)).widgets_values"
     assert editor.run(saved, stages) == ["semantics_first", "flow_time", dragged, 0.85]
     shown(editor, dragged)
     editor.page.keyboard.press("Control+z")

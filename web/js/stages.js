@@ -184,7 +184,7 @@ class StageEditor {
     draw() {
         const { plan } = this
         this.say(this.wrong || this.live || this.summary(), Boolean(this.wrong))
-        if (!plan) return
+        if (!plan || !this.node.graph) return
         this.grey()
         if (!this.svg.clientWidth) return
         this.width = this.svg.clientWidth // of the layout, whatever the zoom of the canvas

@@ -19,10 +19,15 @@ RENDERERS = {"classic": False, "nodes2": True}
 OF_THE_FRONT_END = re.compile(
     r"core workflow templates|/templates/|api\.comfy\.org"  # its templates are not installed, nor is the internet there
     r"|/userdata[/?]|/docs/\w+/en\.md|Jobs ?Api|/api/jobs"  # not there yet; not on an older host
-    r"|/api/prompt|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
+    r"|400 \(Bad Request\)|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
     re.IGNORECASE,
 )
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]  # advice on the two renderers
+SHOWN = """() => {
+    const node = window.comfyAPI.app.app.graph.nodes.find((node) => node.type == "SaveImage")
+    const shown = document.querySelector(`[data-node-id="${node.id}"] img`) ?? node.imgs?.[0]
+    return shown?.naturalWidth
+}"""
 FONTS = """<fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{font}</dir></fontconfig>"""
 
 
@@ -150,9 +155,9 @@ class Editor:
     def clear(self) -> None:
         """An empty graph at natural size, and nothing open beside it."""
         self.page.keyboard.press("Escape")
-        self.run("""(app) => {
-            app.graph.clear()
-            app.nodeOutputs = {}
+        self.run("""async (app) => {
+            await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false).catch(() => {})  // not in 1.32
+            app.clean()
             app.extensionManager.sidebarTab.activeSidebarTabId = null
             app.canvas.ds.scale = 1
             app.canvas.ds.offset = [80, 120]
@@ -182,6 +187,16 @@ class Editor:
     def queued(self) -> dict:
         """What Run would queue."""
         return self.run("async (app) => (await app.graphToPrompt()).output")
+
+    def press_run(self) -> None:
+        self.page.get_by_role("button", name="Run", exact=True).click()
+
+    def picture(self) -> dict:
+        """Waits until Save Image shows its picture, which must be in view; its file on the server."""
+        self.page.wait_for_function(SHOWN, timeout=120_000)
+        outputs = self.run("(app) => Object.values(app.nodeOutputs)")
+        (picture,) = (one for output in outputs for one in output.get("images") or [] if one["type"] == "output")
+        return picture
 
     def point(self, of_node: str, node: int) -> tuple[float, float]:
         """Where a point of a node, in the graph's units, is on the page."""

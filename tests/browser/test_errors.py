@@ -1,4 +1,4 @@
-"""Mistakes are shown where they are made, before anything is loaded."""
+"""Mistakes are shown on the node where they are made: by refusing the graph before anything is loaded, or as a hint."""
 
 import re
 
@@ -38,13 +38,27 @@ def test_a_mistake_is_marked_on_its_node(editor, case):
     editor.load(workflow.read("demo"))
     editor.run(CHANGE, changes)
     with editor.page.expect_response("**/prompt"):
-        editor.page.get_by_role("button", name="Run", exact=True).click()
-    shown, details = editor.page.get_by_text(words).first, editor.page.get_by_role("button", name="View details")
-    details.or_(shown).first.wait_for()
+        editor.press_run()
+    shown = editor.page.get_by_text(words).filter(visible=True).first
+    details = editor.page.get_by_role("button", name="View details")
+    details.or_(editor.page.get_by_role("dialog")).first.wait_for()
     if details.is_visible():  # newer editors show the text in a panel
         details.click()
         editor.page.get_by_role("button", name=re.compile("^Info for ")).first.click()
-        shown.wait_for()
+    shown.wait_for()
     editor.screenshot(f"error-{case}".replace(" ", "-"))
     ((marked, text),) = editor.run(MARKED)
     assert marked == node and text.count(words) == 1
+
+
+def test_a_hint_is_written_on_its_node(editor):
+    if editor.version <= (1, 32) and editor.renderer == "nodes2":
+        pytest.skip("it does not draw what is added to a node while it runs")
+    editor.load(workflow.read("demo"))
+    prompt = f"the duck of image 2, for {editor.front_end} {editor.renderer}"  # what ran before would not run again
+    editor.run(CHANGE, {"SubjectEncode": {"prompt": prompt}, SAMPLER: {"steps": 1}})
+    editor.fit()
+    editor.press_run()
+    editor.page.get_by_text("the prompt names image 2, but 1 image came in").filter(visible=True).first.wait_for()
+    editor.screenshot("hint")
+    editor.picture()

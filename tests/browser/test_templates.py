@@ -7,14 +7,6 @@ from subject_dla.tools.comfy_client.server import PACK
 from subject_dla.tools.comfy_client.shipped import TITLES
 
 NOT_ON_EVERY_HOST = {"qwen_image_2_1_staged": "QwenImage21Cache"}
-PICTURES = """() => Object.values(window.comfyAPI.app.app.nodeOutputs).flatMap((output) => output.images ?? [])
-    .filter((image) => image.type == "output")"""
-
-SHOWN = """() => {
-    const node = window.comfyAPI.app.app.graph.nodes.find((node) => node.type == "SaveImage")
-    const shown = document.querySelector(`[data-node-id="${node.id}"] img`) ?? node.imgs?.[0]
-    return shown?.naturalWidth
-}"""
 
 
 def test_each_template_opens_whole(editor):
@@ -68,15 +60,15 @@ def test_a_first_picture_and_its_graph_back(editor):
         card.scroll_into_view_if_needed()
         assert card.is_visible(), name
     listed["demo"].scroll_into_view_if_needed()
+    editor.page.wait_for_timeout(1000)  # for the thumbnails
     editor.screenshot("templates")
     listed["demo"].click()
     dialog.wait_for(state="hidden")
     queued = editor.queued()
     editor.fit()
-    editor.page.get_by_role("button", name="Run", exact=True).click()
-    editor.page.wait_for_function(SHOWN, timeout=120_000)
+    editor.press_run()
+    picture = editor.picture()
     editor.screenshot("first-picture")
-    (picture,) = editor.page.evaluate(PICTURES)
 
     editor.clear()
     assert not editor.queued()

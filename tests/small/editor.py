@@ -35,7 +35,7 @@ READY = """() => {
 }"""
 LOAD = """async (workflow) => {
     const app = window.app ?? window.comfyAPI.app.app
-    await app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)  // in its tab
+    await app.loadGraphData(workflow)
     const known = (window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types
     const nodes = app.graph._nodes ?? app.graph.nodes
     const prompt = await app.graphToPrompt()

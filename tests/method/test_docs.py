@@ -1,12 +1,14 @@
 """The documents say what the code says: names, files, folders, settings, memory, families, the README's results."""
 
 import ast
+import json
 import re
 from functools import cache
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from subject_dla.loaders import backbones
 from subject_dla.loaders.mllm import encoders
 from subject_dla.tests.method.test_layout import BELOW, ROOT
@@ -115,3 +117,18 @@ def test_text_encoders():
 def test_recipes(path):
     read = recipe.Recipe.from_dict(recipe.read_toml(path.read_text(encoding="utf-8"), path.name))
     assert read.run.name and read.data.source and read.models.diffusion_model
+
+
+def test_pictures_of_the_gallery_bring_their_graphs_back():
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = re.findall(r'<img src="([^"]+)"', page)
+    pictures = [ROOT / "docs" / name for name in shown if "/gallery/" in name]
+    assert len(pictures) > 30 and len(set(pictures)) == len(pictures)
+    assert all((ROOT / "docs" / name).is_file() for name in shown)
+    assert sorted(pictures) == sorted((ROOT / "docs" / "images" / "gallery").iterdir())
+    for path in pictures:
+        with Image.open(path) as picture:
+            graph, prompt = json.loads(picture.text.get("workflow", "{}")), json.loads(picture.text["prompt"])
+        classes = {node["class_type"] for node in prompt.values()}
+        assert {"SaveImage", "SubjectStagedSampler"} <= classes
+        assert not graph or classes <= {node["type"] for node in graph["nodes"]}

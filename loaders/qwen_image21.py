@@ -1,18 +1,22 @@
 """Prompt and images for Qwen-Image 2.1, encoded as the host's node does it, for stages with references and without."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from .conditioning import add_context_with_images
+from .encode_cache import encode_reference
 from .host import qwen_image21_encoder
+from .mllm.native import vision_kept
 from .protocols import CLIP, VAE
 
 
 def encode_for_stages(
     clip: CLIP, vae: VAE, prompt: str, negative_prompt: str, images: list[Tensor | None], resolution: int
 ) -> tuple[list, list, dict]:
-    """Positive and negative CONDITIONING, and an empty LATENT of the first image's size.
+    """Positive and negative CONDITIONING, and an empty LATENT of the first image's size; images seen before are kept.
 
     Args:
         clip: Qwen-Image 2.1's text encoder.
@@ -34,9 +38,13 @@ def encode_for_stages(
     pictures = [image[i : i + 1] for image in images if image is not None for i in range(len(image))]
     single = {f"image_{number}": picture for number, picture in enumerate(pictures, 1)}
     arguments: dict[str, Any] = {"images": single, "resolution": resolution}
-    *pair, latent = encode(clip, prompt, negative_prompt, vae=vae, **arguments)
-    if not single:
-        return pair[0], pair[1], latent
-    *others, _ = encode(clip, prompt, negative_prompt, **arguments)
+    cached = SimpleNamespace(encode=partial(encode_reference, vae))  # all that the host's node does with a VAE
+    module = clip.cond_stage_model
+    encoder = getattr(module, str(getattr(module, "clip", None)), None)
+    with vision_kept(getattr(encoder, "transformer", None), clip.patcher):
+        *pair, latent = encode(clip, prompt, negative_prompt, vae=cached, **arguments)
+        if not single:
+            return pair[0], pair[1], latent
+        *others, _ = encode(clip, prompt, negative_prompt, **arguments)
     positive, negative = map(add_context_with_images, pair, others)
     return positive, negative, latent

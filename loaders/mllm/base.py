@@ -59,7 +59,7 @@ class MLLM(ABC):
             tiles: InternVL: most tiles per image; 0 = 1.
             system_prompt: None or "" = the family's stock template.
             layers: Layer numbers wanted, None = all of 0..L, and L + 1 where the stock context is made of it; layers
-                above the highest are not run by transformers.
+                above the highest are not run.
 
         Returns:
             Features of batch 1.

@@ -5,7 +5,8 @@ whatever a loader put behind it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -63,7 +64,7 @@ class ClipMLLM(MLLM):
         if getattr(model, "norm", None) is None:  # pruned: the last layer is as it is
             self.stock = replace(self.stock, normed=True)
         self.vision: Any = family.vision
-        self.visual: Any = getattr(inner.transformer, "visual", getattr(inner.transformer, "vision_model", None))
+        self.visual: Any = _visual(inner.transformer)
         if getattr(model.config, "vision_bidirectional", False):  # Gemma 4 31B, 12B: not as the original in every layer
             self.visual = None
         self.reads_images = encoder.reads_images and self.visual is not None
@@ -131,13 +132,11 @@ class ClipMLLM(MLLM):
         tower: Any = type(self.visual)
         if grids and hasattr(tower, "get_window_index") and window_ordered(tower):
             hooks.append(self.visual.register_forward_hook(to_raster))
-        see: Any = inner.transformer.preprocess_embed if grids else None
+        see = None
         if grids and self.encoder.own_images:
             see = partial(_see, self.visual, self.vision)
             rotate = partial(interleaved, self._model.compute_freqs_cis, self._model.config.mrope_section)
             self._model.compute_freqs_cis = rotate
-        if grids:
-            inner.transformer.preprocess_embed = partial(self._keep_seen, see)
         if grids and self.family.bidirectional:
             attend = partial(_attend, (numbers[:, None] == numbers) & (numbers > 0))
             hooks += [layer.register_forward_pre_hook(attend, with_kwargs=True) for layer in self._model.layers]
@@ -155,15 +154,15 @@ class ClipMLLM(MLLM):
                 self._model.layers = every[:top]  # after the host has loaded them all
             inner.layer = "all"  # last: set_clip_options may put it back
             inner.layer_norm_hidden_state = False  # it would norm every layer
-            out = inner.encode_token_weights(pairs)
+            with vision_kept(inner.transformer, self.patcher, see):
+                out = inner.encode_token_weights(pairs)
         finally:
             self._model.layers = every
             encoder.reset_clip_options()
             inner.layer_norm_hidden_state = normed
             for hook in hooks:
                 hook.remove()
-            for module, name in ((inner.transformer, "preprocess_embed"), (self._model, "compute_freqs_cis")):
-                vars(module).pop(name, None)  # the class's own again
+            vars(self._model).pop("compute_freqs_cis", None)  # the class's own again
         states = out[0]
         if states.ndim != 4 or states.shape[1] != top + 1:
             raise MLLMError(
@@ -177,17 +176,44 @@ class ClipMLLM(MLLM):
         mask = torch.ones(states.shape[0], states.shape[2]) if mask is None else mask
         return states[:, list(wanted)], mask.bool().to(states.device)
 
-    def _keep_seen(self, see: Callable, embed: dict, device: torch.device) -> Any:
-        """In place of the host's preprocess_embed: what it gives for an image, from memory for one seen before."""
+
+@contextmanager
+def vision_kept(transformer: Any, patcher: Any, see: Callable | None = None) -> Iterator[None]:
+    """Inside, the host's text encoder gives an image's tokens from memory, where it has seen that image before.
+
+    Args:
+        transformer: The module whose `preprocess_embed` reads images; another one is left as it is.
+        patcher: The host's, of the CLIP.
+        see: In place of the host's `preprocess_embed`.
+    """
+    visual: Any = _visual(transformer)
+    if visual is None:
+        yield
+        return
+    before, see = vars(transformer).get("preprocess_embed"), see or transformer.preprocess_embed
+
+    def keep_seen(embed: dict, device: torch.device) -> Any:
         settings = sorted((name, repr(value)) for name, value in embed.items() if name != "data")
-        owner, hooks = self._inner.transformer, tuple(map(id, self.visual._forward_hooks.values()))
-        facts = (content(embed["data"]), str(settings), weights(owner, self.patcher), str(device), hooks)
+        hooks = tuple(map(id, visual._forward_hooks.values()))
+        facts = (content(embed["data"]), str(settings), weights(transformer, patcher), str(device), hooks)
 
         def see_to_keep() -> tuple:
             return tree_map(lambda x: stored(x) if _is_state(x) else x, tuple(see(embed, device=device)))
 
-        kept = MLLM_STATES.get(owner, facts, see_to_keep)
+        kept = MLLM_STATES.get(transformer, facts, see_to_keep)
         return tree_map(lambda x: x.to(device, copy=True) if _is_state(x) else x, kept)
+
+    transformer.preprocess_embed = keep_seen
+    try:
+        yield
+    finally:
+        del transformer.preprocess_embed  # the class's own again
+        if before is not None:
+            transformer.preprocess_embed = before
+
+
+def _visual(transformer: Any) -> Any:
+    return getattr(transformer, "visual", getattr(transformer, "vision_model", None))
 
 
 def _is_state(value: Any) -> bool:

@@ -204,6 +204,24 @@ def test_an_image_seen_before_is_not_seen_again(clip):
     hook.remove()
 
 
+def test_layers_above_the_highest_wanted_do_not_run(clip, monkeypatch):
+    """Bit for bit the same states, and nothing is left on the CLIP, also after an error."""
+    mllm, ran = mllm_from_clip(clip), []
+    layers, whole = mllm._model.layers, mllm.encode("a fox", IMAGES[:1], image_size=224).hidden_states
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: ran.append(1))
+    for wanted in ([0], [1], [2], [0, 2], [1, 3]):
+        ran.clear()
+        some = mllm.encode("a fox", IMAGES[:1], image_size=224, layers=wanted).hidden_states
+        assert torch.equal(some, whole[:, wanted]) and len(ran) == max(wanted)
+        assert mllm._model.layers is layers and not mllm._model.norm._forward_pre_hooks
+    monkeypatch.setattr(layers[0], "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mllm.encode("a fox", IMAGES[:1], image_size=224, layers=[1])
+    assert mllm._model.layers is layers and not mllm._model.norm._forward_pre_hooks
+    assert "preprocess_embed" not in vars(clip.cond_stage_model.qwen25_7b.transformer)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_nodes_take_an_empty_prompt_as_the_host_does(clip, count):
     """The same template with nothing in it, which is not what a space makes; through the nodes, images included."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from subject_dla.loaders import host, qwen_image21
-from subject_dla.loaders.conditioning import add_context_with_images
+from subject_dla.loaders.backbones import BACKBONES
+from subject_dla.loaders.conditioning import WITH_IMAGES, add_context_with_images
 from subject_dla.loaders.dit import dit_of
 from subject_dla.loaders.qwen_image21 import encode_for_stages
 from subject_dla.loaders.reference_latents import add_identity
@@ -186,6 +187,30 @@ def test_the_node_encodes_as_the_hosts_does_with_and_without_a_vae(monkeypatch):
     assert subject.staged(preset("paper"), *pair, steps=4).isfinite().all()
     *bare, _ = encode_for_stages(clip, vae, "a fox", "", [None], 96)
     assert torch.equal(subject.staged(preset("mllm_only"), *bare), subject.host(*bare))
+
+
+def test_references_seen_before_are_not_encoded_again(monkeypatch):
+    """Whatever the prompt; tokens and latents are bit for bit those of the host's node, which keeps nothing."""
+    skip_what_the_host_lacks("qwen_image21")
+    clip, encode, seen = build_clip(monkeypatch, "QwenImage21TEModel"), host.qwen_image21_encoder(), []
+    backbone, sockets = BACKBONES["qwen_image21"], [picture(64, 96), picture(96, 64, 1)]
+    calls = [("a fox", sockets, 2), ("an owl", sockets, 2), ("", sockets[:1], 2), ("an owl", [picture(64, 96, 2)], 3),
+             ("a fox", sockets, 3)]  # fmt: skip
+    cold = []
+    for prompt, images, _ in calls:
+        named = {f"image_{number}": image for number, image in enumerate(images, 1)}
+        options = {"images": named, "resolution": 96}
+        whole, text = encode(clip, prompt, "", vae=TinyVAE(backbone), **options), encode(clip, prompt, "", **options)
+        cold.append([(*one[0], *other[0]) for one, other in zip(whole[:2], text[:2])])
+    vae, transformer = TinyVAE(backbone), clip.cond_stage_model.qwen3vl_8b.transformer
+    transformer.visual.register_forward_pre_hook(lambda *_: seen.append(1))
+    for (prompt, images, count), expected in zip(calls, cold):
+        *pair, _ = encode_for_stages(clip, vae, prompt, "", images, 96)
+        assert len(seen) == vae.encoded == count and "preprocess_embed" not in vars(transformer)
+        for ((tokens, values),), (context, theirs, with_images, _) in zip(pair, expected):
+            assert torch.equal(tokens, context) and torch.equal(values[WITH_IMAGES].tokens, with_images)
+            assert all(map(torch.equal, values["reference_latents"], theirs["reference_latents"]))
+            assert len(values["reference_latents"]) == len(images)
 
 
 def test_the_node_says_which_host_it_needs(monkeypatch):

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 from ...common.bootstrap import start_host
@@ -89,6 +90,25 @@ def time_rounds(forms: Mapping[str, Callable[[], Any]], rounds: int, device: Any
             if number:
                 seconds[name].append(clock() - started)
     return Timed(seconds, peak)
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """Floating-point operations of linear maps, convolutions and attention, also of grouped-query attention.
+
+    PyTorch before 2.13 refuses to count attention with fewer heads of keys than of queries, and none counts the CPU's.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        """Of shapes (b, h, n, d); each key and value head serves several of the queries'."""
+        return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    kernels = ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu")
+    counted = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): attention for kernel in kernels}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def cpu_peak(work: Callable[[], Any]) -> int:

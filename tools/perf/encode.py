@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from ._measure import device_name, start, time_rounds
+from ._measure import device_name, operations, start, time_rounds
 
 FULL = {"InternVL3-8B": {"image_size": 448, "tiles": 4}, "Qwen3-VL-4B": {"image_size": 1024}}
 SMALL = {"Qwen2.5-VL / 4": {"image_size": 1024}}
@@ -54,7 +54,6 @@ def main(argv: list[str]) -> None:
 def _measure(mllm: Any, settings: dict[str, int], repeats: int, device: Any) -> dict[str, Any]:
     """Times and counts of one MLLM."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from ...loaders.encode_cache import MLLM_STATES
 
@@ -71,11 +70,6 @@ def _measure(mllm: Any, settings: dict[str, int], repeats: int, device: Any) -> 
         MLLM_STATES.clear()
         with patch.object(mllm, "_prefix_end", lambda *_: 0):
             return encode()
-
-    def operations(form: Any) -> int:
-        with FlopCounterMode(display=False) as counter:
-            form()
-        return counter.get_total_flops()
 
     first()
     kept = encode("a fox").hidden_states

@@ -166,6 +166,9 @@ def build_clip(monkeypatch, name, folder=None):
         generator = torch.Generator().manual_seed(0)
         for parameter in inner.transformer.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * (0.05 if parameter.ndim > 1 else 0.5)
+        for key, buffer in inner.transformer.named_buffers():
+            if key.endswith("layer_scalar"):  # Gemma 4's, which the host leaves to the file
+                buffer.fill_(1)
         return clip
     weights = {
         key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value

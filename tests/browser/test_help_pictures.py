@@ -44,7 +44,7 @@ def test_each_help_page_shows_its_node(editor, request):
     for name in PAGES:
         path = DOCS / name / "node.jpg"
         for page in (DOCS / f"{name}.md", DOCS / name / "zh.md"):
-            assert "](node.jpg)" in page.read_text(encoding="utf-8"), page
+            assert f"]({name}/node.jpg)" in page.read_text(encoding="utf-8"), page
         if request.config.getoption("--write-docs"):
             draw(editor, name, path)
         with Image.open(path) as picture:

@@ -31,6 +31,8 @@ def register() -> None:
         folder_paths.folder_names_and_paths[kind] = (paths, set(extensions))
     for folder in sorted(path for path in (ROOT / "demo" / "models").glob("*") if path.is_dir()):
         folder_paths.add_model_folder_path(folder.name, str(folder))
+        paths, _ = folder_paths.folder_names_and_paths[folder.name]
+        paths.append(paths.pop(paths.index(str(folder))))  # also where others came after a first call
 
 
 def copy_demo_picture() -> None:

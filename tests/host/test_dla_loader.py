@@ -105,6 +105,10 @@ def test_the_demos_models_come_last(models, monkeypatch):
     monkeypatch.undo()
     before = {kind: list(found) for kind, (found, _) in folder_paths.folder_names_and_paths.items()}
     folders.register()
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "vae", ([*folder_paths.get_folder_paths("vae"), "/x"], {".pt"})
+    )
+    before["vae"] = folder_paths.get_folder_paths("vae")
     folders.register()
     for kind in ("diffusion_models", "dla", "loras", "mllm", "vae"):
         own, found = str(folders.ROOT / "demo" / "models" / kind), folder_paths.get_folder_paths(kind)

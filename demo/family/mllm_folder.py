@@ -29,7 +29,7 @@ def write_folder(folder: Path, template) -> dict:
 
     folder.mkdir(parents=True, exist_ok=True)
     words = {token: number for number, token in enumerate((*SPECIAL, *_vocabulary(template)))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|unk|>"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|unk|>"))  # noqa: S106 (a word, no password)
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

@@ -20,7 +20,7 @@ from subject_dla.tools.benchmark.runner import Benchmark
 from subject_dla.tools.benchmark.servers import Found, check_equal, clients
 from subject_dla.tools.benchmark.sets import Case
 from subject_dla.tools.benchmark.template import Template
-from subject_dla.tools.comfy_client.client import Client
+from subject_dla.tools.comfy_client.client import Client, HostError
 
 GRAPH = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "own.png"}},
@@ -436,3 +436,9 @@ def test_what_servers_lack_is_said_before_the_start(start, tmp_path, capsys):
         "http://127.0.0.1:8188",
         "http://a/b",
     ]
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hosts", "ftp://127.0.0.1", "javascript://x"])
+def test_only_http_is_asked(address):
+    with pytest.raises(HostError, match="is no address of a server"):
+        Client(address)

@@ -34,6 +34,9 @@ class Client:
         headers: Sent with each request, for services that ask for a key; not where an answer redirects to.
         alive: Whether its process runs, where that is known.
         log_tail: The end of its log, for errors.
+
+    Raises:
+        HostError: If the address is not of http or https, such as file:///etc/hosts.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Client:
         log_tail: Callable[[], str] = lambda: "",
     ):
         parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        if parts.scheme not in ("http", "https"):
+            raise HostError(f"{address} is no address of a server, expected such as http://127.0.0.1:8188")
         password, _, host = parts.netloc.rpartition("@")
         self.address, self.headers = parts._replace(netloc=host).geturl().rstrip("/"), dict(headers or {})
         if password:
@@ -88,10 +93,10 @@ class Client:
             return json.load(answer)
 
     def _open(self, path: str, body: bytes | None = None, headers: dict | None = None, timeout: float = 60):
-        request = urllib.request.Request(self.address + path, body, headers or {})
+        request = urllib.request.Request(self.address + path, body, headers or {})  # noqa: S310 (http or https: __init__)
         for name, value in self.headers.items():
             request.add_unredirected_header(name, value)
-        return urllib.request.urlopen(request, timeout=timeout)
+        return urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
 
     def version(self) -> str:
         """ComfyUI's version."""

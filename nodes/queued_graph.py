@@ -3,9 +3,11 @@
 Validation gets no graph from the host: there it is that of the request to queue it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
+
+from ..common.prompt_graph import downstream, inputs_of, is_link, upstream
 
 _queued: ContextVar[dict | None] = ContextVar("queued_graph", default=None)  # of the request that this task answers
 MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -16,28 +18,21 @@ def model_files(hidden: Any, socket: str, *, chain: bool = False) -> list[str]:
 
     Empty where nothing is queued, as in a test.
     """
-    graph: dict = (hidden.prompt if hidden else None) or {}
-    links = [_inputs(graph, hidden.unique_id).get(socket)] if graph else []
-    found: list[str] = []
-    seen = set()
-    while links:
-        link = links.pop()
-        if not (isinstance(link, list) and len(link) == 2) or str(link[0]) in seen:
-            continue
-        seen.add(str(link[0]))
-        values = _inputs(graph, link[0]).values()
-        found += [value for value in values if isinstance(value, str) and value.lower().endswith(MODEL_FILES)]
-        links += values if chain else ()
-    return found
+    graph = (hidden.prompt if hidden else None) or {}
+    link = inputs_of(graph, hidden.unique_id).get(socket) if graph else None
+    if not is_link(link):
+        return []
+    nodes = upstream(graph, link[0]) if chain else [link[0]]
+    values = (value for node in nodes for value in inputs_of(graph, node).values())
+    return [value for value in values if isinstance(value, str) and value.lower().endswith(MODEL_FILES)]
 
 
-def source(hidden: Any, socket: str, kind: str) -> dict:
+def source(hidden: Any, socket: str, kind: str) -> Mapping[str, Any]:
     """The inputs of the node of a class that a socket of the node is connected to; empty where it is another."""
-    graph: dict = (hidden.prompt if hidden else None) or {}
-    link = _inputs(graph, hidden.unique_id).get(socket) if graph else None
-    if not (isinstance(link, list) and link) or graph.get(str(link[0]), {}).get("class_type") != kind:
-        return {}
-    return _inputs(graph, link[0])
+    graph = (hidden.prompt if hidden else None) or {}
+    link = inputs_of(graph, hidden.unique_id).get(socket) if graph else None
+    found = is_link(link) and graph.get(str(link[0]), {}).get("class_type") == kind
+    return inputs_of(graph, link[0]) if found else {}
 
 
 def remember(request: Any) -> Any:
@@ -47,32 +42,17 @@ def remember(request: Any) -> Any:
     return request
 
 
-def queued(node_id: Any) -> dict:
+def queued(node_id: Any) -> Mapping[str, Any]:
     """The inputs of a node of the graph that is validated: values, and links as [node, output]; empty outside."""
-    return _inputs(_queued.get() or {}, node_id)
+    return inputs_of(_queued.get() or {}, node_id)
 
 
 def samplers_behind(node_id: Any) -> Iterator[str]:
-    """Names of the samplers that a node's MODEL or GUIDER goes to, in the graph that is validated."""
-    graph, wanted, seen = _queued.get() or {}, [str(node_id)], set()
-    while wanted:
-        source = wanted.pop()
-        if source in seen:
-            continue
-        seen.add(source)
-        for key in graph:
-            inputs = _inputs(graph, key)
-            links = (inputs.get(name) for name in ("model", "guider"))
-            if not any(isinstance(link, list) and link and str(link[0]) == source for link in links):
-                continue
-            wanted.append(str(key))
-            sampler = inputs.get("sampler")  # Sampler Custom's, from KSampler Select
-            own = _inputs(graph, sampler[0]) if isinstance(sampler, list) and sampler else inputs
-            if isinstance(name := own.get("sampler_name"), str):
-                yield name
-
-
-def _inputs(graph: dict, node_id: Any) -> dict:
-    node = graph.get(str(node_id))
-    inputs = node.get("inputs") if isinstance(node, dict) else None
-    return inputs if isinstance(inputs, dict) else {}
+    """Names of the sampler of a node and of those that its MODEL or GUIDER goes to, in the graph that is validated."""
+    graph = _queued.get() or {}
+    for node in downstream(graph, node_id, ("model", "guider")):
+        inputs = inputs_of(graph, node)
+        sampler = inputs.get("sampler")  # Sampler Custom's, from KSampler Select
+        name = (inputs_of(graph, sampler[0]) if is_link(sampler) else inputs).get("sampler_name")
+        if isinstance(name, str):
+            yield name

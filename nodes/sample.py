@@ -32,10 +32,9 @@ def _problem(node_id: str, cfg: float | None) -> bool | str:
             f"cfg is {cfg:g}, which compares with a negative condition, but none is connected. Connect one (an empty"
             " prompt will do), or set cfg to 1."
         )
-    stages, sampler = given.get("stages"), given.get("sampler_name")
+    stages = given.get("stages")
     clock = queued_graph.queued(stages[0]).get("clock") if isinstance(stages, list) and stages else None
-    samplers = [sampler] if isinstance(sampler, str) else queued_graph.samplers_behind(node_id)
-    own = [name for name in samplers if name in OWN_STEPS]
+    own = [name for name in queued_graph.samplers_behind(node_id) if name in OWN_STEPS]
     return own_steps(own[0]) if clock == "steps" and own else True
 
 

@@ -1,13 +1,13 @@
 """What a graph in the API's form says of a run before it starts: its stage schedule, and its sampler's steps."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from ..common.prompt_graph import Graph, downstream, inputs_of, is_link, upstream
 from .stages import Keyframe, Stages, preset, with_keyframe
 
 PRESET_NODES, KEYFRAME_NODE = ("SubjectApplyStages", "SubjectStageSchedule"), "SubjectStageKeyframe"
 MOST_STEPS = 10_000  # the host's samplers take no more
-Graph = Mapping[str, Mapping[str, Any]]  # node id -> class_type and inputs; a link is [node id, output number]
 
 
 class Number(NamedTuple):
@@ -66,16 +66,16 @@ def queued_stages(graph: Graph, node: str) -> QueuedStages:
         if node in chain or node not in graph:
             raise ValueError("The schedule is connected to a node that is not in this graph, or to itself.")
         chain.append(node)
-        kind, inputs = graph[node].get("class_type"), _inputs(graph, node)
+        kind, inputs = graph[node].get("class_type"), inputs_of(graph, node)
         if kind not in (*PRESET_NODES, KEYFRAME_NODE):
             raise ValueError(f"The schedule comes from {kind}, which makes it when it runs.")
         link = inputs.get("previous" if kind == KEYFRAME_NODE else "stages")
-        if not _is_link(link):
+        if not is_link(link):
             break
         node = str(link[0])
     stages, keyframes, reads = None, [], {}
     for node in reversed(chain):
-        kind, inputs = graph[node]["class_type"], _inputs(graph, node)
+        kind, inputs = graph[node]["class_type"], inputs_of(graph, node)
         if kind == KEYFRAME_NODE:
             start, context, reference = (
                 _number(graph, node, name) for name in ("start", "mllm_strength", "vae_strength")
@@ -107,17 +107,12 @@ def queued_run(graph: Graph, node: str) -> QueuedRun | None:
     Returns:
         None where no such node is connected, or its settings come out of other nodes.
     """
-    consumers: dict[str, list[str]] = {}
-    for key in graph:
-        for value in _inputs(graph, key).values():
-            if _is_link(value):
-                consumers.setdefault(str(value[0]), []).append(key)
-    for found in _reached(node, lambda key: consumers.get(key, ())):
+    for found in downstream(graph, node):
         if (run := _settings(graph, found)) is not None:
             return run
-        sigmas = _inputs(graph, found).get("sigmas")
-        if _is_link(sigmas) and graph[found].get("class_type") not in PRESET_NODES:
-            for source in _reached(str(sigmas[0]), lambda key: _sources(graph, key)):
+        sigmas = inputs_of(graph, found).get("sigmas")
+        if is_link(sigmas) and graph[found].get("class_type") not in PRESET_NODES:
+            for source in upstream(graph, sigmas[0]):
                 if (run := _settings(graph, source)) is not None:
                     return run
     return None
@@ -125,14 +120,14 @@ def queued_run(graph: Graph, node: str) -> QueuedRun | None:
 
 def queued_run_of_inputs(graph: Graph, node: str, *inputs: str) -> QueuedRun | None:
     """`queued_run` of the nodes that are connected to these inputs of a node."""
-    links = [_inputs(graph, node).get(name) for name in inputs]
-    found = (queued_run(graph, str(link[0])) for link in links if _is_link(link))
+    links = [inputs_of(graph, node).get(name) for name in inputs]
+    found = (queued_run(graph, str(link[0])) for link in links if is_link(link))
     return next((run for run in found if run is not None), None)
 
 
 def _settings(graph: Graph, node: str) -> QueuedRun | None:
     """Of a sampler or scheduler node whose steps and scheduler are typed or come from a number node; else None."""
-    inputs = _inputs(graph, node)
+    inputs = inputs_of(graph, node)
     if not {"steps", "scheduler"} <= inputs.keys():
         return None
     try:
@@ -147,39 +142,14 @@ def _settings(graph: Graph, node: str) -> QueuedRun | None:
     return QueuedRun(node, scheduler, int(steps), sampler, denoise, int(first), int(last))
 
 
-def _reached(node: str, following: Any) -> Iterator[str]:
-    """A node and those that follow it, the nearest first, each once."""
-    seen = {node: None}
-    queue = [node]
-    for key in queue:
-        yield key
-        for other in following(key):
-            if other not in seen:
-                seen[other] = None
-                queue.append(other)
-
-
-def _sources(graph: Graph, node: str) -> list[str]:
-    return [str(value[0]) for value in _inputs(graph, node).values() if _is_link(value)]
-
-
-def _inputs(graph: Graph, node: str) -> Mapping[str, Any]:
-    found = graph.get(node, {}).get("inputs", {})
-    return found if isinstance(found, Mapping) else {}
-
-
-def _is_link(value: Any) -> TypeGuard[list]:
-    return isinstance(value, list) and len(value) == 2
-
-
 def _typed(inputs: Mapping[str, Any], name: str) -> bool:
-    return not _is_link(inputs.get(name))
+    return not is_link(inputs.get(name))
 
 
 def _value(graph: Graph, node: str, name: str) -> Any:
     """What is typed at an input, or at `value` of the node that is connected to it, as of the host's Float and Int."""
-    value = _inputs(graph, node).get(name)
-    return _inputs(graph, str(value[0])).get("value") if _is_link(value) else value
+    value = inputs_of(graph, node).get(name)
+    return inputs_of(graph, value[0]).get("value") if is_link(value) else value
 
 
 def _number(graph: Graph, node: str, name: str) -> float:

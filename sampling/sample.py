@@ -9,10 +9,11 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 
+from ..common.prompt_graph import Graph
 from ..loaders.host import fit_latent, to_intermediate
 from ..loaders.protocols import Model
 from .guider import staged_guider
-from .queued_run import Graph, QueuedRun, queued_run_of_inputs
+from .queued_run import QueuedRun, queued_run_of_inputs
 from .stages import Stages
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from ..common.prompt_graph import Graph
 from .clock import REFERENCE_TOKENS
 from .queued_run import MOST_STEPS, queued_run, queued_stages
 from .sample import flow_sampling, run_sigmas
@@ -23,12 +24,20 @@ def answer(request: Any) -> dict[str, Any]:
             `last`: what the last run of this node said (`sampling/run_progress.py:RunProgress.begin`), or None.
 
     Returns:
-        Positions on the schedule's clock, strengths, and for each number the node and input that hold it.
+        Positions on the schedule's clock, strengths, and for each number the node and input that hold it; or only
+        `error`: why the schedule cannot be drawn.
 
     Raises:
-        ValueError: Where the request is malformed, or the schedule cannot be drawn; with the reason.
+        ValueError: Where the request is malformed; with the reason.
     """
-    graph, node, last = _checked(request)
+    checked = _checked(request)
+    try:
+        return _drawing(*checked)
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def _drawing(graph: Graph, node: str, last: Mapping[str, Any]) -> dict[str, Any]:
     queued = queued_stages(graph, node)
     stages, run, notes = queued.stages, queued_run(graph, node), []
     tokens, sigmas, whole = last["tokens"], [], None

@@ -19,7 +19,7 @@ RENDERERS = {"classic": False, "nodes2": True}
 OF_THE_FRONT_END = re.compile(
     r"core workflow templates|/templates/|api\.comfy\.org"  # its templates are not installed, nor is the internet there
     r"|/userdata[/?]|/docs/\w+/en\.md|Jobs ?Api|/api/jobs"  # not there yet; not on an older host
-    r"|400 \(Bad Request\)|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
+    r"|400 \(Bad Request\) \S+/prompt$|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
     re.IGNORECASE,
 )
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]  # advice on the two renderers

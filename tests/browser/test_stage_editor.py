@@ -103,6 +103,36 @@ def test_what_a_preset_does_not_read_is_greyed_out(editor, stages):
         editor.screenshot(f"stage-editor-{preset}")
 
 
+def test_a_schedule_out_of_order_is_said(editor, stages):
+    """By the editor, which goes on drawing the last one; not by an error in the browser's console."""
+    write = """(app, _, [id, values]) => {
+        for (const widget of app.graph.getNodeById(id).widgets) widget.value = values[widget.name] ?? widget.value
+    }"""
+    text = editor.page.locator(".subject-stages output")
+    editor.run(write, [stages, {"preset": "paper", "tau1": 0.5}])
+    editor.page.locator(".subject-stages output.wrong").wait_for()
+    assert "Stages out of order: tau1 is 0.5 and tau2 0.85" in text.inner_text()
+    shown(editor, 0.95)
+    editor.screenshot("stage-editor-wrong")
+    editor.run(write, [stages, {"tau1": 0.9}])
+    shown(editor, 0.9)
+    assert "wrong" not in text.get_attribute("class")
+
+
+def test_it_is_as_wide_as_its_node_beside_the_panel(editor, stages):
+    if editor.version <= (1, 32):
+        pytest.skip("this editor has no panel of properties")
+    editor.select(stages)
+    editor.set(RightSidePanel__IsOpen=True)
+    panel = editor.page.get_by_text("INPUTS", exact=True)
+    panel.wait_for()
+    editor.page.wait_for_timeout(500)
+    editor.screenshot("stage-editor-panel")
+    width = editor.run("(app, _, id) => app.graph.getNodeById(id).size[0]", stages)
+    assert width - 40 < editor.page.locator(".subject-stages").bounding_box()["width"] < width
+    assert not editor.page.get_by_text("stage_editor").count()
+
+
 def test_keyframes_are_added_edited_and_removed(editor, stages):
     page = editor.page
     page.get_by_role("button", name="Add a keyframe").click()

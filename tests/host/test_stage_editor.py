@@ -17,7 +17,7 @@ from subject_dla.sampling.sample import flow_sampling, run_sigmas
 from subject_dla.sampling.stage_editor import answer
 from subject_dla.sampling.stages import plan, preset
 from subject_dla.tests.host.test_guider import condition, host, model  # noqa: F401
-from subject_dla.tests.method.test_queued_run import graph
+from subject_dla.tests.method.test_queued_run import WIDGETS, graph, node
 
 
 class Server:
@@ -87,13 +87,28 @@ def test_before_the_first_run_the_noise_levels_are_assumed_and_said():
         {"graph": graph(), "node": "2", "last": {"sigmas": [float("nan")] * 2}},
         {"graph": graph(), "node": "2", "last": {"model_sampling": {"shift": -1}}},
         {"graph": graph(), "node": "2", "last": {"model_sampling": {"shift": 1, "path": "/etc"}}},
-        {"graph": {"2": {"class_type": "SubjectApplyStages", "inputs": [1]}}, "node": "2"},
     ],
 )  # fmt: skip
 def test_a_malformed_request_is_refused_with_a_reason(server, wrong):
     answer_requests("/stages", answer)
     response = ask(server, wrong)
     assert response.status == 400 and json.loads(response.text)["error"]
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (graph(**{"2": {"class_type": "SubjectApplyStages", "inputs": [1]}}), "tau1 comes from a node"),
+        (graph(**{"2": node("SubjectApplyStages", **WIDGETS | {"tau1": 0.6})}), "tau1 is 0.6 and tau2 0.7"),
+        (graph(**{"2": node("SubjectApplyStages", stages=["1", 0], **WIDGETS)}), "comes from UNETLoader"),
+    ],
+)
+def test_a_schedule_that_cannot_be_drawn_is_no_failed_request(server, wrong, words):
+    """A status of 400 would be an error in the browser's console, for a slip that the editor shows by itself."""
+    answer_requests("/stages", answer)
+    response = ask(server, {"graph": wrong, "node": "2"})
+    found = json.loads(response.text)
+    assert response.status == 200 and found.keys() == {"error"} and words in found["error"]
 
 
 def test_the_route_answers(server):

@@ -1,6 +1,7 @@
 """What the stage editor and Stage Preview read of a graph: schedule, keyframes, and the sampler's steps."""
 
 import pytest
+from subject_dla.common.prompt_graph import downstream, upstream
 from subject_dla.sampling.queued_run import QueuedRun, queued_run, queued_run_of_inputs, queued_stages
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 
@@ -111,3 +112,9 @@ def test_settings_that_no_sampler_takes_are_none(change):
 def test_stage_preview_finds_the_sampler_of_its_model():
     preview = graph(**{"8": node("SubjectStagePreview", stages=["9", 0], model=["1", 0])})
     assert queued_run_of_inputs(preview, "8", "model", "stages") == QueuedRun("4", "simple", 8)
+
+
+def test_a_malformed_graph_has_no_run_and_the_walk_ends():
+    circle = graph(**{"5": node("Switch", a=["6", 0]), "6": node("Switch", a=["5", 0], b=["1", 0]), "7": None, "8": {}})
+    assert queued_run_of_inputs(circle | {"2": graph()["2"], "4": [1]}, "6", "a", "b") is None
+    assert set(upstream(circle, "5")) == {"1", "5", "6"} and list(downstream(circle, "3", ("clip",))) == ["3"]

@@ -2,95 +2,14 @@
 // (sampling/stage_editor.py). It holds no value: dragging sets the widgets of the nodes, which the queue and files read.
 import { api } from "../../../scripts/api.js"
 import { app } from "../../../scripts/app.js"
+import { Drawing, NAMES, STYLE, element } from "./stage_drawing.js"
+import {
+    KEYFRAME, KINDS, SCHEDULE_WIDGETS, addKeyframe, change, graphOf, lastOf, nodeOf, removeKeyframe, setValue, widgetOf,
+} from "./stage_graph.js"
 
-const KINDS = ["SubjectApplyStages", "SubjectStageSchedule"]
-const KEYFRAME = "SubjectStageKeyframe"
-const MARGIN = { left: 40, right: 14, top: 10, bottom: 36, between: 12 } // of the lanes, one a strength, in pixels
 const STEP = 0.01 // of a widget; ten times with Shift
-const NAMES = { mllm: "MLLM tokens", vae: "VAE tokens" }
-const STYLE = `
-.subject-stages { display: flex; flex-direction: column; gap: 4px; font: 11px sans-serif; min-width: 0;
-    min-height: 130px; color: var(--input-text, #ddd); --mllm: #3b8de0; --vae: #e07f14; }
-.subject-stages svg { width: 100%; flex: 1 1 130px; min-height: 90px; touch-action: none;
-    background: var(--comfy-input-bg, #222); border-radius: 4px; overflow: hidden; }
-.subject-stages text { fill: currentColor; font-size: 10px; user-select: none; }
-.subject-stages .axis, .subject-stages .tick { stroke: currentColor; opacity: 0.35; }
-.subject-stages path { fill: var(--lane); fill-opacity: 0.3; stroke: var(--lane); stroke-width: 2; }
-.subject-stages .mllm { --lane: var(--mllm); } .subject-stages .vae { --lane: var(--vae); }
-.subject-stages .handle { cursor: ew-resize; outline: none; } .subject-stages .handle.up { cursor: ns-resize; }
-.subject-stages .handle .grip { fill: currentColor; stroke: var(--comfy-input-bg, #222); }
-.subject-stages .handle.up .grip { fill: var(--lane); stroke: currentColor; }
-.subject-stages .handle:focus-visible .grip { stroke: currentColor; stroke-width: 3; }
-.subject-stages .now { stroke: currentColor; stroke-width: 2; }
-.subject-stages .row { display: flex; gap: 6px; align-items: center; }
-.subject-stages button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222); cursor: pointer;
-    border: 1px solid var(--border-color, #888); border-radius: 4px; padding: 0 6px; }
-.subject-stages button:disabled { opacity: 0.4; cursor: default; }
-.subject-stages output { flex: 0 1 3.6em; white-space: pre-line; min-height: 0; overflow: auto; line-height: 1.2em; }
-.subject-stages output.wrong { color: var(--error-text, #ff4444); }`
-
 const editors = new Set()
 const lastRuns = new Map() // what the last run of a node said; undo makes all nodes anew
-
-function element(name, attributes = {}, ...children) {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name)
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value)
-    made.append(...children)
-    return made
-}
-
-/**
- * The node's graph in the API's form, as far as the server asks: typed values and links; muted nodes are left out, and
- * links from outside of a subgraph, in which the values typed there are shown.
- */
-function graphOf(graph) {
-    const found = {}
-    for (const node of graph._nodes ?? graph.nodes) {
-        if (node.mode === 2) continue
-        const inputs = {}
-        for (const widget of node.mode === 4 ? [] : node.widgets ?? [])
-            if (["number", "string", "boolean"].includes(typeof widget.value)) inputs[widget.name] = widget.value
-        for (const input of node.inputs ?? []) {
-            const link = input.link == null ? null : linkOf(graph, input.link)
-            if (nodeOf(graph, link?.origin_id)) inputs[input.name] = [String(link.origin_id), link.origin_slot]
-        }
-        found[String(node.id)] = { class_type: node.mode === 4 ? "bypassed" : node.type, inputs }
-    }
-    return found
-}
-
-const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links.get?.(id) ?? graph.links[id]
-const nodeOf = (graph, id) => (id == null ? null : graph.getNodeById(id) ?? graph.getNodeById(Number(id)))
-const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)
-
-/** The last keyframe of the chain that begins with a Stage Schedule; any other node itself. */
-function lastOf(node) {
-    for (const { links } of node.type === KINDS[0] ? [] : node.outputs)
-        for (const { target_id, target_slot } of (links ?? []).map((id) => linkOf(node.graph, id))) {
-            const next = nodeOf(node.graph, target_id)
-            if (next?.type === KEYFRAME && next.inputs[target_slot]?.name === "previous") return lastOf(next)
-        }
-    return node
-}
-
-/** One change for the front end's undo, whatever it consists of. */
-function change(act) {
-    app.canvas.emitBeforeChange()
-    try {
-        return act()
-    } finally {
-        app.canvas.emitAfterChange()
-    }
-}
-
-/** Sets a widget as a person would: the value, then what listens to it. */
-function setValue(node, name, value) {
-    const widget = widgetOf(node, name)
-    if (!widget || widget.value === value) return
-    widget.value = value
-    widget.callback?.(value, app.canvas, node)
-    node.setDirtyCanvas(true, true)
-}
 
 class StageEditor {
     constructor(node) {
@@ -113,7 +32,10 @@ class StageEditor {
             this.root.addEventListener(name, (event) => event.stopPropagation())
         this.widget = node.addDOMWidget("stage_editor", "subject_stages", this.root, {
             serialize: false, hideOnZoom: false, getMinHeight: () => 130, getValue: () => "", setValue: () => {},
+            hideInPanel: true, // of properties, which would show an empty one
         })
+        // the panel of front ends without that option gives the node's own widget the panel's width
+        Object.defineProperty(this.widget, "width", { get: () => undefined, set: () => {} })
         this.widget.serialize = false // neither in files nor in the queue
     }
 
@@ -155,8 +77,8 @@ class StageEditor {
                 method: "POST", headers: { "Content-Type": "application/json" }, body: request,
             })
             const answer = await response.json()
-            if (response.ok) this.plan = answer
-            this.wrong = response.ok ? "" : answer.error
+            this.wrong = answer.error ?? ""
+            if (!this.wrong) this.plan = answer
         } catch {
             this.wrong = "The server does not answer."
             this.asked = null
@@ -165,57 +87,18 @@ class StageEditor {
         this.draw()
     }
 
-    x(position) {
-        const { start, end } = this.plan.clock
-        return MARGIN.left + ((position - start) / (end - start)) * (this.width - MARGIN.left - MARGIN.right)
-    }
-
-    /** Height of a lane, and where its floor is. */
-    lane(name) {
-        const height = (this.height - MARGIN.top - MARGIN.bottom - MARGIN.between) / 2
-        return [height, MARGIN.top + height + (name === "vae" ? height + MARGIN.between : 0)]
-    }
-
-    y(name, strength) {
-        const [height, floor] = this.lane(name)
-        return floor - (strength / this.most) * height
-    }
-
     draw() {
         const { plan } = this
         this.say(this.wrong || this.live || this.summary(), Boolean(this.wrong))
         if (!plan || !this.node.graph) return
         this.grey()
         if (!this.svg.clientWidth) return
-        this.width = this.svg.clientWidth // of the layout, whatever the zoom of the canvas
-        this.height = this.svg.clientHeight
+        this.drawing = new Drawing(plan, this.svg)
         const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.handle : null
-        this.most = Math.max(1, ...plan.keyframes.flatMap((key) => [key.mllm, key.vae]))
-        this.svg.setAttribute("viewBox", `0 0 ${this.width} ${this.height}`)
+        this.svg.setAttribute("viewBox", `0 0 ${this.drawing.width} ${this.drawing.height}`)
         this.svg.setAttribute("aria-label", `Stage schedule. ${plan.text}`)
-        const [, bottom] = this.lane("vae")
-        const parts = []
-        const line = (className, x, y, x2, y2, more = {}) =>
-            parts.push(element("line", { class: className, x1: x, y1: y, x2, y2, ...more }))
-        const text = (x, y, content, anchor) =>
-            parts.push(element("text", { x, y, "text-anchor": anchor }, content))
-        for (const [index, name] of Object.keys(NAMES).entries()) {
-            const floor = this.y(name, 0)
-            const points = plan.curve.map((point) => `${this.x(point[0])} ${this.y(name, point[index + 1])}`).join(" L ")
-            const ends = [plan.clock.end, plan.clock.start].map((position) => `${this.x(position)} ${floor}`).join(" L ")
-            parts.push(element("path", { class: name, d: `M ${points} L ${ends} Z` }))
-            line("axis", this.x(plan.clock.start), floor, this.x(plan.clock.end), floor)
-            text(4, floor - this.lane(name)[0] / 2 + 4, NAMES[name].split(" ")[0], "start")
-            for (const value of this.most > 1 ? [0, 1, this.most] : [0, 1])
-                text(MARGIN.left - 4, this.y(name, value) + 3, String(value), "end")
-        }
-        for (const position of [0, 0.25, 0.5, 0.75, 1])
-            text(this.x(position), bottom + 19, String(position), "middle")
-        text(MARGIN.left, bottom + 32, [plan.clock.name, plan.run?.text].filter(Boolean).join(", "), "start")
-        for (const [position] of plan.steps) line("tick", this.x(position), bottom, this.x(position), bottom + 7)
-        if (this.now !== null) line("now", this.x(this.now), MARGIN.top, this.x(this.now), bottom)
-        plan.keyframes.forEach((key, index) => parts.push(...this.handles(key, index)))
-        this.svg.replaceChildren(...parts)
+        const handles = plan.keyframes.flatMap((key, index) => this.handles(key, index))
+        this.svg.replaceChildren(...this.drawing.lanes(this.now), ...handles)
         if (focused) this.svg.querySelector(`[data-handle="${focused}"]`)?.focus()
         this.remove.disabled = this.lastNode()?.type !== KEYFRAME
     }
@@ -239,7 +122,7 @@ class StageEditor {
     grey() {
         for (const [id, reads] of Object.entries(this.plan.reads)) {
             const node = nodeOf(this.node.graph, id)
-            for (const name of ["preset", "clock", "tau1", "tau2"]) {
+            for (const name of SCHEDULE_WIDGETS) {
                 const widget = widgetOf(node, name)
                 if (!widget || !!widget.disabled === !reads.includes(name)) continue
                 widget.disabled = !reads.includes(name)
@@ -255,20 +138,14 @@ class StageEditor {
         const found = []
         const owner = nodeOf(this.node.graph, key.node)
         const title = `${owner?.title ?? ""}, keyframe ${index + 1}`
-        const x = index ? this.x(key.start) : MARGIN.left
         if (key.start_input && index > 0) {
-            const ends = { x1: x, x2: x, y1: MARGIN.top, y2: this.lane("vae")[1] }
-            const parts = [
-                element("line", { class: "axis", ...ends }),
-                element("line", { stroke: "transparent", "stroke-width": 12, ...ends }), // easier to hit
-                element("rect", { class: "grip", x: x - 4, y: this.lane("mllm")[1] - 2, width: 8, height: 16, rx: 3 }),
-            ]
-            found.push(this.handle(owner, key.start_input, `${title}, start`, key.start, this.limits(index), "", parts))
+            const range = this.limits(index)
+            found.push(this.handle(owner, key.start_input, `${title}, start`, key.start, range, "", this.drawing.bar(key)))
         }
-        for (const name of Object.keys(NAMES)) {
-            const parts = [element("circle", { class: "grip", cx: x, cy: this.y(name, key[name]), r: 5 })]
-            if (key[`${name}_input`])
-                found.push(this.handle(owner, key[`${name}_input`], `${title}, ${NAMES[name]}`, key[name], [0, 2], name, parts))
+        for (const [name, label] of Object.entries(NAMES)) {
+            const input = key[`${name}_input`]
+            const parts = this.drawing.dot(key, index, name)
+            if (input) found.push(this.handle(owner, input, `${title}, ${label}`, key[name], [0, 2], name, parts))
         }
         return found
     }
@@ -302,7 +179,7 @@ class StageEditor {
             made.focus()
             app.canvas.emitBeforeChange()
             // listened to at the window, since every answer of the server draws the handles anew
-            const move = (moved) => set(this.valueAt(moved, lane))
+            const move = (moved) => set(this.drawing.valueAt(moved, lane))
             const up = () => {
                 window.removeEventListener("pointermove", move, true)
                 window.removeEventListener("pointerup", up, true)
@@ -332,61 +209,15 @@ class StageEditor {
         return made
     }
 
-    valueAt(event, lane) {
-        const box = this.svg.getBoundingClientRect() // of the page, whatever the zoom
-        const x = ((event.clientX - box.left) / box.width) * this.width
-        const y = ((event.clientY - box.top) / box.height) * this.height
-        if (lane) return ((this.lane(lane)[1] - y) / this.lane(lane)[0]) * this.most
-        const { start, end } = this.plan.clock
-        return start + ((x - MARGIN.left) / (this.width - MARGIN.left - MARGIN.right)) * (end - start)
-    }
-
-    /** A Stage Keyframe behind the schedule, from the middle of its last stage on, so far with the same strengths. */
     addKeyframe() {
-        const { graph } = this.node
-        const last = this.plan?.keyframes.at(-1)
-        if (!last) return
-        change(() => {
-            let source = this.lastNode()
-            if (source.type === KINDS[0]) source = this.schedule(source)
-            const output = source.outputs.findIndex((one) => one.type === "STAGES")
-            const targets = (source.outputs[output].links ?? []).map((id) => linkOf(graph, id))
-            const key = LiteGraph.createNode(KEYFRAME)
-            key.pos = [source.pos[0] + source.size[0] + 40, source.pos[1]]
-            graph.add(key)
-            const from = this.plan.keyframes.length > 1 ? last.start : this.plan.clock.start
-            setValue(key, "start", Math.round(((from + this.plan.clock.end) / 2) * 100) / 100)
-            setValue(key, "mllm_strength", last.mllm)
-            setValue(key, "vae_strength", last.vae)
-            setValue(key, "clock", this.plan.clock.name)
-            const out = key.outputs.findIndex((one) => one.type === "STAGES")
-            for (const link of targets) key.connect(out, nodeOf(graph, link.target_id), link.target_slot)
-            source.connect(output, key, key.inputs.findIndex((one) => one.name === "previous"))
-        })
+        if (!this.plan) return
+        change(() => addKeyframe(this.node.graph, this.plan))
         this.refresh()
     }
 
-    /** A Stage Schedule with the values of an Apply Stages, connected to it. */
-    schedule(node) {
-        const made = LiteGraph.createNode(KINDS[1])
-        made.pos = [node.pos[0], node.pos[1] + node.size[1] + 60]
-        node.graph.add(made)
-        for (const name of ["preset", "clock", "tau1", "tau2"]) setValue(made, name, widgetOf(node, name).value)
-        made.connect(0, node, node.inputs.findIndex((one) => one.name === "stages"))
-        return made
-    }
-
     removeKeyframe(key) {
-        const { graph } = this.node
         if (key?.type !== KEYFRAME) return
-        change(() => {
-            const previous = key.inputs.find((one) => one.name === "previous")
-            const link = previous.link == null ? null : linkOf(graph, previous.link)
-            const targets = key.outputs.flatMap((one) => (one.links ?? []).map((id) => linkOf(graph, id)))
-            for (const { target_id, target_slot } of link ? targets : [])
-                nodeOf(graph, link.origin_id).connect(link.origin_slot, nodeOf(graph, target_id), target_slot)
-            graph.remove(key)
-        })
+        change(() => removeKeyframe(key))
         this.refresh()
     }
 

@@ -1,6 +1,7 @@
-"""Atomic writes: a file is the old one or the new one, never a part; and the error for files that cannot be used."""
+"""Atomic writes: a file is the old one or the new one, never a part; bounded reads; the error for files."""
 
 import os
+import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,31 @@ from torch import Tensor
 
 class DataError(ValueError):
     """A folder, file or entry that cannot be used; the text says what was found and what was expected."""
+
+
+def file_problem(path: str | os.PathLike, expected: str = "a file") -> str:
+    """Why a path, also behind links, is no regular file, as text to follow its name; "" if it is: a pipe would hang."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        return "does not exist." if missing else f"cannot be read ({getattr(error, 'strerror', None) or error})."
+    if stat.S_ISREG(mode):
+        return "" if os.access(path, os.R_OK) else "cannot be read (permission denied)."
+    return f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, expected {expected}."
+
+
+def read_bytes(path: str | os.PathLike, longest: int) -> bytes:
+    """A regular file of at most `longest` bytes, whose size is checked before it is read. Raises DataError."""
+    if problem := file_problem(path):
+        raise DataError(f"{path} {problem}")
+    if (size := os.path.getsize(path)) > longest:
+        raise DataError(f"{path} has {size:,} bytes, expected at most {longest:,}.")
+    try:
+        with open(path, "rb") as file:
+            return file.read(longest)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from None
 
 
 @contextmanager

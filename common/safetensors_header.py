@@ -1,11 +1,15 @@
 """The header of a .safetensors file: what it holds, read and checked without reading a weight."""
 
-import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST = 100_000_000  # bytes of a header; the format's own limit
+from .dtypes import FILE_DTYPES
+from .files import file_problem
+from .untrusted_json import parse_json
+
+LONGEST = 32 * 2**20  # bytes of a header; a model of 100,000 tensors has 15 MB, the format allows 100 MB
 # How other files begin that are met under the name .safetensors.
 SIGNATURES = (
     (b"PK\x03\x04", "a zip archive, probably a pickled .pt or .pth that was renamed"),
@@ -47,16 +51,16 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         SafetensorsError: No such file, another kind of file, a damaged one, or one that is cut off.
     """
     path = Path(path)
-    if path.is_dir():
-        raise SafetensorsError(path, "is a folder, expected one .safetensors file.")
-    if not path.is_file():
-        raise SafetensorsError(path, "does not exist.")
+    if problem := file_problem(path, "one .safetensors file"):
+        raise SafetensorsError(path, problem)
     size = path.stat().st_size
     if size == 0:
         raise SafetensorsError(path, "is empty (0 bytes). Download or save it again.")
     with open(path, "rb") as file:  # an unsigned 64 bit length, that many bytes of JSON, the data
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
+        if start[8:9] == b"{" and LONGEST < length <= size:
+            raise SafetensorsError(path, f"has a header of {length:,} bytes, expected at most {LONGEST:,}.")
         if not (start[8:9] == b"{" and length <= LONGEST):
             if kind := signature(start):
                 raise SafetensorsError(path, f"is {kind}, expected a .safetensors file. Download or save it again.")
@@ -68,16 +72,35 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         file.seek(8)
         text = file.read(length)
     try:
-        entries = json.loads(text)
-        metadata = dict(entries.pop("__metadata__", None) or {})
-        tensors = {key: TensorHeader(str(one["dtype"]), tuple(map(int, one["shape"]))) for key, one in entries.items()}
-        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        entries = parse_json(text, longest=LONGEST)
+        metadata = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in dict(metadata).values()):
+            raise ValueError("its metadata hold more than texts")
+        tensors = {key: TensorHeader(str(one["dtype"]), tuple(one["shape"])) for key, one in entries.items()}
+        expected = 8 + length + _check_data(tensors, {key: one["data_offsets"] for key, one in entries.items()})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SafetensorsError(path, f"has a damaged .safetensors header ({error}). Download it again.") from None
     if size != expected:
         cut = "is cut off" if size < expected else "has bytes too many at its end"
         raise SafetensorsError(path, f"{cut}: {size} bytes, expected {expected}. Download or save it again.")
     return SafetensorsHeader(tensors, metadata)
+
+
+def _check_data(tensors: dict[str, TensorHeader], offsets: dict[str, list[int]]) -> int:
+    """The bytes of all tensors, which follow each other without gaps. Raises ValueError, as the library does."""
+    end = 0
+    for key, (start, stop) in sorted(offsets.items(), key=lambda item: item[1]):
+        dtype, shape = tensors[key].dtype, tensors[key].shape
+        if any(type(size) is not int or size < 0 for size in (start, stop, *shape)):
+            raise ValueError(
+                f"{key!r} has shape {shape!r:.60} at {start!r:.20} to {stop!r:.20}, expected whole numbers"
+            )
+        if start != end or stop < start:
+            raise ValueError(f"{key!r} has the bytes {start} to {stop}, expected them from {end} on")
+        if dtype in FILE_DTYPES and math.prod(shape) * FILE_DTYPES[dtype].itemsize != stop - start:
+            raise ValueError(f"{key!r} is {dtype} of shape {shape!r:.60}, which does not fill its {stop - start} bytes")
+        end = stop
+    return end
 
 
 def signature(start: bytes) -> str | None:

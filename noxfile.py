@@ -6,6 +6,7 @@
     nox -s browser                  the editor as a person uses it, in a real browser: screenshots in output/browser/
     nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
     nox -s bench                    ratios against the host's own way in the same run (-- --full: on an accelerator)
+    nox -s faults                   damaged files, odd inputs, faults while it runs, a long run (-- NAME: one of them)
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
 All use one environment per host and transformers, made by `tools/environment.py`:
@@ -113,15 +114,20 @@ def check_references(session: nox.Session, found: environment.Environment, work:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """All benchmarks with a limit, or one: `nox -s bench -- strength`; the last line is one JSON object of ratios."""
+    run_table(session, "tools.perf")
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """All kinds of faults, or one: `nox -s faults -- injected`; the last line is one JSON object of counts."""
+    run_table(session, "tools.faults")
+
+
+def run_table(session: nox.Session, module: str) -> None:
+    """Runs a folder of tools with a table; those that need the host find it by COMFYUI_PATH."""
     found = prepare(session)
-    session.run(
-        str(found.python),
-        BOOTSTRAP,
-        "tools.perf",
-        *session.posargs,
-        env={**os.environ, "COMFYUI_PATH": str(found.comfyui)},
-        **RUN,
-    )
+    environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
+    session.run(str(found.python), BOOTSTRAP, module, *session.posargs, env=environ, **RUN)
 
 
 @nox.session(venv_backend="none")

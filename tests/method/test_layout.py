@@ -21,10 +21,22 @@ BELOW = {  # folder -> the folders that it may import, besides itself
     "nodes": {"common", "dla", "loaders", "sampling", "evaluation", "training"},
     "tools": {"common", "evaluation"},
     "tools/perf": {"common", "dla", "loaders", "sampling", "evaluation", "training", "nodes", "tools", "tests"},
+    "tools/faults": {
+        "common",
+        "dla",
+        "loaders",
+        "sampling",
+        "evaluation",
+        "training",
+        "nodes",
+        "tools",
+        "tests",
+        "demo",
+    },
     "demo": {"common", "dla", "loaders", "sampling", "evaluation", "training", "nodes", "tools"},
 }
 WITHOUT_HOST = ("common/", "dla/", "evaluation/", "sampling/", "tools/")
-WITH_HOST = ("common/bootstrap.py", "tools/perf/") + tuple(
+WITH_HOST = ("common/bootstrap.py", "tools/perf/", "tools/faults/") + tuple(
     f"sampling/{name}.py" for name in ("patch", "image_guidance", "guider", "sample")
 )
 
@@ -62,7 +74,7 @@ def wrong_imports(root: Path) -> list[str]:
     for file in sources(root):
         name = file.relative_to(root).as_posix()
         own = name.split("/")[0]
-        below = BELOW["tools/perf" if name.startswith("tools/perf/") else own]
+        below = BELOW["/".join(name.split("/")[:2]) if name.startswith(("tools/perf/", "tools/faults/")) else own]
         for line, target in imports(root, file):
             top = target.lstrip("/").split("/")[0].split(".")[0]
             if not target.startswith("/"):

@@ -1,0 +1,17 @@
+"""What the pack is to bear: the one list of keys, limits and the files that measure them.
+
+A file of this folder has `main(argv)` and prints, last, one JSON object with its keys; a key of several files is their
+sum. Lists of the same name, such as `bad_files_unclear`, are joined.
+"""
+
+from ..tables import Row, Table
+
+BAD_FILES: tuple[str, ...] = ()  # those that damage files
+BAD_INPUTS: tuple[str, ...] = ()  # those that draw nodes' inputs
+ROWS = (
+    Row("bad_files_tried", "damaged or hostile files", 300, BAD_FILES, "≥"),
+    Row("bad_files_clear", "of them refused with file and reason, or read rightly", "bad_files_tried", BAD_FILES, "="),
+    Row("inputs_tried", "inputs drawn for nodes", 1000, BAD_INPUTS, "≥"),
+    Row("unclear_errors", "of them that end in another's traceback, or in NaN", 0, BAD_INPUTS),
+)
+TABLE = Table(__package__, "faults", "kind of fault", ROWS, {})

@@ -10,7 +10,7 @@ from .files import DataError, read_bytes
 
 LONGEST = 16 * 2**20  # bytes; the largest index of weights known here has 8 MB
 DEEPEST = 64  # levels; configs and workflows have below 20
-NAMES = {dict: "an object", list: "a list"}
+NAMES: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 class JSONError(DataError):

@@ -4,20 +4,22 @@ They are models that the host loads, or Hugging Face folders in models/clip_visi
 is and how it prepares pictures. Pictures go through one at a time, so that no metric depends on the others of a batch.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor, nn
 
 from ..common.safetensors_header import read_header
+from ..common.untrusted_json import read_json
 from .orient_anything.network import resize_positions
 from .preprocessing import DINO, Preprocessing, clip_preprocessing, preprocess
+from .weight_folders import check_finite, check_plain, check_sizes, read_config, read_headers
 
 SIZES = {
     (12, 384): "ViT-S",
@@ -66,7 +68,7 @@ class HostCLIP(Embedder):
 
     def image(self, image: Tensor) -> Tensor:
         """By the host."""
-        return self.clip_vision.encode_image(image[None])["image_embeds"][0].float().cpu()
+        return _finite(self.clip_vision.encode_image(image[None])["image_embeds"][0], self.backbone)
 
 
 class HostDINO(Embedder):
@@ -100,7 +102,7 @@ class HostDINO(Embedder):
         positions = table.position_embeddings.to(device, torch.float32)
         positions = resize_positions(positions, round(patches.shape[1] ** 0.5))
         states = torch.cat((table.cls_token.to(patches), patches), dim=1) + positions
-        return model.layernorm(model.encoder(states)[0])[0, 0].float().cpu()
+        return _finite(model.layernorm(model.encoder(states)[0])[0, 0], self.backbone)
 
 
 class _Wrapped(nn.Module):
@@ -121,17 +123,23 @@ class FolderEmbedder(Embedder):
         import transformers  # takes seconds
 
         folder = _find_folder(name, kind)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config, state = _read_folder(folder)
         type_ = config["model_type"]
         classes = {"vit": "ViTModel", "dinov2": "Dinov2Model", "clip": "CLIPModel"}
         class_ = getattr(transformers, classes.get(type_, "Dinov2WithRegistersModel"))
         options = {"add_pooling_layer": False} if type_ == "vit" else {}  # DINO has none: its class token is the output
-        with torch.inference_mode(False):
-            model, found = class_.from_pretrained(  # the attention of its config.json may be code to fetch and run
-                str(folder), local_files_only=True, output_loading_info=True, attn_implementation="sdpa",
-                trust_remote_code=False, **options
-            )  # fmt: skip
-            model = model.float().eval().requires_grad_(False)
+        try:
+            with torch.inference_mode(False):
+                model, found = class_.from_pretrained(  # of no folder, in which it would follow adapters and kernels
+                    None, config=class_.config_class.from_dict(config), state_dict=state, output_loading_info=True,
+                    attn_implementation="sdpa", **options
+                )  # fmt: skip
+                model = model.float().eval().requires_grad_(False)
+        except Exception as error:  # the library checks few of its settings
+            raise EmbedderError(
+                f"{folder}: transformers {transformers.__version__} makes no {class_.__name__} of its config.json and "
+                f"weights ({type(error).__name__}: {error!s:.300}). Download the whole folder again."
+            ) from error
         if found["missing_keys"]:  # the library would use random weights
             raise EmbedderError(
                 f"{folder} lacks {len(found['missing_keys'])} weights of {class_.__name__}, such as"
@@ -169,21 +177,27 @@ class FolderEmbedder(Embedder):
             embedding = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)[0]
         else:
             embedding = self.model(pixel_values=pixels, **self.interpolate).last_hidden_state[0, 0]
-        return embedding.float().cpu()
+        return _finite(embedding, self.backbone)
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
         """(D,) float32 on the CPU; of a prompt that is too long the beginning counts."""
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(self.folder), local_files_only=True, trust_remote_code=False
-        )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise EmbedderError(
+                f"{self.folder}: its tokenizer cannot be read ({type(error).__name__}: {error!s:.200}). Download the "
+                "whole folder again."
+            ) from error
         longest = self.model.config.text_config.max_position_embeddings
         self.cut += len(tokenizer(prompt)["input_ids"]) > longest
         tokens = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self._load())
         pooled = self.model.text_model(**tokens).pooler_output
-        return self.model.text_projection(pooled)[0].float().cpu()
+        return _finite(self.model.text_projection(pooled)[0], self.backbone)
 
 
 class HostText:
@@ -234,7 +248,18 @@ class HostText:
             pooled = tower.encode_token_weights(tokens[:1])[1]
         finally:
             model.reset_clip_options()
-        return pooled[0].float().cpu()
+        return _finite(pooled[0], self.backbone)
+
+
+def _finite(embedding: Tensor, backbone: dict) -> Tensor:
+    """An embedding in float32 on the CPU; raises EmbedderError for NaN, which would pass for a score."""
+    found = embedding.float().cpu()
+    if not bool(found.isfinite().all()):
+        raise EmbedderError(
+            f"{backbone['file'] or backbone['model']}: the model gives NaN or infinity. Its weights are damaged, or "
+            "too large for the host's dtype: download the file again, or start the host with --fp32-text-enc."
+        )
+    return found
 
 
 def _record(family: str, model: nn.Module, layers: int, conv, embedding: int, size: int, files: Sequence[str]) -> dict:
@@ -279,14 +304,30 @@ def _check_projection(socket: str, files: Sequence[str], kinds: Sequence[str], e
         )
 
 
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of a Hugging Face folder, checked against each other. Raises EmbedderError."""
+    try:
+        config, headers = read_config(folder), read_headers(folder)
+        check_plain(headers)
+        check_sizes(config, headers, folder / "config.json", positions=True)
+        state: dict[str, Tensor] = {}
+        for path in dict.fromkeys(path for path, _ in headers.values()):
+            tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+            state |= {key: tensor for key, tensor in tensors.items() if headers[key][0] == path}
+            check_finite(path, state)
+    except ValueError as error:
+        raise EmbedderError(f"{error}") from None
+    return config, state
+
+
 def folder_names(kind: str) -> list[str]:
     """Folders in models/clip_vision whose config.json names a model of that kind ("dino" or "clip"), sorted."""
     found = set()
     for root in map(Path, folder_paths.get_folder_paths("clip_vision")):
         for config in root.glob("*/config.json"):
             try:
-                type_ = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-            except (OSError, ValueError, AttributeError):
+                type_ = read_json(config).get("model_type")
+            except ValueError:
                 continue  # not a model's
             if type_ in FOLDERS[kind]:
                 found.add(config.parent.name)

@@ -1,21 +1,20 @@
 """Hugging Face folders: config, weight headers, keys and tokenizer, all checked before any weight is read."""
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
+from typing import Any
 
 from ...common.dtypes import UNQUANTIZED
-from ...common.safetensors_header import SafetensorsError, TensorHeader, read_header
 from ...dla.features import MLLMInfo
+from .. import weight_folders
+from ..weight_folders import QUANTIZED, TOGETHER, Headers
 from .base import MLLMError
 from .families import FAMILIES, FOLDER_FAMILIES, MLLMFamily
 
-Headers = dict[str, tuple[Path, TensorHeader]]  # of every key: its file, its dtype and shape
 
-
-def read_config(folder: Path) -> dict:
-    """config.json of a Hugging Face folder whose model type is supported. Raises MLLMError."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder whose model type is supported, cleaned. Raises MLLMError."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise MLLMError(
@@ -25,13 +24,13 @@ def read_config(folder: Path) -> dict:
     if not path.is_file():
         raise MLLMError(f"{folder} has no config.json, expected a whole Hugging Face folder. Download it again.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = weight_folders.read_config(folder)
     except ValueError as error:
-        raise MLLMError(f"{path} is not JSON ({error}). Download it again.") from error
-    found = config.get("model_type") if isinstance(config, dict) else None
+        raise MLLMError(f"{error}. Download it again.") from None
+    found = config.get("model_type")
     if found not in FOLDER_FAMILIES:
         hint = " Take the repository whose name ends in -hf." if found == "internvl_chat" else ""
-        raise MLLMError(f"{path}: model_type is {found!r}, expected one of {', '.join(FOLDER_FAMILIES)}.{hint}")
+        raise MLLMError(f"{path}: model_type is {found!r:.60}, expected one of {', '.join(FOLDER_FAMILIES)}.{hint}")
     return config
 
 
@@ -40,45 +39,12 @@ def read_info(folder: Path) -> MLLMInfo:
     config = read_config(folder)
     text = config.get("text_config", config)  # Qwen2.5-VL as published keeps these at the top
     for field in ("num_hidden_layers", "hidden_size"):
-        if not isinstance(text.get(field), int):
-            raise MLLMError(f"{folder / 'config.json'}: {field} is {text.get(field)!r}, expected a whole number.")
+        if type(text.get(field)) is not int:
+            raise MLLMError(f"{folder / 'config.json'}: {field} is {text.get(field)!r:.60}, expected a whole number.")
     return FAMILIES[config["model_type"]].info(folder.name, text["num_hidden_layers"], text["hidden_size"])
 
 
-def read_headers(folder: Path) -> Headers:
-    """Header of every key, from model.safetensors or the shards of its index. Raises MLLMError for incomplete files."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():  # first, as transformers does: an index beside it is of other files
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MLLMError(f"{index} is damaged ({error!r}). Download it again.") from error
-        if outside := [name for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name]:
-            raise MLLMError(f"{index} names {outside[0]!r}, expected files in its own folder. Download it again.")
-        files = [folder / name for name in names]
-        for path in files:
-            if not path.is_file():
-                raise MLLMError(f"{path} is missing: {index.name} lists it, one of {len(files)} files. Download it.")
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-                raise MLLMError(
-                    f"{folder} has weights only as pickles (.bin), which can run code and are not loaded. Take the"
-                    " repository's safetensors revision, or convert with transformers' save_pretrained."
-                )
-            raise MLLMError(f"{folder} has no *.safetensors. Download the weights (all shards) into it.")
-        if len(files) > 1:
-            raise MLLMError(f"{folder} has {len(files)} *.safetensors but no {index.name}. Download the index too.")
-    headers: Headers = {}
-    for path in files:
-        try:
-            headers |= {key: (path, header) for key, header in read_header(path).tensors.items()}
-        except SafetensorsError as error:
-            raise MLLMError(str(error)) from None
-    return headers
+EMBEDDING = "language_model.embed_tokens.weight"
 
 
 def rename(key: str) -> str | None:
@@ -96,42 +62,55 @@ def rename(key: str) -> str | None:
     return re.sub(r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.", key)
 
 
-def check_keys(headers: Headers, expected: dict[str, tuple], ignored: tuple[str, ...] = ()) -> list[str]:
-    """The checkpoint's keys that are used; `expected`: shapes of the backbone's; `ignored`: beginnings of unused ones.
+def check_keys(
+    headers: Headers, expected: dict[str, tuple], ignored: tuple[str, ...] = (), tied: bool = False
+) -> dict[str, str]:
+    """The backbone's name of each key of the checkpoint that is used.
 
-    Raises MLLMError for a key that is missing, unknown, of another shape, or quantised.
+    Args:
+        headers: Of the checkpoint's keys.
+        expected: Shapes of the backbone's keys.
+        ignored: Beginnings of unused ones.
+        tied: Whether the embedding may be given as the head alone, which has the same weights.
+
+    Raises:
+        MLLMError: A key is missing, unknown, of another shape, there twice, or quantised.
     """
-    found, used = {}, []
-    for key, (path, header) in headers.items():
-        name = rename(key)
-        if name is None or name.startswith(ignored):
-            continue
+    names = {key: name for key in headers if (name := rename(key)) and not name.startswith(ignored)}
+    if tied and EMBEDDING not in names.values():
+        names |= {key: EMBEDDING for key in headers if re.fullmatch(r"(\w+\.)*lm_head\.weight", key)}
+    if key := next((key for key, name in names.items() if name not in expected and QUANTIZED.search(key)), None):
+        raise MLLMError(
+            f"{headers[key][0]}: key {key!r} is of quantised weights. Quantised repositories (FP8, AWQ, GPTQ,"
+            " bitsandbytes, compressed-tensors) are not read: take the original one; weight_dtype makes it fp8 while"
+            " loading."
+        )
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        path, header = headers[key]
         if name not in expected:
-            hint = "Weights and config.json do not belong together: download both from one repository."
-            if re.search(r"scale|qweight|qzeros|absmax", key):
-                hint = "Quantised repositories (FP8, AWQ, GPTQ) are not read: take the original one."
-            raise MLLMError(f"{path}: unknown key {key!r} {header.shape}. {hint}")
+            raise MLLMError(f"{path}: unknown key {key!r} {header.shape}. {TOGETHER}")
         if header.shape != expected[name]:
             raise MLLMError(
-                f"{path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. Weights"
-                " and config.json do not belong together: download both from one repository."
+                f"{path}: {key!r} has shape {header.shape}, expected {expected[name]} by config.json. {TOGETHER}"
             )
         if header.dtype not in UNQUANTIZED:
             raise MLLMError(
                 f"{path}: {key!r} is {header.dtype}, expected one of {', '.join(UNQUANTIZED)}. Take the"
                 " unquantised repository; weight_dtype makes it fp8 while loading."
             )
+        if name in found:
+            raise MLLMError(f"{path}: {key!r} and {found[name]!r} are the same weights, expected one. Download again.")
         found[name] = key
-        used.append(key)
     missing = [name for name in expected if name not in found]
     if missing:
         files = ", ".join(sorted({path.name for path, _ in headers.values()}))
         where = next(iter(headers.values()))[0].parent if headers else ""
         raise MLLMError(
-            f"{where}: {files} lack {len(missing)} of {len(expected)} keys, first {missing[0]!r}, expected shape"
-            f" {expected[missing[0]]}. Download all shards."
+            f"{where}: {files or 'the files'} lack {len(missing)} of {len(expected)} keys, first {missing[0]!r},"
+            f" expected shape {expected[missing[0]]}. Download all shards."
         )
-    return used
+    return names
 
 
 def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Callable[[str], list[int]], int]:
@@ -145,8 +124,10 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
 
         try:
             tokenizer = Tokenizer.from_file(str(fast))
-        except Exception as error:
-            raise MLLMError(f"{fast} is damaged ({error}). Download it again.") from error
+        except BaseException as error:  # also its own PanicException
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise MLLMError(f"{fast} is damaged ({error!s:.200}). Download it again.") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -156,7 +137,10 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         from transformers import AutoTokenizer
 
-        slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try:
+            slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise MLLMError(f"{folder}: its tokenizer is damaged ({error!s:.200}). Download it again.") from error
 
         def tokenize(text: str) -> list[int]:
             return slow(text, add_special_tokens=False)["input_ids"]

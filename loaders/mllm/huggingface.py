@@ -20,10 +20,11 @@ from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
 from ..encode_cache import MLLM_STATES, content, stored, weights
 from ..host import make_patcher
+from ..weight_folders import Headers, check_finite, check_sizes, read_headers, with_dtype
 from .backbone import MLLMBackbone
 from .base import MLLM, MLLMError
 from .cast_layers import ParametersOnMeta, swap_layers
-from .checkpoint import Headers, check_keys, read_config, read_headers, read_tokenizer, rename
+from .checkpoint import check_keys, read_config, read_tokenizer
 from .families import FAMILIES, MLLMFamily
 from .vision import (
     Vision,
@@ -193,18 +194,22 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
         raise MLLMError(f"weight_dtype is {weight_dtype!r}, expected one of default, {', '.join(DTYPES)}.")
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
-    headers = read_headers(folder)
+    try:
+        headers = read_headers(folder)
+        check_sizes(raw, headers, folder / "config.json")
+    except ValueError as error:
+        raise MLLMError(str(error)) from None
     tokenizer, image_token = read_tokenizer(folder, raw, family)
-    model = _build_model(folder, family)
+    model, tied = _build_model(folder, raw, family, headers)
     decoder = model.language_model
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     unused = getattr(decoder, "_keys_to_ignore_on_load_unexpected", None) or ()  # Gemma 4: keys of other layers' keys
-    names = check_keys(headers, expected, tuple(f"language_model.{key}." for key in unused))
+    names = check_keys(headers, expected, tuple(f"language_model.{key}." for key in unused), tied)
 
     device = comfy.model_management.text_encoder_device()
-    storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[names[0]][1].dtype], device)
+    storage, compute = _pick_dtypes(weight_dtype, UNQUANTIZED[headers[next(iter(names))][1].dtype], device)
     swap_layers(model)
-    weights = _read_weights(headers, model, storage, compute)
+    weights = _read_weights(headers, names, model, storage, compute)
     with torch.inference_mode(False):
         model.load_state_dict(weights, strict=True, assign=True)  # nothing to copy into: parameters are on meta
     model.requires_grad_(False)
@@ -214,16 +219,20 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     return TransformersMLLM(info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
 
 
-def _build_model(folder: Path, family: MLLMFamily) -> Any:
-    """The library's model for a folder's config.json, without weights: parameters are on meta, buffers are real."""
+def _build_model(folder: Path, raw: dict[str, Any], family: MLLMFamily, headers: Headers) -> tuple[Any, bool]:
+    """The library's model for a config, parameters on meta and buffers real; and whether head and embedding are one."""
     import transformers  # takes seconds
+    from transformers.models.auto import configuration_auto
 
+    dtypes = (UNQUANTIZED[header.dtype] for _, header in headers.values() if header.dtype in UNQUANTIZED)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        kind = configuration_auto.CONFIG_MAPPING[raw["model_type"]]
+        config = kind.from_dict(with_dtype(raw, next(dtypes, torch.float32)))
     except Exception as error:
         raise MLLMError(
             f"{folder / 'config.json'}: {family.name} cannot be read by transformers {transformers.__version__},"
-            f" expected {family.transformers} or newer. Update transformers in ComfyUI's Python. ({error})"
+            f" expected {family.transformers} or newer. Update transformers in ComfyUI's Python, or download the file"
+            f" again. ({error!s:.300})"
         ) from error
     if getattr(config.get_text_config(), "enable_moe_block", False):
         raise MLLMError(f"{folder / 'config.json'}: enable_moe_block is true, expected a model without experts.")
@@ -236,8 +245,14 @@ def _build_model(folder: Path, family: MLLMFamily) -> Any:
         )
     if hasattr(config, "audio_config"):
         config.audio_config = None  # not built
-    with ParametersOnMeta(), torch.inference_mode(False):
-        model = transformers.AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    try:
+        with ParametersOnMeta(), torch.inference_mode(False):
+            model = transformers.AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:  # the library checks few of its settings
+        raise MLLMError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} builds no {family.name} of it"
+            f" ({type(error).__name__}: {error!s:.300}). Download it again, or update transformers."
+        ) from error
     for name in {name for name, buffer in model.named_buffers() if buffer.is_meta} - set(model.state_dict()):
         raise MLLMError(  # it would be garbage later
             f"transformers {transformers.__version__} builds buffer {name} in a way this pack does not know."
@@ -248,10 +263,13 @@ def _build_model(folder: Path, family: MLLMFamily) -> Any:
             f"transformers {transformers.__version__} computes keys that {family.name} shares between layers, expected"
             f" {family.transformers} or newer. Update transformers in ComfyUI's Python."
         )
-    return model.eval().requires_grad_(False)
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    return model.eval().requires_grad_(False), tied
 
 
-def _read_weights(headers: Headers, model: Any, storage: torch.dtype, compute: torch.dtype) -> dict[str, Tensor]:
+def _read_weights(
+    headers: Headers, names: dict[str, str], model: Any, storage: torch.dtype, compute: torch.dtype
+) -> dict[str, Tensor]:
     """State dict of the model: linear weights in the storage dtype, all others in the compute dtype."""
     modules = dict(model.named_modules())
     large = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -259,11 +277,15 @@ def _read_weights(headers: Headers, model: Any, storage: torch.dtype, compute: t
     dtypes = dict.fromkeys(model.state_dict(), compute) | dict.fromkeys(large, storage)
     for name in (name for name in dtypes if name.startswith("language_model.embed_tokens")):
         dtypes[name] = storage if storage.itemsize > 1 else torch.bfloat16  # entry 0 of the features, so never 8 bits
-    state_dict = {}
+    state_dict: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for path, _ in headers.values()):
-        for key, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
-            if (name := rename(key)) and name in dtypes:
-                state_dict[name] = tensor.to(dtypes[name])
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+        tensors = {key: tensor for key, tensor in tensors.items() if key in names and headers[key][0] == path}
+        try:
+            check_finite(path, tensors)
+        except ValueError as error:
+            raise MLLMError(str(error)) from None
+        state_dict |= {names[key]: tensor.to(dtypes[names[key]]) for key, tensor in tensors.items()}
     return state_dict
 
 

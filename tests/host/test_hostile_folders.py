@@ -1,0 +1,195 @@
+"""Hugging Face folders from elsewhere: what other programs write is read, what cannot be is named in bounded time."""
+
+import json
+import os
+import shutil
+import struct
+
+import folder_paths
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder
+from subject_dla.loaders.mllm.base import MLLMError
+from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.tests.small.mllm import build_qwen3vl, build_qwen25vl
+
+DOWN = "model.layers.0.mlp.down_proj."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_qwen25vl(tmp_path_factory.mktemp("mllm") / "qwen", width=64, dtype=torch.float32)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def changed_config(folder, **values):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in values.items():
+        part, _, last = name.rpartition("__")
+        (config[part] if part else config)[last] = value
+    path.write_text(json.dumps(config))
+
+
+def changed_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [
+    {"torch_dtype": "auto"}, {"torch_dtype": "torch.float32"}, {"dtype": "float32"}, {"torch_dtype": None},
+    {"torch_dtype": "evil.dtype"}, {"torch_dtype": 7},
+])  # fmt: skip
+def test_the_dtype_of_a_config_is_read_however_it_is_written(folder, copy, dtype):
+    config = json.loads((copy / "config.json").read_text())
+    del config["torch_dtype"]
+    (copy / "config.json").write_text(json.dumps(config | dtype))
+    assert torch.equal(
+        load_folder(copy).encode("a fox").hidden_states, load_folder(folder).encode("a fox").hidden_states
+    )
+
+
+def test_weights_that_head_and_embedding_share_are_read_under_either_name(tmp_path):
+    folder = build_qwen3vl(tmp_path / "qwen", width=64, dtype=torch.float32)
+    expected = load_folder(folder).encode("a fox").hidden_states
+    name = "model.language_model.embed_tokens.weight"
+    changed_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(name)}))
+    with pytest.raises(MLLMError, match="lack 1 of .*embed_tokens"):
+        load_folder(folder)
+    changed_config(folder, tie_word_embeddings=True)
+    assert torch.equal(load_folder(folder).encode("a fox").hidden_states, expected)
+
+
+def gptq(tensors):
+    weight = tensors.pop(DOWN + "weight")
+    for name in ("g_idx", "qweight", "qzeros", "scales"):
+        tensors[DOWN + name] = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+
+
+def bitsandbytes(tensors):
+    tensors[DOWN + "weight"] = tensors[DOWN + "weight"].to(torch.int8)
+    tensors |= {DOWN + "SCB": torch.ones(64), DOWN + "weight_format": torch.zeros((), dtype=torch.uint8)}
+
+
+def compressed_tensors(tensors):
+    weight = tensors.pop(DOWN + "weight")
+    tensors[DOWN + "weight_packed"] = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.int32)
+    tensors[DOWN + "weight_shape"] = torch.tensor([*weight.shape])
+
+
+@pytest.mark.parametrize("layout", [gptq, bitsandbytes, compressed_tensors])
+def test_quantised_weights_are_called_so(copy, layout):
+    changed_weights(copy, layout)
+    with pytest.raises(MLLMError, match="model.safetensors: key '.*' is of quantised weights"):
+        load_folder(copy)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("num_hidden_layers", 10**9), ("vision_config__depth", 10**9), ("num_attention_heads", 0),
+    ("num_key_value_heads", 10**9), ("head_dim", 10**9), ("hidden_size", "64"), ("vision_config__patch_size", 0),
+    ("vocab_size", -1), ("text_config", [1]), ("vision_config", None), ("partial_rotary_factor", 1e9),
+    ("rope_scaling", {"partial_rotary_factor": 1e9}), ("hidden_act", "evil"), ("torch_dtype", {"a": 1e400}),
+])  # fmt: skip
+def test_sizes_are_compared_before_anything_is_built(copy, name, value):
+    changed_config(copy, **{name: value})
+    with pytest.raises(MLLMError, match="config.json.* (is|holds|builds) "):
+        load_folder(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(copy, value):
+    changed_weights(copy, lambda tensors: tensors[DOWN + "weight"].flatten()[7:8].fill_(value))
+    with pytest.raises(MLLMError, match=f"model.safetensors: '{DOWN}weight' holds values that are NaN or infinite"):
+        load_folder(copy)
+
+
+def padded(path):
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    header["__metadata__"] = {"long": "x" * 50_000_000}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+DAMAGES = {
+    "pipe as weights": ("model.safetensors", os.mkfifo, "is a pipe"),
+    "pipe as tokenizer": ("tokenizer.json", os.mkfifo, "is a pipe"),
+    "pipe beside": ("chat_template.json", os.mkfifo, "is a pipe"),
+    "folder as tokenizer": ("tokenizer.json", os.mkdir, "is a folder"),
+    "device as config": ("config.json", lambda path: path.symlink_to("/dev/zero"), "has no config.json"),
+    "tokenizer of a number": ("tokenizer.json", lambda path: path.write_text("7"), "tokenizer.json is damaged"),
+    "config of a list": ("config.json", lambda path: path.write_text("[]"), "config.json holds a list, expected an ob"),
+    "deep config": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json is nested too deeply"),
+    "index of a list": ("model.safetensors.index.json", lambda path: path.write_text("[]"), "index.json holds a list"),
+    "map of a list": ("model.safetensors.index.json", lambda path: path.write_text("{}"), "weight_map is None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_files_that_are_none_are_named(copy, name):
+    file, make, problem = DAMAGES[name]
+    (copy / file).unlink(missing_ok=True)
+    if "index" in file:
+        (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    make(copy / file)
+    with pytest.raises(MLLMError, match=problem):
+        load_folder(copy)
+
+
+def test_metadata_without_end_are_refused(copy):
+    padded(copy / "model.safetensors")
+    with pytest.raises(MLLMError, match="model.safetensors has a header of 50,.* bytes, expected at most"):
+        load_folder(copy)
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    """Small folders of DINO, DINOv2 and CLIP."""
+    root = tmp_path_factory.mktemp("clip_vision")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    parts = {"text_config": small, "vision_config": {**small, "patch_size": 32}, "projection_dim": 16}
+    transformers.ViTModel(transformers.ViTConfig(**small), add_pooling_layer=False).save_pretrained(root / "vit")
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    transformers.Dinov2Model(config).save_pretrained(root / "dinov2")
+    transformers.CLIPModel(transformers.CLIPConfig(**parts)).save_pretrained(root / "clip")
+    return root
+
+
+def first(tensors):
+    return next(key for key, tensor in tensors.items() if tensor.ndim > 1)
+
+
+FAULTS = {
+    "NaN": (lambda d: changed_weights(d, lambda t: t[first(t)].fill_(float("nan"))), "NaN or infinite"),
+    "int8": (lambda d: changed_weights(d, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})), "is I8"),
+    "other shape": (lambda d: changed_weights(d, lambda t: t.update({first(t): torch.ones(3, 5)})), "transformers"),
+    "layers": (lambda d: changed_config(d, num_hidden_layers=10**9, vision_config={"depth": 10**9}), "config.json: "),
+    "heads": (lambda d: changed_config(d, num_attention_heads=0, projection_dim=0), "config.json: "),
+    "text": (lambda d: changed_config(d, image_size="x", text_config="x"), "config.json: "),
+    "activation": (lambda d: changed_config(d, hidden_act=7, text_config={"hidden_act": 7}), "transformers"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}'), None),
+    "pickle": (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x02"), "is a pickle"),
+    "only pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only as pickles"),
+    "pipe": (lambda d: os.mkfifo(d / "preprocessor_config.json"), "is a pipe"),
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_folder_of_dino_or_clip_is_named(scorers, tmp_path, monkeypatch, kind, name):
+    shutil.copytree(scorers / kind, tmp_path / kind)
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path)])
+    damage, problem = FAULTS[name]
+    damage(tmp_path / kind)
+    if problem is None:
+        assert FolderEmbedder(kind, "clip" if kind == "clip" else "dino").image(torch.rand(32, 32, 3)).isfinite().all()
+        return
+    with pytest.raises(EmbedderError, match=f"{kind}.*{problem}"):
+        FolderEmbedder(kind, "clip" if kind == "clip" else "dino")

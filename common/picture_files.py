@@ -1,9 +1,12 @@
 """Picture files to tensors. Damaged ones are an ImageError, whatever Pillow raises for them."""
 
+import io
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy
 import torch
@@ -14,6 +17,8 @@ from .images import SLIMMEST, SMALLEST, ImageError
 from .tar_files import TarMember
 
 PictureFile = Path | TarMember
+PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+LONGEST_TEXT = 2**20  # bytes of a PNG's text; Pillow's own limit
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
 
@@ -83,14 +88,49 @@ def _exif_behind_pixels(file: Image.Image) -> bool:
 
 @contextmanager
 def _open(path: PictureFile) -> Iterator[Image.Image]:
-    if isinstance(path, TarMember):
-        with path.open() as stream, Image.open(stream) as picture:
-            yield picture
-    elif path.exists() and not path.is_file():
+    if isinstance(path, Path) and path.exists() and not path.is_file():
         raise OSError("it is no file")  # a pipe would wait for ever
-    else:
-        with Image.open(path) as picture:
+    with path.open() if isinstance(path, TarMember) else open(path, "rb") as stream:
+        with Image.open(_without_long_texts(stream)) as picture:
             yield picture
+
+
+def _without_long_texts(stream: IO[bytes]) -> IO[bytes]:
+    """A picture file, a PNG without its texts and profile where one unpacks to more than LONGEST_TEXT.
+
+    Pillow refuses such a PNG, as it should: compressed, gigabytes take a few MB. Nothing here reads them.
+    """
+    start, position, left_out = stream.read(8), 8, []
+    while start == PNG:
+        stream.seek(position)
+        header = stream.read(8)
+        if len(header) < 8 or header[4:] == b"IEND":
+            break
+        length, kind = struct.unpack(">I", header[:4])[0], header[4:]
+        if kind in TEXT_CHUNKS and (length > LONGEST_TEXT or _unpacked(kind, stream.read(length)) > LONGEST_TEXT):
+            left_out.append((position, position + 12 + length))
+        position += 12 + length
+    stream.seek(0)
+    if not left_out:
+        return stream
+    data = stream.read()
+    bounds = [0, *(place for chunk in left_out for place in chunk), len(data)]
+    return io.BytesIO(b"".join(data[first:last] for first, last in zip(bounds[::2], bounds[1::2])))
+
+
+def _unpacked(kind: bytes, chunk: bytes) -> int:
+    """Bytes to which a PNG's chunk of text unpacks, counted up to LONGEST_TEXT + 1."""
+    rest = chunk.partition(b"\0")[2]
+    if kind == b"iTXt":
+        if not rest.startswith(b"\1"):
+            return len(chunk)
+        rest = rest[2:].partition(b"\0")[2].partition(b"\0")[2]  # behind its language and translated keyword
+    elif kind != b"tEXt":
+        rest = rest[1:]
+    try:
+        return len(chunk if kind == b"tEXt" else zlib.decompressobj().decompress(rest, LONGEST_TEXT + 1))
+    except zlib.error:
+        return 0  # Pillow judges it
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from .files import DataError, read_bytes
 
 LONGEST = 16 * 2**20  # bytes; the largest index of weights known here has 8 MB
 DEEPEST = 64  # levels; configs and workflows have below 20
-NAMES: dict[type, str] = {dict: "an object", list: "a list"}
+NAMES: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
 
 
 class JSONError(DataError):
@@ -40,7 +41,7 @@ def parse_json(text: str | bytes, expected: type | None = dict, longest: int = L
     except ValueError as error:
         raise JSONError(f"is not JSON ({error})") from None
     if expected is not None and type(found) is not expected:
-        raise JSONError(f"holds {_described(found)}, expected {NAMES.get(expected, expected.__name__)}")
+        raise JSONError(f"is {reprlib.repr(found)}, expected {NAMES.get(expected, expected.__name__)}")
     level, depth = [found], 0
     while level := [value for value in level if isinstance(value, (dict, list))]:
         depth += 1
@@ -75,7 +76,3 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise JSONError(f"is not JSON (it holds the number {text[:20]})")
     return value
-
-
-def _described(value: Any) -> str:
-    return NAMES.get(type(value)) or f"{value!r:.60}"

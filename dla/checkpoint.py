@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common.dtypes import UNQUANTIZED
 from ..common.files import save_tensors
 from ..common.safetensors_header import SafetensorsHeader, TensorHeader, read_header
+from ..common.untrusted_json import JSONError, parse_json
 from .aggregator import DualLayerAggregator
 from .config import DLAConfig
 from .features import describe_layers
@@ -105,13 +106,10 @@ def _parse_config(header: SafetensorsHeader) -> DLAConfig:
     """The config in a header; raises ValueError."""
     if METADATA_KEY not in header.metadata:
         raise ValueError(f"is no DLA: its metadata has no entry {METADATA_KEY!r}. {_guess_kind(header.tensors)}")
-    entry = f"metadata entry {METADATA_KEY!r}"
     try:
-        values = json.loads(header.metadata[METADATA_KEY])
-    except ValueError as error:
-        raise ValueError(f"{entry} is not JSON ({error}). Save the DLA again with save_dla.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{entry} is {values!r:.60}, expected a JSON object. Save it again with save_dla.")
+        values = parse_json(header.metadata[METADATA_KEY])
+    except JSONError as error:
+        raise ValueError(f"metadata entry {METADATA_KEY!r} {error}. Save it again with save_dla.") from None
     return DLAConfig.from_dict(values)
 
 

@@ -52,6 +52,7 @@ class ContextWithImages(NamedTuple):
 
 
 # keys of the lists
+AS_LATENTS = "latents (b, c, h, w) as a VAE gives them. Another node has written it: remove that node."
 SETTINGS = tuple(f"subject_reference_{name}" for name in ("strengths", "masks", "regions", "stages"))
 
 
@@ -109,8 +110,20 @@ def values_of(
 
 
 def reference_latents(values: Mapping[str, Any]) -> list[Tensor]:
-    """Reference latents of an entry, also those that other nodes appended."""
-    return list(values.get(LATENTS) or [])
+    """Reference latents of an entry, also those that other nodes appended. Raises ValueError for what are none."""
+    found = values.get(LATENTS)
+    found = [] if found is None else found
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{LATENTS} of a conditioning is {type(found).__name__}, expected a list of {AS_LATENTS}")
+    for latent in found:
+        if not isinstance(latent, Tensor) or latent.ndim not in (4, 5) or not latent.is_floating_point():
+            kind = (
+                f"{latent.dtype} of shape {tuple(latent.shape)}"
+                if isinstance(latent, Tensor)
+                else type(latent).__name__
+            )
+            raise ValueError(f"{LATENTS} of a conditioning holds {kind}, expected {AS_LATENTS}")
+    return list(found)
 
 
 def reference_placement(values: Mapping[str, Any]) -> str | None:

@@ -1,12 +1,13 @@
 """The DiT, loaded by the host, and what its file's header says."""
 
-import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..common import safetensors_header
 from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, SafetensorsHeader
+from ..common.untrusted_json import JSONError, parse_json
 from .backbones import Backbone, backbone_of, backbone_of_keys
 from .host import DIT_OPTIONS, is_dynamic, load_model_weights, make_patcher
 from .protocols import Model
@@ -75,14 +76,36 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
 
 def declared_sizes(path: str) -> dict:
     """The `unet_config` in a safetensors file's metadata; {} without one."""
-    text = _file_header(path).metadata.get("unet_config")
+    header = _file_header(path)
+    text = header.metadata.get("unet_config")
     try:
-        sizes = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: metadata `unet_config` is not JSON ({error}).") from error
-    if not isinstance(sizes, dict):
-        raise ValueError(f"{path}: metadata `unet_config` is {sizes!r}, expected a JSON object of sizes.")
+        sizes = parse_json(text) if text else {}
+    except JSONError as error:
+        raise ValueError(f"{path}: metadata `unet_config` {error}. Fetch or make the file again.") from None
+    widest = max((size for tensor in header.tensors.values() for size in tensor.shape), default=0)
+    blocks = max((int(found[1]) + 1 for key in header.tensors if (found := BLOCK.search(key))), default=0)
+    for name, value in sizes.items():
+        most = blocks if "depth" in name or "layers" in name else widest
+        plain = value is None or type(value) in (bool, str)
+        if plain and name in SIZES or not plain and not _is_size(value, name, most):
+            raise ValueError(
+                f"{path}: metadata `unet_config` has {name} {value!r:.60}, expected a size that is no larger than the "
+                f"weights' ({most:,}). Fetch or make the file again."
+            )
     return sizes
+
+
+BLOCK = re.compile(r"\.(\d{1,5})\.")
+SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
+
+
+def _is_size(value: Any, name: str, widest: int) -> bool:
+    """Whether a number, or each in a list, is one that the weights can have; theta is RoPE's base, and free."""
+    if isinstance(value, list):
+        return len(value) <= 64 and all(type(item) is int and 0 <= item <= widest for item in value)
+    if type(value) is float or name == "theta":
+        return type(value) in (int, float) and abs(value) <= 1e9
+    return type(value) is int and (0 < value if name in SIZES else 0 <= value) and value <= widest
 
 
 def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
@@ -91,10 +114,14 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     import comfy.utils
     from comfy import model_detection
 
-    config = model_detection.detect_unet_config(state_dict, "")
-    found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
+    unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`."
+    try:
+        config = model_detection.detect_unet_config(state_dict, "")
+        found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
+    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:  # it checks nothing
+        raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     if found is None:
-        raise ValueError(f"{path}: the host knows no model with these keys and the sizes {sizes} in `unet_config`.")
+        raise ValueError(unknown)
     device, offload = management.get_torch_device(), management.unet_offload_device()
     dtype = options.get("dtype") or management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state_dict),
@@ -104,11 +131,17 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     found.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, found.supported_inference_dtypes))
     if options.get("fp8_optimizations"):
         found.optimizations["fp8"] = True
-    model = found.get_model(state_dict, "")
+    try:
+        model = found.get_model(state_dict, "")
+    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     patcher = make_patcher(model, device, offload)
     if not is_dynamic(patcher):
         check_keys(model, state_dict, path)
-    load_model_weights(patcher, state_dict)
+    try:
+        load_model_weights(patcher, state_dict)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{unknown} ({error!s:.300})") from error
     return patcher
 
 

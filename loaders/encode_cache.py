@@ -1,6 +1,7 @@
 """What encoders made of images, kept in memory for the next prompt: bounded, and gone with the model that made it."""
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from itertools import islice
@@ -23,7 +24,7 @@ class EncodeCache:
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
-        self._entries: OrderedDict[tuple, tuple[tuple, int]] = OrderedDict()  # with its bytes
+        self._entries: OrderedDict[tuple, tuple[tuple, int, Any]] = OrderedDict()  # with its bytes and checksum
         self._lock = RLock()  # the garbage collector calls `_forget` in any thread, also amid a change in this one
 
     def get(
@@ -42,16 +43,21 @@ class EncodeCache:
         key = (ref(owner, self._forget), facts)
         with self._lock:
             found = self._entries.get(key)
-            if found is not None and fits(found[0]):
-                self._entries.move_to_end(key)
+        if found is not None and fits(found[0]):
+            if checksum(found[0]) == found[2]:
+                with self._lock:
+                    if key in self._entries:
+                        self._entries.move_to_end(key)
                 return found[0]
+            logging.warning("Subject DLA: kept tensors of an encoder have changed in memory; they are made again.")
+        with self._lock:
             self._drop(key)
         made = make()
-        size = _bytes(made)
+        size, check = _bytes(made), checksum(made)
         with self._lock:
             self._drop(key)  # another thread's
             if size <= self.limit:
-                self._entries[key] = made, size
+                self._entries[key] = made, size, check
                 self.bytes += size
             while self.bytes > self.limit:
                 self._drop(next(iter(self._entries), None))
@@ -69,7 +75,7 @@ class EncodeCache:
                 self._drop(key)
 
     def _drop(self, key: Any) -> None:
-        _, size = self._entries.pop(key, ((), 0))
+        _, size, _ = self._entries.pop(key, ((), 0, None))
         self.bytes -= size
 
 
@@ -79,6 +85,21 @@ def _bytes(value: Any) -> int:
     if isinstance(value, (tuple, list)):
         return sum(map(_bytes, value))
     return value.nbytes if isinstance(value, Tensor) else 0
+
+
+def checksum(value: Any) -> Any:
+    """Of the tensors in a value, also nested: another one after any one bit has changed, at the speed of memory."""
+    if isinstance(value, dict):
+        return checksum(tuple(value.values()))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(checksum, value))
+    if not isinstance(value, Tensor):
+        return None
+    data = value.detach().contiguous().flatten().view(torch.uint8)
+    whole = len(data) // 8 * 8
+    data = data if data.data_ptr() % 8 == 0 else data.clone()
+    sums = data[:whole].view(torch.int64).sum() + data[whole:].sum()  # modulo 2^64
+    return value.dtype, tuple(value.shape), int(sums)
 
 
 VAE_LATENTS = EncodeCache(256 * 2**20)  # a megapixel in FLUX's latents: 1 MiB

@@ -4,7 +4,6 @@
 """
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.dtypes import DTYPES
+from ..common.untrusted_json import read_json
 from .protocols import CLIP, VAE, Model
 
 # %s: a class of the host's
@@ -110,7 +110,7 @@ def answer_requests(path: str, answer: Callable[[Any], dict[str, Any]]) -> None:
     async def handle(request: Any) -> Any:
         try:
             return web.json_response(answer(await request.json()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return web.json_response({"error": str(error)}, status=400)
 
     server.routes.post(path)(handle)
@@ -132,8 +132,8 @@ def editor_language() -> str:
 
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("Comfy.Locale", "en")
-    except (OSError, ValueError, AttributeError):
+        found = read_json(path).get("Comfy.Locale", "en")
+    except ValueError:
         return "en"
     return found if isinstance(found, str) else "en"
 

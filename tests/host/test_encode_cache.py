@@ -304,3 +304,27 @@ def test_what_does_not_fit_is_not_kept(tmp_path, monkeypatch):
         last = encode(mllm, "a fox", picture(64, 64, seed))
         assert MLLM_STATES.bytes <= MLLM_STATES.limit
     assert torch.equal(first, last)
+
+
+def test_a_bit_that_flips_in_what_is_kept_is_noticed(caplog):
+    """Wherever it is, in any dtype and form, also where somebody has written into what they were given."""
+    made, cache, owner = [], EncodeCache(10**6), torch.nn.Identity()
+
+    def make():
+        made.append(0)
+        generator = torch.Generator().manual_seed(0)
+        rest = {"b": torch.arange(7, dtype=torch.uint8)}
+        return torch.randn(3, 5, generator=generator).bfloat16(), [torch.ones(4)[1:], rest]
+
+    first = make()
+    for _ in range(2):
+        kept = cache.get(owner, "a", make)
+    assert len(made) == 2 and torch.equal(kept[0], first[0])
+    for number in range(3):
+        kept = cache.get(owner, "a", make)
+        data = (kept[0], kept[1][0], kept[1][1]["b"])[number].flatten().view(torch.uint8)
+        data[len(data) // 2] ^= 4
+        again = cache.get(owner, "a", make)
+        assert len(made) == number + 3 and torch.equal(again[0], first[0]) and torch.equal(again[1][0], first[1][0])
+        assert "changed in memory" in caplog.text
+        caplog.clear()

@@ -12,7 +12,7 @@ from subject_dla.common.untrusted_json import DEEPEST, LONGEST, JSONError, parse
 @pytest.mark.parametrize(("text", "problem"), [
     ("", "is not JSON"), ("{", "is not JSON"), ("[" * 10**6, "nested too deeply"), ("\ud800", "is not JSON"),
     ('{"a":' * DEEPEST + "{}" + "}" * DEEPEST, f"nested too deeply, expected at most {DEEPEST} levels"),
-    ("[1]", "holds a list, expected an object"), ("null", "holds None, expected an object"),
+    ("[1]", r"is \[1\], expected a JSON object"), ("null", "is None, expected a JSON object"),
     ('{"a": NaN}', "is not JSON .*NaN"), ('{"a": -Infinity}', "number -Infinity"), ('{"a": 1e999}', "number 1e999"),
     ('{"a": 1, "a": 2}', "two values of the name 'a'"), ('{"a": ' + "1" * 5000 + "}", "is not JSON"),
     (b'{"a": "\xff"}', "is not JSON"), (" " * (LONGEST + 1), "bytes long, expected at most 16,777,216"),

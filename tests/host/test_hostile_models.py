@@ -1,0 +1,57 @@
+"""Diffusion models, DLAs and conditionings from elsewhere that cannot be right."""
+
+import json
+
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from subject_dla.common.bootstrap import ROOT
+from subject_dla.loaders.conditioning import reference_latents
+from subject_dla.loaders.dit import load_dit
+
+DEMO = ROOT / "demo" / "models" / "diffusion_models"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The demo's diffusion model, and its metadata."""
+    from safetensors import safe_open
+
+    (path,) = sorted(DEMO.glob("*.safetensors"))[:1]
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), file.metadata()
+
+
+@pytest.mark.parametrize(("config", "problem"), [
+    ("[" * 10**5, "`unet_config` is nested too deeply"), ("{'a'}", "`unet_config` is not JSON"),
+    ("[1]", r"`unet_config` is \[1\], expected a JSON object"), ('{"num_heads": NaN}', "`unet_config` is not JSON"),
+    ({"num_heads": 0}, "num_heads 0, expected a size"), ({"num_heads": 10**9}, "num_heads 1000000000, expected"),
+    ({"depth": 10**9}, "depth 1000000000, expected"), ({"depth": "x"}, "depth 'x', expected"),
+    ({"hidden_size": -4}, "hidden_size -4, expected"), ({"axes_dim": [10**9, 1]}, "axes_dim .*, expected"),
+    ({"num_heads": 7}, "the host knows no model"), ({"image_model": "evil"}, "the host knows no model"),
+])  # fmt: skip
+def test_sizes_in_a_diffusion_models_metadata_are_bounded(small, tmp_path, monkeypatch, config, problem):
+    tensors, metadata = small
+    if isinstance(config, dict):
+        config = json.dumps(json.loads(metadata["unet_config"]) | config)
+    path = tmp_path / "evil.safetensors"
+    save_file(tensors, path, {**metadata, "unet_config": config})
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(path))
+    with pytest.raises(ValueError, match=f"evil.safetensors: .*{problem}"):
+        load_dit("evil.safetensors")
+
+
+@pytest.mark.parametrize("latents", [
+    torch.zeros(1, 16, 8, 8), "text", 7, ["text"], [None], [[torch.zeros(1, 16, 8, 8)]], [torch.zeros(16, 8)],
+    [torch.zeros(1, 16, 8, 8, dtype=torch.int32)], {"samples": torch.zeros(1, 16, 8, 8)},
+])  # fmt: skip
+def test_references_that_are_no_latents_are_named(latents):
+    with pytest.raises(ValueError, match=r"reference_latents of a conditioning (is|holds) .*, expected .*latents \(b"):
+        reference_latents({"reference_latents": latents})
+
+
+def test_references_that_are_latents_are_read():
+    latents = [torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 1, 8, 8, dtype=torch.bfloat16)]
+    assert reference_latents({"reference_latents": latents}) == latents
+    assert reference_latents({}) == reference_latents({"reference_latents": None}) == []

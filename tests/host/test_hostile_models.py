@@ -55,3 +55,11 @@ def test_references_that_are_latents_are_read():
     latents = [torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 1, 8, 8, dtype=torch.bfloat16)]
     assert reference_latents({"reference_latents": latents}) == latents
     assert reference_latents({}) == reference_latents({"reference_latents": None}) == []
+
+
+def test_the_demos_own_sizes_are_taken(small, tmp_path, monkeypatch):
+    tensors, metadata = small
+    save_file(tensors, tmp_path / "good.safetensors", metadata)
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
+    config = load_dit("good.safetensors").model.model_config.unet_config
+    assert json.loads(metadata["unet_config"]).items() <= config.items()

@@ -13,5 +13,15 @@ ROWS = (
     Row("bad_files_clear", "of them refused with file and reason, or read rightly", "bad_files_tried", BAD_FILES, "="),
     Row("inputs_tried", "inputs drawn for nodes", 1000, BAD_INPUTS, "≥"),
     Row("unclear_errors", "of them that end in another's traceback, or in NaN", 0, BAD_INPUTS),
+    Row("long_run_prompts", "prompts of varying settings through one server", 1000, "long_run", "≥"),
+    Row("long_run_growth", "growth of its memory after the warm-up", 0.03, "long_run"),
+    Row(
+        "long_run_slowdown",
+        "processor's seconds of a prompt, the last 200 over the 200 after the warm-up",
+        1.05,
+        "long_run",
+    ),
+    Row("long_run_missing", "pictures missing", 0, "long_run"),
+    Row("long_run_differing", "of those compared, other than the same settings give alone", 0, "long_run"),
 )
 TABLE = Table(__package__, "faults", "kind of fault", ROWS, {})

@@ -2,12 +2,12 @@
 
     nox -s faults -- long_run [--prompts 1000] [--again 100] [--alone 10] [--log FILE]
 
-Subject, prompt, schedule, strength, sampler and seed of each prompt are drawn at random, from a seed; so are size, batch,
-steps and CFG, but the same in each block of 200, so that blocks cost the same. `long_run_growth` compares the medians of
-the server's memory (RSS) over the last block and over the block after the warm-up, `long_run_slowdown` their medians of
-the processor's seconds that the server took for a prompt (`_clock`: the seconds that passed, which other work on the
-machine changes). Afterwards `--again` of the settings are drawn on a second server in another order and `--alone` each
-on a server of its own, which draws nothing else. Last line: one JSON object.
+Subject, prompt, schedule, strength, sampler and seed of each prompt are drawn at random, from a seed; so are size,
+batch, steps and CFG, but the same in each block of 200, so that blocks cost the same. `long_run_growth` compares the
+medians of the server's memory (RSS) over the last block and over the block after the warm-up, `long_run_slowdown` their
+medians of the processor's seconds that the server took for a prompt (`_clock`: the seconds that passed, which other
+work on the machine changes). Afterwards `--again` of the settings are drawn on a second server in another order and
+`--alone` each on a server of its own, which draws nothing else. Last line: one JSON object.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import gc
 import json
 
 import comfy.ldm.flux.math
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -242,6 +243,21 @@ def test_mixed_precision_is_computed_again_as_it_was():
     (kept,), (again,) = problem.gradients(False), problem.gradients(True)
     assert torch.equal(kept, again) and not torch.equal(kept, full)
     assert (kept - full).norm() / full.norm() < 0.05
+
+
+def test_weights_that_a_lora_had_patched_are_trained_through():
+    """A picture with a LoRA before, in the same server: the host puts the weights back when it loads them anew."""
+    with torch.inference_mode():
+        model = tiny_flux()
+        drawn, key = model.clone(), "diffusion_model.double_blocks.0.txt_attn.qkv.weight"
+        weight = model.model.state_dict()[key]
+        before = weight.clone()
+        assert drawn.add_patches({key: ("diff", (torch.ones_like(weight),))}) == [key]
+        comfy.model_management.load_models_gpu([drawn])
+        assert not torch.equal(model.model.state_dict()[key], before)
+    problem = Problem(model, "flux")
+    assert torch.equal(model.model.state_dict()[key], before)
+    assert problem.gradients(False)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

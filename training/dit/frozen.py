@@ -59,6 +59,7 @@ class FrozenDiT:
         """Puts the DiT on the device, with so many bytes left free, in weights that autograd can use."""
         make_trainable_through(self.base)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
+        make_trainable_through(self.base)  # the host puts weights back that another job's LoRA had patched
         self.base.requires_grad_(False)
 
     @contextmanager
@@ -155,12 +156,13 @@ class FrozenDiT:
 def make_trainable_through(module: nn.Module) -> None:
     """Replaces weights that were made under inference mode, as the host's nodes do, which no backward pass may keep.
 
-    A parameter stays one of them when it is moved; it is known by having no version.
+    A parameter stays one of them when it is moved, and is known by having no version; one that the host made outside of
+    a tensor from inside has a version.
     """
 
     def fresh(tensor: Tensor | None) -> bool:
         try:
-            return tensor is None or tensor._version >= 0
+            return tensor is None or not tensor.is_inference() and tensor._version >= 0
         except RuntimeError:
             return False
 

@@ -4,11 +4,13 @@ POST /faults with {"at": "comfy.sd:VAE.encode", "call": 2, "do": "interrupt"}: a
 GET /faults: how often each place was called since it was named, and what was done.
 """
 
+import asyncio
 import functools
 import importlib
 import os
 import signal
 import sys
+import time
 
 import comfy.model_management
 from aiohttp import web
@@ -34,7 +36,7 @@ class Place:
             self.calls += 1
             if self.call and self.calls == self.call:
                 self.done += 1
-                act(self.do)
+                act(self)
             return bound(*args, **kwargs)
 
         wrapped = type(function)(counted) if bound is not function else counted
@@ -52,8 +54,9 @@ def _module(name: str):
     return importlib.import_module(name, pack)
 
 
-def act(do: str) -> None:
+def act(place: Place) -> None:
     """Brings the fault about."""
+    do = place.do
     if do == "interrupt":
         comfy.model_management.interrupt_current_processing()
     elif do == "memory":
@@ -64,6 +67,9 @@ def act(do: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif do == "disk":
         raise OSError(28, "No space left on device")
+    elif do == "wait":  # until another wish comes for this place
+        while place.do == "wait":
+            time.sleep(0.02)
 
 
 @PromptServer.instance.routes.post("/faults")
@@ -72,6 +78,17 @@ async def choose(request):
     wish = await request.json()
     place = PLACES.get(wish["at"]) or PLACES.setdefault(wish["at"], Place(wish["at"]))
     place.calls, place.call, place.do, place.done = 0, int(wish.get("call", 0)), wish.get("do", ""), 0
+    return web.json_response({})
+
+
+@PromptServer.instance.routes.post("/faults/forget")
+async def forget(request):
+    """Lets the host forget models and results, as its /free does, but answers once it is done."""
+    queue = PromptServer.instance.prompt_queue
+    queue.set_flag("free_memory", True)
+    while queue.get_flags(reset=False):
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.2)  # between taking the flags and doing so
     return web.json_response({})
 
 

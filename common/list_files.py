@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TypeGuard
 
-from .files import DataError
+from .files import DataError, file_problem, read_bytes
 from .images import ImageError
-from .picture_files import PictureFile, shown_size, whole_pictures
+from .picture_files import PICTURES, PictureFile, left_out, shown_size, whole_pictures
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = (".json", ".jsonl")
 REFERENCES = ("image_paths", "image_path")
 TARGETS = ("image_tgt_path", "target_path", "target")  # UNO's key first
@@ -28,6 +27,9 @@ PLAIN = re.compile(r"(?!\.\.?(?:/|$))[^/\\:\0]+(?:/(?!\.\.?(?:/|$))[^/\\:\0]+)*"
 DECODE = json.JSONDecoder().raw_decode
 SPACE = re.compile(r"[ \t\n\r]*")
 CHUNK = 2**20  # characters of a .json that are read at a time
+LONGEST_TEXT = 2**20  # bytes of a caption, or a list of prompts
+LONGEST_ENTRY = 16 * CHUNK  # characters of an entry of a list
+LONGEST_LIST = 256 * 2**20  # bytes of a .json that is read whole; entry by entry there is no limit
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,14 @@ class DataReader:
 
     def _pictures(self, folder: Path) -> list[Path] | None:
         try:
-            files = (path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.name[0] != ".")
-            return sorted(path for path in files if path.is_file())
+            named = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+            for path in named:
+                problem = left_out(path.name)
+                if not problem and path.suffix.lower() in PICTURES and not path.is_dir():
+                    problem = file_problem(path)
+                if problem:
+                    self.problem(f"{folder.name}/{path.name}", problem)
+            return [path for path in named if path.suffix.lower() in PICTURES and path.is_file()]
         except OSError as error:
             self.problem(folder.name, f"cannot be read ({error.strerror}), expected a folder of pictures")
             return None
@@ -221,22 +229,26 @@ def is_list(source: Path) -> bool:
         raise DataError(f"{source}: there is no such folder or file.")
     if not source.is_dir() and source.suffix.lower() not in LISTS:
         raise DataError(f"{source}: expected a folder of subjects, or a list ending in {' or '.join(LISTS)}.")
+    if problem := not source.is_dir() and file_problem(source, "a file, or a folder of subjects"):
+        raise DataError(f"{source} {problem}")
     return not source.is_dir()
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
-    """A text file in UTF-8 or UTF-16. Raises DataError."""
+def read_text(path: Path, longest: int = LONGEST_TEXT) -> str:
+    """A text file in UTF-8 or UTF-16 of at most `longest` bytes. Raises DataError."""
+    data = read_bytes(path, longest)
     try:
-        data = path.read_bytes()
-        return data.decode(json.detect_encoding(data), errors)
-    except (OSError, UnicodeDecodeError) as error:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read ({error}), expected text in UTF-8 or UTF-16.") from None
 
 
 def read_json_list(path: Path) -> list:
     """The list in a .json file. Raises DataError."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_bytes(path, LONGEST_LIST))
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}). A list with an entry on each line is a .jsonl.") from None
     if not isinstance(found, list):
@@ -248,7 +260,10 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file in UTF-8 or UTF-16, one by one; bytes that are neither are escaped. Raises DataError."""
     try:
         with open(path, encoding=_encoding(path), errors="surrogateescape", newline="\n") as file:
-            yield from (line.removesuffix("\n") for line in file)
+            while line := file.readline(LONGEST_ENTRY + 1):
+                if len(line) > LONGEST_ENTRY:
+                    raise DataError(f"{path}: a line has over {LONGEST_ENTRY:,} characters, expected an entry on each.")
+                yield line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected text in UTF-8 or UTF-16.") from None
 
@@ -258,7 +273,7 @@ def _json_values(path: Path) -> Iterator[object]:
     count, opener, text, at = 0, "[", "", 0
     try:
         with open(path, encoding=_encoding(path), errors="surrogatepass", newline="") as file:
-            while (more := file.read(CHUNK)) and len(text) - at < 16 * CHUNK:
+            while (more := file.read(CHUNK)) and len(text) - at < LONGEST_ENTRY:
                 text, at = text[at:] + more, 0
                 while (found := _value(text, at, opener)) is not None:
                     value, at = found

@@ -17,9 +17,32 @@ from .images import SLIMMEST, SMALLEST, ImageError
 from .tar_files import TarMember
 
 PictureFile = Path | TarMember
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)  # first frames
+# Pictures too, which Pillow reads on some systems alone or not at all: named where they are left out.
+OTHER_PICTURES = (
+    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".tga", ".exr", ".hdr", ".ico", ".ppm", ".pgm",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw",
+)  # fmt: skip
 PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_TEXT = 2**20  # bytes of a PNG's text; Pillow's own limit
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
+
+
+def left_out(name: str) -> str:
+    """Why a picture of this name is not used, as text to follow the name; "" where it is used, or no picture."""
+    suffix = Path(name).suffix.lower()
+    return f"is {suffix}, expected {', '.join(PICTURES)}: convert it" if suffix in OTHER_PICTURES else ""
 
 
 def file_version(file: PictureFile) -> tuple[Path | str, int, int]:
@@ -34,6 +57,8 @@ def load_picture(path: PictureFile) -> Tensor:
     """(H, W, 3) float32 in 0..1: turned as EXIF says, transparency over white, 16 bits a channel reduced to 8."""
     with _reading(path), whole_pictures(), _open(path) as file:
         picture = ImageOps.exif_transpose(file)
+        if picture.mode == "F":
+            raise ImageError("it holds floating-point values, expected 8 or 16 bits a channel")
         if picture.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
             values = numpy.asarray(picture).astype(numpy.float64) / 257
             picture = Image.fromarray(values.round().clip(0, 255).astype(numpy.uint8))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..common.list_files import PICTURES
+from ..common.picture_files import PICTURES
 
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
 BESIDE = "beside the DLA"  # as start_lora: the LoRA that was trained with the connected DLA, which has its name
@@ -56,7 +56,7 @@ def _read(folder: Path, changed: int, most: int) -> _Names:
             continue
         if entry.is_dir():
             folders.append(entry.name)
-        elif suffix == ".txt":
+        elif suffix.lower() == ".txt":
             captions.add(stem)
         elif suffix.lower() in PICTURES:
             pictures.append(stem)
@@ -64,7 +64,9 @@ def _read(folder: Path, changed: int, most: int) -> _Names:
             lists.append(entry.name)
     captioned = any(stem in captions for stem in pictures)
     if len(names) == most and not captioned:  # the rest is not read: these may come first, and their others later
-        captioned = bool(captions) or any((folder / f"{stem}.txt").is_file() for stem in pictures[:100])
+        captioned = bool(captions) or any(
+            (folder / f"{stem}{suffix}").is_file() for stem in pictures[:100] for suffix in (".txt", ".TXT")
+        )
     return _Names(tuple(lists), tuple(folders), captioned)
 
 

@@ -45,11 +45,11 @@ def read_data(
     decoded when it is first drawn (`Examples.damage`).
 
     Args:
-        source: Folder SUBJECT/*.{jpg,png,webp}, where a picture with a caption (the .txt of its name) is a target and
-            other pictures of the subject are its references; pictures right in the folder are one subject. Or a list of
-            objects with `prompt`, `image_paths` (or `image_path`), `image_tgt_path` and, optionally, `subject` (else
-            the first reference's path); paths start from the list's folder and stay in it. Or shards, see
-            `sources.find_shards`, with samples of KEY.jpg, KEY.txt and KEY.ref0.jpg, KEY.ref1.jpg ...
+        source: Folder SUBJECT/*.jpg (see `picture_files.PICTURES`), where a picture with a caption (the .txt of its
+            name) is a target and other pictures of the subject are its references; pictures right in the folder are one
+            subject. Or a list of objects with `prompt`, `image_paths` (or `image_path`), `image_tgt_path` and,
+            optionally, `subject` (else the first reference's path); paths start from the list's folder and stay in it.
+            Or shards, see `sources.find_shards`, with samples of KEY.jpg, KEY.txt and KEY.ref0.jpg, KEY.ref1.jpg ...
         validation: Share of the subjects held out, see `held_out`, or a source of its own.
         seed: Of the split and of the choice of references.
         max_references: Most references of a list's entry.

@@ -10,9 +10,8 @@ from pathlib import Path
 from posixpath import normpath
 from typing import NamedTuple
 
-from ...common.files import DataError
+from ...common.files import DataError, file_problem
 from ...common.list_files import (
-    PICTURES,
     Confined,
     DataReader,
     digest,
@@ -21,12 +20,14 @@ from ...common.list_files import (
     read_text,
     size_or_problem,
 )
+from ...common.picture_files import PICTURES, left_out
 from ...common.tar_files import TarMember, tar_members
 from .index import Draft, Index, Say, load_columns
 
-TEXTS = 2**20  # most bytes of a caption in a shard
-REFERENCE = re.compile(r"(?:ref|reference)s?[._-]?(\d*)\.(?:jpe?g|png|webp)")  # extension of a sample's reference
-TARGET = re.compile(r"(?:target\.)?(?:jpe?g|png|webp)")
+TEXTS = 2**20  # most bytes of a caption
+EXTENSIONS = "|".join(suffix[1:] for suffix in PICTURES)
+REFERENCE = re.compile(rf"(?:ref|reference)s?[._-]?(\d*)\.(?:{EXTENSIONS})")  # extension of a sample's reference
+TARGET = re.compile(rf"(?:target\.)?(?:{EXTENSIONS})")
 BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -106,7 +107,8 @@ class _Subject(NamedTuple):
     folder: str  # its name, "" for the root
     name: str
     pictures: list[str]
-    captions: dict[str, os.DirEntry]  # by name
+    captions: dict[str, os.DirEntry]  # by the picture's name with .txt
+    left_out: dict[str, str]  # by name, why
     problem: str = ""
 
 
@@ -117,7 +119,9 @@ def _folder(root: Path) -> Source:
         for subject in _subjects(root):
             if subject.problem:
                 reader.problem(subject.folder, subject.problem)
-            elif not subject.pictures:
+            for name, problem in sorted(subject.left_out.items()):
+                reader.problem(f"{subject.name}/{name}", problem)
+            if not subject.pictures and not subject.problem:
                 reader.problem(subject.name, "0 picture(s), expected at least two of a subject")
             for name in subject.pictures:
                 picture = draft.picture(f"{subject.folder}/{name}" if subject.folder else name)
@@ -135,32 +139,43 @@ def _folder(root: Path) -> Source:
 def _subjects(root: Path) -> Iterator[_Subject]:
     """The subjects in a folder: the pictures right in it, if any, then those of each folder in it by name."""
     try:
-        pictures, captions, folders = _scan(root)
+        pictures, captions, others, folders = _scan(root)
     except OSError as error:
         raise DataError(f"{root}: cannot be read ({error.strerror}), expected a folder of subjects.") from None
-    if pictures:
-        yield _Subject("", root.resolve().name, pictures, captions)
+    if pictures or others:
+        yield _Subject("", root.resolve().name, pictures, captions, others)
     for folder in folders:
         try:
-            pictures, captions, _ = _scan(root / folder)
-            yield _Subject(folder, folder, pictures, captions)
+            pictures, captions, others, _ = _scan(root / folder)
+            yield _Subject(folder, folder, pictures, captions, others)
         except OSError as error:
-            yield _Subject(folder, folder, [], {}, f"cannot be read ({error.strerror}), expected a folder of pictures")
+            yield _Subject(
+                folder, folder, [], {}, {}, f"cannot be read ({error.strerror}), expected a folder of pictures"
+            )
 
 
-def _scan(folder: Path) -> tuple[list[str], dict[str, os.DirEntry], list[str]]:
-    """Pictures, captions and folders in a folder, sorted by name."""
-    pictures, captions, folders = [], {}, []
+def _scan(folder: Path) -> tuple[list[str], dict[str, os.DirEntry], dict[str, str], list[str]]:
+    """Pictures, captions, what is left out and why, and folders in a folder, sorted by name."""
+    pictures, captions, others, folders = [], {}, {}, []
     with os.scandir(folder) as entries:
         for entry in entries:
-            suffix = os.path.splitext(entry.name)[1]
-            if suffix == ".txt" and entry.is_file():
-                captions[entry.name] = entry
-            elif entry.name[0] != "." and suffix.lower() in PICTURES and entry.is_file():
-                pictures.append(entry.name)
-            elif entry.name[0] != "." and entry.is_dir():
+            stem, suffix = os.path.splitext(entry.name)
+            if entry.name[0] == "." and suffix != ".txt":
+                continue
+            if entry.is_dir():
                 folders.append(entry.name)
-    return sorted(pictures), captions, sorted(folders)
+            elif suffix.lower() in (".txt", *PICTURES) and not entry.is_file():
+                others[entry.name] = file_problem(entry.path)
+            elif suffix.lower() == ".txt":
+                first = captions.setdefault(f"{stem}.txt", entry)
+                if first is not entry:  # .txt and .TXT
+                    captions[f"{stem}.txt"], other = sorted((first, entry), key=lambda one: one.name, reverse=True)
+                    others[other.name] = f"is beside {captions[f'{stem}.txt'].name}, expected one caption of a picture"
+            elif suffix.lower() in PICTURES:
+                pictures.append(entry.name)
+            elif problem := left_out(entry.name):
+                others[entry.name] = problem
+    return sorted(pictures), captions, others, sorted(folders)
 
 
 def _caption(reader: DataReader, subject: _Subject, picture: str) -> str:
@@ -168,7 +183,7 @@ def _caption(reader: DataReader, subject: _Subject, picture: str) -> str:
     if name not in subject.captions:
         return ""
     try:
-        text = read_text(Path(subject.captions[name].path)).strip()
+        text = read_text(Path(subject.captions[name].path), TEXTS).strip()
     except DataError as error:
         text, problem = "", str(error)
     else:
@@ -270,6 +285,8 @@ def _sample(
         prompt, subject = _texts(by_extension)
         if len(by_extension) < len(members):
             problem = "has an extension twice, expected each once"
+        elif not targets and (others := [found for member in members if (found := left_out(member.member))]):
+            problem = others[0]
         elif len(targets) != 1 and (prompt or targets or references):
             problem = f"has {len(targets)} pictures, expected one (.jpg, .png or .webp) with its .txt right behind it"
         elif len(references) > max_references:

@@ -10,18 +10,20 @@ from playwright.sync_api import Locator, Page
 from subject_dla.common.bootstrap import ROOT
 from subject_dla.tests.small.editor import LOAD, build_models, chromium, open_editor, small_server
 from subject_dla.tools import environment
-from subject_dla.tools.comfy_client.server import Server
+from subject_dla.tools.comfy_client.server import PACK, Server
 
 SCREENSHOTS = ROOT / "output" / "browser"
 FRONT_ENDS = {"own": None, "newest": environment.obtain_front_end}
 RENDERERS = {"classic": False, "nodes2": True}
 # Errors of the front end's own, by text or address.
 OF_THE_FRONT_END = re.compile(
-    r"core workflow templates|/templates/|api\.comfy\.org"  # its templates are not installed, nor is the internet there
+    r"core workflow templates|/templates/"  # its templates are not installed
+    r"|fetching file size|https://(api\.comfy\.org|huggingface\.co)/"  # nor the internet
     r"|/userdata[/?]|/docs/\w+/en\.md|Jobs ?Api|/api/jobs"  # not there yet; not on an older host
     r"|400 \(Bad Request\) \S+/prompt$|Prompt ?Execution|primevue",  # a graph is refused; a search box closes
     re.IGNORECASE,
 )
+CARDS = "[data-testid^='template-workflow-']"
 DISMISSED = ["vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"]  # advice on the two renderers
 SHOWN = """() => {
     const node = window.comfyAPI.app.app.graph.nodes.find((node) => node.type == "SaveImage")
@@ -71,7 +73,8 @@ def front_end(request) -> str:
 @pytest.fixture(scope="session")
 def server(comfyui, front_end, models, tmp_path_factory):
     root = FRONT_ENDS[front_end]
-    arguments = ["--front-end-root", str(root())] if root else []
+    arguments = ["--cache-lru", "1000"]  # what one renderer had run, the other shows
+    arguments += ["--front-end-root", str(root())] if root else []
     with small_server(comfyui, tmp_path_factory.mktemp("host"), models, arguments) as running:
         yield running
 
@@ -154,7 +157,11 @@ class Editor:
 
     def clear(self) -> None:
         """An empty graph at natural size, and nothing open beside it."""
-        self.page.keyboard.press("Escape")
+        for _ in range(10):  # one dialog may cover another
+            self.page.keyboard.press("Escape")
+            if not self.page.get_by_role("dialog").count():
+                break
+            self.page.wait_for_timeout(200)
         self.run("""async (app) => {
             await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false).catch(() => {})  // not in 1.32
             app.clean()
@@ -164,10 +171,10 @@ class Editor:
             app.canvas.setDirty(true, true)
         }""")
 
-    def fit(self) -> None:
-        """The whole graph in view."""
+    def fit(self, settle: int = 500) -> None:
+        """The whole graph in view, after so many milliseconds."""
         self.run("(app) => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(settle)
 
     def load(self, graph: dict) -> dict:
         """Loads a workflow; what of it the front end does not know, and what it would queue."""
@@ -236,6 +243,20 @@ class Editor:
             return [text.replace("\xa0", " ").split("\n")[0].strip() for text in texts if text.strip()]
 
         return titles
+
+    def open_template(self, title: str) -> None:
+        """Of our pack, from the dialog; some editors add cards as the list is scrolled."""
+        dialog = self.open_templates()
+        dialog.get_by_role("button", name=PACK).click()
+        cards, card = dialog.locator(CARDS), dialog.get_by_test_id(f"template-workflow-{title}")
+        cards.first.wait_for()
+        for _ in range(20):
+            if card.count():
+                break
+            cards.last.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(100)
+        card.click()
+        dialog.wait_for(state="hidden")
 
     def screenshot(self, name: str) -> Path:
         path = SCREENSHOTS / f"{name}-{self.front_end}-{self.renderer}.png"

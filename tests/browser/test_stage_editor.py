@@ -54,6 +54,7 @@ def stages(editor) -> int:
     node = editor.run(ROW)
     slider(editor, "keyframe 2, start").wait_for()
     editor.page.mouse.click(560, 720)  # the front end notes what the graph is, to undo changes to it
+    editor.page.wait_for_timeout(150)  # once more 50 ms later, in newer ones
     return node
 
 
@@ -124,8 +125,8 @@ def test_it_is_as_wide_as_its_node_beside_the_panel(editor, stages):
         pytest.skip("this editor has no panel of properties")
     editor.select(stages)
     editor.set(RightSidePanel__IsOpen=True)
-    panel = editor.page.get_by_text("INPUTS", exact=True)
-    panel.wait_for()
+    editor.page.get_by_text("Parameters", exact=True).click()
+    editor.page.get_by_text("INPUTS", exact=True).wait_for()
     editor.page.wait_for_timeout(500)
     editor.screenshot("stage-editor-panel")
     width = editor.run("(app, _, id) => app.graph.getNodeById(id).size[0]", stages)

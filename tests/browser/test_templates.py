@@ -2,30 +2,65 @@
 
 import json
 
+import pytest
+from subject_dla.tests.small.editor import STATE
+from subject_dla.tests.small.prompts import of_type, shrink
 from subject_dla.tools.comfy_client import workflow
 from subject_dla.tools.comfy_client.server import PACK
 from subject_dla.tools.comfy_client.shipped import TITLES
 
-NOT_ON_EVERY_HOST = {"qwen_image_2_1_staged": "QwenImage21Cache"}
+QWEN_IMAGE_21, CACHE_21 = "qwen_image_2_1_staged", "QwenImage21Cache"
+# Whether each node that a run gave pictures shows them.
+PICTURES = """(nodes) => nodes.every((id) => {
+    const node = window.comfyAPI.app.app.graph.getNodeById(id)
+    const shown = [...document.querySelectorAll(`[data-node-id="${id}"] img`), ...node.imgs ?? []]
+    return shown.some((image) => image.naturalWidth)
+})"""
 
 
-def test_each_template_opens_whole(editor):
-    """Every node known, every link there, nothing reported."""
-    faults, known = {}, editor.server.client.object_info()
-    for name in TITLES:
-        if NOT_ON_EVERY_HOST.get(name, "KSampler") not in known:
-            continue
-        saved = workflow.read(name)
-        shown = editor.load(saved)
-        editor.page.wait_for_timeout(300)
+@pytest.fixture
+def small_runs(editor):
+    """Small sizes and few steps in whatever the editor queues, so that the templates stay as they are."""
+
+    def change(route):
+        sent = route.request.post_data_json
+        shrink(sent["prompt"])
+        kinds = {node["class_type"] for node in sent["prompt"].values()}
+        if "TextEncodeQwenImageEditPlus" in kinds:  # whose references stay at a megapixel
+            of_type(sent["prompt"], "KSampler")["steps"] = 1
+        route.continue_(post_data=json.dumps(sent))
+
+    editor.page.route("**/api/prompt", change)
+    yield
+    editor.page.unroute("**/api/prompt")
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_each_template_is_opened_and_run(editor, small_runs, name):
+    """From the dialog: every node known, every link there, nothing reported; Run shows its pictures."""
+    saved, info = workflow.read(name), editor.server.client.object_info()
+    files = info["UNETLoader"]["input"]["required"]["unet_name"][0]
+    if name == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in files:
+        pytest.skip("this host has no FLUX.2")
+    editor.open_template(TITLES[name])
+    count = "(count) => window.comfyAPI.app.app.graph.nodes.length === count"
+    editor.page.wait_for_function(count, arg=len(saved["nodes"]))
+    shown = editor.page.evaluate(STATE)
+    if name == QWEN_IMAGE_21 and CACHE_21 not in info:
+        assert shown["missing"] == [CACHE_21] and not shown["unlinked"]
+        details = editor.page.get_by_role("button", name="View details")  # of a newer editor
+        details.or_(editor.page.get_by_text(CACHE_21)).first.wait_for()
         editor.screenshot(f"template-{name}")
-        found = {key: shown[key] for key in ("missing", "broken", "unlinked") if shown[key]}
-        if shown["count"] != len(saved["nodes"]) or editor.errors:
-            found |= {"nodes": shown["count"], "errors": list(editor.errors)}
-            editor.errors.clear()
-        if found:
-            faults[name] = found
-    assert not faults, json.dumps(faults, indent=1)
+        pytest.skip("not on this host: Qwen-Image 2.1")
+    assert not shown["missing"] and not shown["broken"] and not shown["unlinked"], shown
+    editor.fit(settle=0)  # while it runs
+    with editor.page.expect_response("**/api/prompt") as queued:
+        editor.press_run()
+    outputs = editor.server.client.wait(queued.value.json()["prompt_id"], shown["output"])
+    pictures = [int(key) for key, output in outputs.items() if output.get("images")]
+    assert pictures or any(output.get("text") for output in outputs.values())
+    editor.page.wait_for_function(PICTURES, arg=pictures)
+    editor.screenshot(f"template-{name}")
 
 
 def test_they_are_listed_in_their_order_and_found(editor):

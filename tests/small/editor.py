@@ -33,9 +33,9 @@ READY = """() => {
     const types = (window.LiteGraph ?? window.comfyAPI?.litegraph?.LiteGraph)?.registered_node_types
     return app?.graph && types?.SubjectEncode && app.extensionManager?.workflow?.activeWorkflow
 }"""
-LOAD = """async (workflow) => {
+# What of the open workflow the editor does not know, and what it would queue.
+STATE = """async () => {
     const app = window.app ?? window.comfyAPI.app.app
-    await app.loadGraphData(workflow)
     const known = (window.LiteGraph ?? window.comfyAPI.litegraph.LiteGraph).registered_node_types
     const nodes = app.graph._nodes ?? app.graph.nodes
     const prompt = await app.graphToPrompt()
@@ -47,6 +47,10 @@ LOAD = """async (workflow) => {
         output: prompt.output,
     }
 }"""
+LOAD = f"""async (workflow) => {{
+    await (window.app ?? window.comfyAPI.app.app).loadGraphData(workflow)
+    return await ({STATE})()
+}}"""
 
 
 def build_models(comfyui: Path, folder: Path) -> Path:

@@ -26,6 +26,8 @@ def shrink(prompt: dict) -> None:
                 inputs[name] = small
         if node["class_type"] in ("SubjectAddIdentity", "SubjectConditioning"):
             inputs["size"] = 128
+        if node["class_type"] == "ImageScaleToTotalPixels":
+            inputs["megapixels"] = 0.02
         if node["class_type"] == "SubjectEncodeQwenImage21":
             inputs["resolution"] = 128
         if node["class_type"] == "SubjectTrainDLA":

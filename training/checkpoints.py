@@ -2,32 +2,54 @@
 
     FOLDER/checkpoint-00000500/{dla,lora,optimizer}.safetensors, state.json
 
+state.json has a checksum of each other file and of itself; 0.1.0's had none. A damaged checkpoint is put aside, and
+the one before it is taken.
+
 Random numbers need no state (see flow.generator), nor do the rates, which are functions of the step.
 """
 
+import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from functools import reduce
+from itertools import count
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
-from ..common.files import sync
+from ..common.files import file_problem, sync
+from ..common.safetensors_header import read_header
+from ..common.untrusted_json import read_json
 from ..dla.aggregator import DualLayerAggregator
 from ..dla.checkpoint import check_finite, load_dla, read_config, save_dla
+from ..dla.config import DLAConfig
 from .dit.lora import LoRA
 from .recipe import Recipe, RecipeError
+from .reporting.losses import is_loss
 
 PREFIX = "checkpoint-"
 # Settings that a run keeps; the others may change when it is resumed.
 FIXED = ("dla", "lora.rank", "lora.alpha", "training.stage", "training.seed", "training.optimizer")
 FILES = ("dla.safetensors", "optimizer.safetensors", "state.json")
+LONGEST = 2**29  # bytes of a state.json; the losses of a million steps have 20 MB
+# What a run resumes from, beside the weights, in state.json.
+ENTRIES: dict[str, type] = {
+    "step": int, "losses": list, "validation": dict, "identity": str, "recipe": dict, "mllm": str, "family": str,
+    "data": dict, "optimizer": dict,
+}  # fmt: skip
+T = TypeVar("T")
+NAMES = {int: "a whole number", list: "a list", dict: "an object", str: "text"}
 
 
 class CheckpointError(ValueError):
@@ -35,6 +57,25 @@ class CheckpointError(ValueError):
 
     def __init__(self, checkpoint: Path, problem: str):
         super().__init__(f"{checkpoint.parent.name}/{checkpoint.name}: {problem}")
+        self.checkpoint = checkpoint
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are damaged, missing, or of another one."""
+
+    def __init__(self, checkpoint: Path, problem: str):
+        way_out = "Move this folder away to resume from the checkpoint before it, or to begin anew."
+        super().__init__(checkpoint, f"{problem.rstrip('.')}. {way_out}")
+        self.problem = problem
+
+
+class Resumed(NamedTuple):
+    """What a run resumes from."""
+
+    checkpoint: Path
+    state: dict[str, Any]  # that `save` got, and the step
+    moments: dict[int, dict[str, Any]]  # as a state_dict of the optimizer has them under "state"
+    problems: tuple[str, ...]  # a line for each newer checkpoint, which is damaged and was put aside
 
 
 def save(
@@ -57,7 +98,10 @@ def save(
         lora.save(work / "lora.safetensors")
     tensors, rest = _pack(moments)
     save_file(tensors, work / "optimizer.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step, "optimizer": rest, **state}), encoding="utf-8")
+    state = {"step": step, "optimizer": rest, **state}
+    state["files"] = {file.name: _sha256(file) for file in sorted(work.iterdir())}
+    state = json.loads(json.dumps(state))  # keys are texts, as when it is read
+    (work / "state.json").write_text(json.dumps({**state, "checksum": _checksum(state)}), encoding="utf-8")
     for file in work.iterdir():
         sync(file)
     _sync_folder(work)
@@ -79,11 +123,51 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Reads the `state` that `save` got, and the step. Raises CheckpointError."""
+    file = checkpoint / "state.json"
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {**state, "step": int(state["step"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(checkpoint, f"state.json cannot be read ({error!r})") from None
+        state = read_json(file, longest=LONGEST)
+    except ValueError as error:
+        raise DamagedCheckpointError(checkpoint, str(error).replace(str(file), file.name)) from None
+    checksum = state.pop("checksum", None)
+    if problem := _state_problem(checkpoint, state):
+        raise DamagedCheckpointError(checkpoint, f"state.json: {problem}")
+    if checksum is not None and checksum != _checksum(state):
+        raise DamagedCheckpointError(checkpoint, "state.json was changed or damaged: its checksum is another one")
+    return state
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """Reads the state of the newest checkpoint of which it can be read; None where there is none.
+
+    Raises CheckpointError where there are checkpoints, and none can be read.
+    """
+    return _first(folder, lambda checkpoint: read_state(checkpoint))
+
+
+def resume(folder: Path, check: Callable[[dict], object], *trained: Any) -> Resumed | None:
+    """Loads the newest checkpoint that is whole, and puts those aside that are newer; None where there is none.
+
+    Args:
+        folder: Of the run.
+        check: Gets a checkpoint's state and raises where it is of another run, before its weights are read.
+        trained: DLA, LoRA and optimizer, see `restore`.
+
+    Raises CheckpointError where there are checkpoints and none is whole, or the DLA has another config.
+    """
+    problems: list[DamagedCheckpointError] = []
+    for checkpoint in reversed(_folders(folder)):
+        try:
+            state = read_state(checkpoint)
+            check(state)
+            moments = restore(checkpoint, *trained)
+        except DamagedCheckpointError as error:
+            problems.append(error)
+            continue
+        lines = tuple(_put_aside(folder, error, checkpoint.name) for error in problems)
+        return Resumed(checkpoint, state, moments, lines)
+    if problems:
+        raise problems[0]
+    return None
 
 
 def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
@@ -106,30 +190,40 @@ def begun_scores(folder: Path) -> str | None:
 
     Raises CheckpointError where that DLA cannot be read.
     """
-    found = checkpoints(folder)
-    if not found:
+
+    def read(checkpoint: Path) -> DLAConfig:
+        try:
+            return read_config(checkpoint / "dla.safetensors")
+        except ValueError as error:
+            raise DamagedCheckpointError(checkpoint, str(error)) from None
+
+    config = _first(folder, read)
+    if config is None:
         return None
-    try:
-        config = read_config(found[-1] / "dla.safetensors")
-    except ValueError as error:
-        raise _damaged(found[-1], str(error)) from None
     return config.scores if config.pooling == "softmax" and config.modalities != "last" else None
 
 
 @torch.no_grad()
-def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None) -> dict[int, dict[str, Any]]:
-    """Loads the weights; returns the moments, as a state_dict of the optimizer has them under "state".
+def restore(
+    checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None, optimizer: Optimizer
+) -> dict[int, dict[str, Any]]:
+    """Loads the weights; returns the moments, as a state_dict of the `optimizer` has them under "state".
 
     Raises CheckpointError where a file is damaged, or the DLA has another config than the one that is trained now.
     """
     state = read_state(checkpoint)
     try:
+        for name, sha256 in state.get("files", {}).items():
+            path = checkpoint / Path(str(name)).name
+            if problem := file_problem(path):
+                raise ValueError(f"{path.name} {problem}")
+            if _sha256(path) != sha256:
+                raise ValueError(f"{path.name} was changed or damaged: its checksum is not the one in state.json")
         saved = load_dla(checkpoint / "dla.safetensors")
+        read_header(checkpoint / "optimizer.safetensors")
         moments = _unpack(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
-        if lora is not None:
-            lora.load(checkpoint / "lora.safetensors")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(checkpoint, str(error)) from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(checkpoint, str(error)) from None
     for field in fields(saved.config):
         before, now = getattr(saved.config, field.name), getattr(dla.config, field.name)
         if before != now and field.name != "provenance":
@@ -138,14 +232,100 @@ def restore(checkpoint: Path, dla: DualLayerAggregator, lora: LoRA | None) -> di
                 f"its DLA has {field.name} {before}, the one to train has {now}. Put back the MLLM and the DLA that "
                 "the run began with, or choose another run name to begin a new one.",
             )
+    if lora is not None:
+        try:
+            lora.load(checkpoint / "lora.safetensors")
+        except ValueError as error:
+            raise DamagedCheckpointError(checkpoint, str(error)) from None
+    if problem := _moments_problem(moments, optimizer):
+        raise DamagedCheckpointError(checkpoint, f"optimizer.safetensors: {problem}")
     dla.load_state_dict(saved.state_dict())
     return moments
 
 
-def _damaged(checkpoint: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        checkpoint, f"{problem}. Move this folder away to resume from the checkpoint before it, or to begin anew."
-    )
+def _folders(folder: Path) -> list[Path]:
+    """Every checkpoint, oldest first, also where files of it are missing."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d{{8,}}", path.name))
+
+
+def _first(folder: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of the newest checkpoint for which it raises no DamagedCheckpointError."""
+    first = None
+    for checkpoint in reversed(_folders(folder)):
+        try:
+            return read(checkpoint)
+        except DamagedCheckpointError as error:
+            first = first or error
+    if first:
+        raise first
+    return None
+
+
+def _put_aside(folder: Path, error: DamagedCheckpointError, instead: str) -> str:
+    """Renames a damaged checkpoint, so that the run can save that step again; a line that says so."""
+    name = str(error.checkpoint.name)
+    aside = next(path for n in count() if not (path := folder / f"damaged{n or ''}-{name}").exists())
+    error.checkpoint.rename(aside)
+    return f"{name} is damaged ({error.problem}), so {instead} is taken. It was renamed to {aside.name}."
+
+
+def _sha256(file: Path) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _state_problem(checkpoint: Path, state: dict) -> str:
+    """Why nothing can resume from a state; "" where a run can."""
+    for name, kind in ENTRIES.items():
+        if type(state.get(name)) is not kind:
+            found = f"is {reprlib.repr(state[name])}" if name in state else "is missing"
+            return f"{name} {found}, expected {NAMES[kind]}"
+    step, losses = state["step"], state["losses"]
+    if step < 1 or checkpoint.name != f"{PREFIX}{step:08d}":
+        return f"step is {step}, expected the {checkpoint.name.removeprefix(PREFIX).lstrip('0')} of the folder's name"
+    if len(losses) != step:
+        return f"losses has {len(losses):,} entries, expected one for each of {step:,} steps"
+    for number, loss in enumerate(losses, 1):
+        if type(loss) not in (int, float) or not math.isfinite(loss):
+            return f"losses has {reprlib.repr(loss)} at step {number}, expected a finite number"
+    if type(state["data"].get("fingerprint")) is not str:
+        return "data has no fingerprint, expected text"
+    for at, rows in state["validation"].items():
+        if not at.isdecimal() or not isinstance(rows, list) or not all(map(is_loss, rows)):
+            return f"validation has {reprlib.repr(rows)} at step {at:.20}, expected a list of losses"
+    return ""
+
+
+def _moments_problem(moments: dict, optimizer: Optimizer) -> str:
+    """Why an optimizer cannot go on from these moments; "" where it can."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if more := sorted(set(moments) - set(range(len(parameters)))):
+        return f"has an entry {more[0]}, expected those of {len(parameters)} parameters"
+    needed = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("step",)
+    for index, parameter in enumerate(parameters):
+        values = moments.get(index, {})
+        for name in (*needed, *values):
+            entry, value = f"{index}/{name}", values.get(name)
+            if value is None:
+                return f"{entry} is missing"
+            numbers = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            shape = tuple(parameter.shape)
+            if name.startswith("exp_avg") and (tuple(numbers.shape) != shape or not numbers.is_floating_point()):
+                return f"{entry} is {numbers.dtype} of shape {tuple(numbers.shape)}, expected floats of shape {shape}"
+            if not bool(numbers.isfinite().all()):
+                return f"{entry} has values that are NaN or infinite"
+            if name in ("step", "exp_avg_sq") and (
+                name == "step" and numbers.numel() != 1 or bool((numbers < 0).any())
+            ):
+                return f"{entry} is below 0 or no number"
+    return ""
 
 
 def _remove(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.drawing.palette import PAPER, WIDTH
 from ..common.drawing.sheet import contact_sheet, to_batch, to_tensor
 from ..loaders.dla import DLA, load_dla
-from .checkpoints import check_same_run, checkpoints, read_state
+from .checkpoints import check_same_run, newest_state
 from .export import check_free
 from .inputs import BESIDE, NONE, TRAINING_STAGES, find_source
 from .models import TrainingModels, find_lora, start_files
@@ -40,8 +40,7 @@ def check_inputs(*, data=None, name=None, stage=None, start_lora=NONE, options="
     if None not in (data, *given.values(), widgets.get("lora_rank"), widgets.get("seed")):
         start_files(recipe)
         paths = run_paths(recipe)
-        found = checkpoints(paths.output_dir)
-        state = read_state(found[-1]) if found else {}
+        state = newest_state(paths.output_dir) or {}
         if state:
             check_same_run(state, recipe)
         check_free(paths, state.get("identity", ""))

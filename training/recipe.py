@@ -7,6 +7,7 @@ a third party transcribed them; else it is our choice, see docs/training.md.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("none", "bf16")
+BACKSLASH = (
+    "In TOML a backslash in double quotes begins an escape, such as \\n for a new line. Write a Windows path as "
+    '\'C:\\data\\cats\', "C:/data/cats" or "C:\\\\data\\\\cats".'
+)
 STEPS = {1: 25_000, 2: 10_000}  # the paper's
 
 
@@ -251,7 +256,10 @@ def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not TOML ({error}).") from None
+        number = next(iter(re.findall(r"line (\d+)", str(error))), "0")
+        lines = ["", *text.splitlines(), ""]
+        hint = f" {BACKSLASH}" if re.search(r'"[^"]*\\', lines[min(int(number), len(lines) - 1)]) else ""
+        raise RecipeError(f"{path}: not TOML ({error}).{hint}") from None
 
 
 def template() -> str:
@@ -272,6 +280,8 @@ def _check(section: str, item, value: Any) -> None:
     kind, bounds = type(default), item.metadata
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}[kind]
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if fits and kind is str and item.name != "name" and any(ord(letter) < 32 for letter in value):
+        raise RecipeError(f"{section}.{item.name} is {value!r:.200}, which has control characters. {BACKSLASH}")
     if fits and bounds["among"]:
         expected, fits = f"one of {', '.join(bounds['among'])}", value in bounds["among"]
     if fits and bounds["low"] is not None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..common.files import save_text
 from .build import build, required_memory
-from .checkpoints import begun_scores, check_same_run, checkpoints, read_state, restore, save
+from .checkpoints import begun_scores, check_same_run, resume, save
 from .data.batches import Batch, PassPlan
 from .export import check_free, export, provenance
 from .models import TrainingModels
@@ -126,13 +126,14 @@ class _Run:
         moments: Moments = {}
 
         def read() -> dict[str, Any]:
-            found, state = checkpoints(self.paths.output_dir), {}
-            if found:
-                state = read_state(found[-1])
-                self._check_same_run(state)
-                self.history.restore(state)
-                moments.update(restore(found[-1], self.module.dla, self.module.lora))
-                self._say(f"Resuming from step {self.history.step} ({found[-1].name})")
+            trained = (self.module.dla, self.module.lora, self.optimizer)
+            found = resume(self.paths.output_dir, self._check_same_run, *trained)
+            if found is not None:
+                for problem in found.problems:
+                    self._say(problem)
+                self.history.restore(found.state)
+                moments.update(found.moments)
+                self._say(f"Resuming from step {self.history.step} ({found.checkpoint.name})")
             check_free(self.paths, self.history.identity)
             return self.history.to_dict()
 

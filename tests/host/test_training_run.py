@@ -362,13 +362,31 @@ def test_another_dla_to_begin_from_is_refused_once_a_run_has_begun(workspace, wh
 
 def test_a_damaged_checkpoint_stops_the_run_before_anything_is_written(workspace):
     with pytest.raises(Stop):
-        workspace.train("damaged", stop_at(2), run={"save_every": 1})
+        workspace.train("damaged", stop_at(2), run={"save_every": 1, "keep": 1})
     path = workspace.newest("damaged") / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     before = everything(workspace.folder / "damaged", *workspace.targets)
     with passes() as seen, pytest.raises(ValueError, match=r"damaged/checkpoint-00000002: .* Move this folder away"):
         workspace.train("damaged")
     assert not seen and before == everything(workspace.folder / "damaged", *workspace.targets)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped bit"])
+def test_of_two_checkpoints_the_damaged_one_is_put_aside_and_said(workspace, whole, damage):
+    name, messages = f"aside {damage}", []
+    with pytest.raises(Stop):
+        workspace.train(name, stop_at(3), run={"save_every": 1})
+    path = workspace.newest(name) / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.unlink() if damage == "missing" else path.write_bytes(data)
+    workspace.train(name, lambda progress: messages.append(progress.text))
+    reason = "does not exist" if damage == "missing" else "was changed or damaged: its checksum"
+    (said,) = [text for text in messages if "is damaged" in text]
+    assert said.startswith(f"checkpoint-00000003 is damaged (optimizer.safetensors {reason}"), said
+    assert "so checkpoint-00000002 is taken. It was renamed to damaged-checkpoint-00000003." in said
+    assert "Resuming from step 2 (checkpoint-00000002)" in messages
+    assert_equal(workspace.end(name), whole)
 
 
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_trains(workspace, whole):

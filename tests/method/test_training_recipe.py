@@ -153,3 +153,18 @@ def test_a_recipe_file_may_be_utf_16_and_another_one_is_named(tmp_path):
     (tmp_path / "broken.toml").write_bytes(b"# \xe9\n")
     with pytest.raises(ValueError, match="broken.toml: cannot be read .*UTF-8"):
         _read(tmp_path / "broken.toml", [])
+
+
+@pytest.mark.parametrize("path", [r"C:\data\cats", r"C:\Users\me", r"D:\temp\new", "\\\\server\\share"])
+def test_a_windows_path_in_double_quotes_is_told_of_backslashes(path):
+    text = f'[data]\nsource = "{path}"\n'
+    if path.startswith("\\"):  # \\server is an escaped backslash, \s is none
+        assert read_toml("[data]\nsource = '" + path + "'")["data"]["source"] == path
+    with pytest.raises(RecipeError, match=r"backslash in double quotes .* 'C:\\data\\cats', \"C:/data/cats\" or"):
+        Recipe.from_dict(read_toml(text))
+
+
+def test_other_slips_in_toml_are_not_told_of_backslashes():
+    with pytest.raises(RecipeError, match="not TOML") as caught:
+        read_toml("[data]\nsource = cats")
+    assert "backslash" not in str(caught.value)

@@ -1,14 +1,17 @@
 """Checkpoints of a run: whole or not there, whatever happens; damaged ones are named."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from subject_dla.common import bootstrap
 from subject_dla.tests.small.killed import Trained
-from subject_dla.training.checkpoints import CheckpointError, checkpoints, read_state
+from subject_dla.training.checkpoints import CheckpointError, checkpoints, newest_state, read_state, resume
 
 
 def test_comes_back_bit_for_bit_and_the_newest_stay(tmp_path):
@@ -82,6 +85,117 @@ def test_what_others_left_behind_is_no_checkpoint_and_in_nobodys_way(tmp_path):
     trained.fill(3.0)
     trained.save(tmp_path, 2)  # the same step again: this run has been here
     assert Trained().restore(checkpoints(tmp_path)[-1]) == 2
+
+
+def change_state(checkpoint, change):
+    """Changes a state.json as somebody does who also mends its checksum, or has 0.1.0's without any."""
+    file = checkpoint / "state.json"
+    state = json.loads(file.read_text())
+    del state["checksum"], state["files"]
+    change(state)
+    file.write_text(json.dumps(state))
+
+
+STATES = {
+    "step is -1, expected the 1 of the folder's name": lambda s: s.update(step=-1),
+    "step is 7, expected the 1": lambda s: s.update(step=7),
+    "step is '1', expected a whole number": lambda s: s.update(step="1"),
+    "step is True, expected a whole number": lambda s: s.update(step=True),
+    "losses is 'low', expected a list": lambda s: s.update(losses="low"),
+    "losses has 'low' at step 1, expected a finite number": lambda s: s.update(losses=["low"]),
+    "losses has 2 entries, expected one for each of 1 steps": lambda s: s.update(losses=[1, 2]),
+    "losses is missing": lambda s: s.pop("losses"),
+    "state.json is not JSON (it holds the number NaN)": lambda s: s.update(losses=[float("nan")]),
+    "identity is 3, expected text": lambda s: s.update(identity=3),
+    "validation has [1] at step 0, expected a list of losses": lambda s: s.update(validation={"0": [1]}),
+    "data has no fingerprint": lambda s: s.update(data={}),
+    "optimizer is missing": lambda s: s.pop("optimizer"),
+}
+
+
+@pytest.mark.parametrize("text", STATES)
+def test_a_state_that_no_run_can_resume_from_names_its_entry(tmp_path, text):
+    checkpoint = Trained(1.0).save(tmp_path, 1)
+    change_state(checkpoint, lambda state: None)
+    assert Trained().restore(checkpoint) == 1  # 0.1.0's, without checksums
+    change = STATES[text]
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=re.escape(text)):
+        Trained().restore(checkpoint)
+
+
+MOMENTS = {
+    "0/exp_avg is missing": lambda t: t.pop("0/exp_avg"),
+    "3/step is missing": lambda t: [t.pop(name) for name in list(t) if name.startswith("3/")],
+    "1/exp_avg_sq has values that are NaN": lambda t: t["1/exp_avg_sq"].view(-1)[:1].fill_(float("inf")),
+    "1/exp_avg_sq is below 0": lambda t: t["1/exp_avg_sq"].view(-1)[:1].fill_(-1),
+    "2/step is below 0": lambda t: t["2/step"].fill_(-1),
+    "0/exp_avg is torch.float32 of shape (1,), expected floats": lambda t: t.update({"0/exp_avg": torch.zeros(1)}),
+    "0/exp_avg is torch.int8 of": lambda t: t.update({"0/exp_avg": t["0/exp_avg"].to(torch.int8)}),
+    "has an entry 99": lambda t: t.update({"99/step": torch.tensor(1.0)}),
+}
+
+
+@pytest.mark.parametrize("text", MOMENTS)
+def test_moments_that_no_optimizer_can_use_name_their_entry(tmp_path, text):
+    checkpoint = Trained(1.0).save(tmp_path, 1)
+    change_state(checkpoint, lambda state: None)
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    MOMENTS[text](tensors)
+    save_file(tensors, checkpoint / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(f"optimizer.safetensors: {text}")):
+        Trained().restore(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["dla.safetensors", "lora.safetensors", "optimizer.safetensors", "state.json"])
+def test_any_flipped_bit_is_noticed(tmp_path, name):
+    checkpoint = Trained(1.0).save(tmp_path, 1)
+    whole = (checkpoint / name).read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 40)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        (checkpoint / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=checkpoint.name):
+            Trained().restore(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "pipe", "nothing left"])
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_said(tmp_path, damage):
+    trained = Trained()
+    for step in (1, 2):
+        trained.fill(step)
+        newest = trained.save(tmp_path, step)
+    file = newest / "lora.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "cut off":
+        file.write_bytes(data[:-1])
+    elif damage == "pipe":
+        os.mkfifo(file)
+    elif damage == "nothing left":
+        [path.unlink() for path in newest.iterdir()]
+    other = Trained()
+    found = resume(tmp_path, lambda state: None, other.dla, other.lora, other.optimizer)
+    assert found.checkpoint.name == "checkpoint-00000001" and found.state["step"] == 1
+    (line,) = found.problems
+    assert line.startswith("checkpoint-00000002 is damaged (") and "so checkpoint-00000001 is taken" in line
+    assert (tmp_path / "damaged-checkpoint-00000002").is_dir() and not newest.exists()
+    trained.save(tmp_path, 2)  # the run comes here again
+    assert Trained().restore(newest) == 2
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    newest = Trained(1.0).save(tmp_path, 1)
+    (newest / "optimizer.safetensors").unlink()
+    other = Trained()
+    with pytest.raises(CheckpointError, match="checkpoint-00000001: optimizer.safetensors does not exist. Move this"):
+        resume(tmp_path, lambda state: None, other.dla, other.lora, other.optimizer)
+    (newest / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-00000001: state.json does not exist. Move this"):
+        newest_state(tmp_path)
+    assert newest.is_dir()
 
 
 @pytest.mark.parametrize("part", ["dla", "lora"])

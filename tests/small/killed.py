@@ -21,6 +21,9 @@ from ...training.checkpoints import checkpoints, read_state, restore, save
 from ...training.dit.lora import LoRA
 from ...training.processes import Processes
 
+STATE = {"validation": {}, "identity": "a run", "recipe": {}, "mllm": "small", "family": "flux"}
+STATE |= {"data": {"fingerprint": "0"}}
+
 
 class Trained:
     """What a checkpoint holds; every weight is `value`, and the moments have seen gradients of it."""
@@ -44,10 +47,10 @@ class Trained:
 
     def save(self, folder, step, keep=2):
         moments = Processes().moments(self.optimizer)
-        return save(folder, step, self.dla, self.lora, moments, {"losses": [0.1] * step}, keep)
+        return save(folder, step, self.dla, self.lora, moments, STATE | {"losses": [0.1] * step}, keep)
 
     def restore(self, checkpoint):
-        Processes().load_moments(self.optimizer, restore(checkpoint, self.dla, self.lora))
+        Processes().load_moments(self.optimizer, restore(checkpoint, self.dla, self.lora, self.optimizer))
         return read_state(checkpoint)["step"]
 
     def values(self):

@@ -9,7 +9,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...common.files import save_tensors
+from ...common.safetensors_header import SafetensorsError, read_header
+from ...dla.checkpoint import check_finite
 from ...loaders.backbones import Backbone
+
+# Kohya's, PEFT's, diffusers' and the host's names of one linear map's tensors.
+LAYOUT = re.compile(
+    r"(?:lora_(?:unet|transformer)_|(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.|transformer\.)?)"
+    r"(?P<module>\w.*?)\.(?:(?P<a>(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight)|"
+    r"(?P<b>(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight)|(?P<alpha>alpha))"
+)
 
 
 class Pair(nn.Module):
@@ -93,11 +102,20 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Takes over the weights of a file that `save` wrote for the same model and rank. Raises ValueError."""
+        """Takes over a file's weights for the same model and rank.
+
+        Names may be those that `save` writes, PEFT's, Kohya's, or diffusers' where it has the host's modules; without
+        alpha it is the rank, as the host takes it. Raises ValueError.
+        """
         try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
+            read_header(path)
+            state = self._named_as_here(path, load_file(path))
+        except (SafetensorError, OSError, SafetensorsError) as error:
             raise ValueError(f"LoRA file '{path.name}' cannot be read ({error}). Take another file.") from None
+        for key, value in state.items():
+            if not value.is_floating_point() or value.element_size() < 2 and not key.endswith(".alpha"):
+                raise ValueError(f"LoRA file '{path.name}': {key} is {value.dtype}, expected fp16, bf16 or fp32.")
+        check_finite(path, state)
         for key, value in self.weights().items():
             found = tuple(state[key].shape) if key in state else "nothing"
             if found != tuple(value.shape):
@@ -110,7 +128,42 @@ class LoRA(nn.Module):
                     f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. "
                     f"Set lora.alpha = {float(state[key]):g}, as that LoRA was trained, or start from none."
                 )
+        if more := [key for key in state if key not in self.weights()]:
+            raise ValueError(
+                f"LoRA file '{path.name}': has {more[0]} too, and {len(more) - 1} more that a LoRA on attention has "
+                "not, so it would be another one without them. Start from none, or from a LoRA trained here."
+            )
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")
             self.pairs[key].A.copy_(state[f"{name}.lora_A.weight"])
             self.pairs[key].B.copy_(state[f"{name}.lora_B.weight"])
+
+    def _named_as_here(self, path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under the keys of `weights`. Raises ValueError where its layout is another one."""
+        modules = {name.replace("/", "."): "diffusion_model." + name.replace("/", ".") for name in self.parts}
+        modules |= {name.replace(".", "_"): full for name, full in modules.items()}
+        found = {}
+        for key, value in state.items():
+            match = LAYOUT.fullmatch(key)
+            module = modules.get(match["module"]) if match else None
+            kind = match and ("alpha" if match["alpha"] else "lora_A.weight" if match["a"] else "lora_B.weight")
+            new = f"{module}.{kind}" if module else key
+            if new in found:
+                raise ValueError(
+                    f"LoRA file '{path.name}': has {new} under two names, one is {key}. Take another file."
+                )
+            found[new] = value
+        if not found.keys() & self.weights().keys():
+            first = f"has keys such as {next(iter(state)):.100}" if state else "is empty"
+            raise ValueError(
+                f"LoRA file '{path.name}' {first}: a foreign layout for this diffusion model, expected keys such as "
+                f"{next(iter(self.weights()))}, or Kohya's or PEFT's of the same modules. Convert it to ComfyUI's "
+                "layout for this model, or start from none."
+            )
+        for full in modules.values():
+            a = found.get(f"{full}.lora_A.weight")
+            if a is not None and a.ndim:
+                found.setdefault(f"{full}.alpha", torch.tensor(float(a.shape[0])))
+            if f"{full}.alpha" in found and found[f"{full}.alpha"].numel() == 1:
+                found[f"{full}.alpha"] = found[f"{full}.alpha"].reshape(())
+        return found

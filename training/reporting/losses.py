@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,14 @@ class Loss:
     def to_dict(self) -> dict[str, Any]:
         """Returns the values by their names in files."""
         return dict(zip(KEYS, astuple(self)))
+
+
+def is_loss(values: Any) -> bool:
+    """Whether `Loss.from_dict` can read a value."""
+    if not isinstance(values, dict) or not all(type(values.get(key)) is str for key in KEYS[:2]):
+        return False
+    numbers = [values.get(key) for key in KEYS[2:]]
+    return all(type(value) in (int, float) and isfinite(value) for value in numbers)
 
 
 def with_all(rows: Sequence[Loss]) -> list[Loss]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from .losses import Loss, table
+from .losses import Loss, is_loss, table
 from .plots import loss_curve
 
 SHOWN, LEFT_OUT = 100, "left_out.txt"  # problems of the data that are listed, and the file with all of more
@@ -46,6 +46,7 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Returns what `restore` reads, as JSON can hold it."""
         validation = {step: [row.to_dict() for row in rows] for step, rows in self.validation.items()}
+        validation = {step: rows for step, rows in validation.items() if all(map(is_loss, rows))}  # JSON has no NaN
         return {"identity": self.identity, "losses": self.losses, "validation": validation}
 
     def restore(self, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ ROWS = (
     Row("long_run_growth", "growth of its memory after the warm-up", 0.03, "long_run"),
     Row(
         "long_run_slowdown",
-        "processor's seconds of a prompt, the last 200 over the 200 after the warm-up",
+        "processor's seconds of a prompt over those of a server that has drawn 100",
         1.05,
         "long_run",
     ),

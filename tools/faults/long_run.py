@@ -1,14 +1,17 @@
 """1,000 prompts of varying settings through one server: memory, time, and every picture as it is alone.
 
-    nox -s faults -- long_run [--prompts 1000] [--again 100] [--alone 10] [--log FILE]
+    nox -s faults -- long_run [--prompts 1000] [--again 100] [--timed 60] [--alone 10] [--log FILE]
 
 Subject, prompt, schedule, strength, sampler and seed of each prompt are drawn at random, from a seed; so are size,
 batch, steps and CFG, but the same in each block of 200, so that blocks cost the same. `long_run_growth` compares the
-medians of the server's memory (RSS) over the last block and over the block after the warm-up, `long_run_slowdown` their
-medians of the processor's seconds that the server took for a prompt (`_clock`: the seconds that passed, which other
-work on the machine changes). Afterwards `--again` of the settings are drawn on a second server in another order and
-`--alone` each on a server of its own, which draws nothing else. Last line: one JSON object.
+medians of the server's memory (RSS) over the last block and over the block after the warm-up, `long_run_blocks` their
+medians of the processor's seconds that the server took for a prompt, which other work on the machine changes.
+Afterwards a second server draws `--again` of the settings in another order; then both draw `--timed` new ones in turns:
+`long_run_slowdown` is the median of the first server's processor's seconds over the second's. At last `--alone` of the
+settings are drawn each on a server of its own, which draws nothing else. Last line: one JSON object.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="nox -s faults -- long_run", description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--again", type=int, default=100, help="of them on a second server, in another order")
+    parser.add_argument("--timed", type=int, default=60, help="new ones, on both servers in turns")
     parser.add_argument("--alone", type=int, default=10, help="of them on a server each")
     parser.add_argument("--log", type=Path, help="file that gets a line of JSON for each prompt")
     options = parser.parse_args(argv)
@@ -47,22 +51,26 @@ def main(argv: list[str]) -> None:
     again = pick.sample(range(options.prompts), min(options.again, options.prompts))
     alone = pick.sample(range(options.prompts), min(options.alone, options.prompts))
 
+    differing, ratios = 0, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        with small_server(Path(work) / "long") as server:
+        with small_server(Path(work) / "long") as server, small_server(Path(work) / "again") as second:
             run = Run(server, options.log)
             for number, one in enumerate(drawn):
                 run.draw(number, one)
-        failed = {"again": 0, "alone": 0}
-        with small_server(Path(work) / "again") as server:
-            client, info = server.client, prepare(server)
+            younger = Run(second, None)
             for number in again:
-                same = draw(client, graph(drawn[number], info, f"again-{number}")) == run.pictures[number]
-                failed["again"] += _report(same, number, "in another order")
+                younger.draw(number, drawn[number])
+                differing += _differs(run, younger, number, "in another order")
+            for number, one in enumerate(settings(options.timed, seed=1), options.prompts):
+                for each in (run, younger)[:: 1 if number % 2 else -1]:
+                    each.draw(number, one)
+                differing += _differs(run, younger, number, "on the second server")
+                ratios.append(run.seconds[-1] / younger.seconds[-1])
         for number in alone:
             with small_server(Path(work) / f"alone-{number}") as server:
-                info = prepare(server)
-                same = draw(server.client, graph(drawn[number], info, "alone")) == run.pictures[number]
-                failed["alone"] += _report(same, number, "alone")
+                one = Run(server, None)
+                one.draw(number, drawn[number])
+                differing += _differs(run, one, number, "alone")
 
     first, last = slice(warm_up, warm_up + block), slice(options.prompts - block, options.prompts)
 
@@ -73,14 +81,14 @@ def main(argv: list[str]) -> None:
     missing = sum(max(0, count - len(run.pictures.get(number, []))) for number, count in wanted.items())
     result = {
         "long_run_prompts": options.prompts,
-        "long_run_pictures": sum(map(len, run.pictures.values())),
+        "long_run_pictures": sum(len(run.pictures.get(number, [])) for number in wanted),
         "long_run_missing": missing,
         "long_run_growth": round(ratio(run.bytes) - 1, 4),
-        "long_run_slowdown": ratio(run.seconds),
-        "long_run_slowdown_clock": ratio(run.clock),
-        "long_run_compared": len(again) + len(alone),
+        "long_run_slowdown": round(statistics.median(ratios), 4),
+        "long_run_blocks": ratio(run.seconds),
+        "long_run_compared": len(again) + options.timed + len(alone),
         "long_run_compared_alone": len(alone),
-        "long_run_differing": sum(failed.values()),
+        "long_run_differing": differing,
         "long_run_seconds": round(statistics.median(run.clock), 3),
         "long_run_megabytes": [round(run.bytes[number] / 2**20) for number in (0, warm_up, options.prompts - 1)],
         "long_run_failures": run.failures[:10],
@@ -127,26 +135,22 @@ def settings(count: int, seed: int = 0) -> list[Settings]:
     return found
 
 
-def prepare(server: Server) -> dict[str, Any]:
-    """Gives a server the pictures; its nodes' schemas."""
-    upload_pictures(server.client)
-    return server.client.object_info()
-
-
-def _report(same: bool, number: int, how: str) -> int:
+def _differs(run: Run, other: Run, number: int, how: str) -> int:
+    same = run.pictures.get(number) == other.pictures.get(number)
     if not same:
         say(f"prompt {number}: another picture {how}")
     return int(not same)
 
 
 class Run:
-    """The long run: what each prompt took, and checksums of its pictures."""
+    """The prompts of one server: what each took, and checksums of its pictures."""
 
     def __init__(self, server: Server, log: Path | None):
         import psutil
 
         self.client: Client = server.client
-        self.info, self.log = prepare(server), log
+        upload_pictures(self.client)
+        self.info, self.log = self.client.object_info(), log
         self.process = psutil.Process(server.process.pid).children()[0]
         self.pictures: dict[int, list[str]] = {}
         self.bytes: list[float] = []

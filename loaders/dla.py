@@ -1,5 +1,8 @@
 """DLA files as models under ComfyUI's model management."""
 
+import logging
+from typing import Any
+
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -14,6 +17,8 @@ from ..dla.pooling import head_linear, head_logits
 from . import folders
 from .host import make_patcher
 
+log = logging.getLogger(__name__)
+SHARES = (1, 8, 64)  # of MAX_CHUNK_BYTES, one after the other where memory runs out
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 is slow or missing there
 
 
@@ -54,11 +59,22 @@ class DLA:
     def aggregate(self, features: Features, *, template: str | None = None, vit_blend: float | None = None) -> Context:
         """As dla.context.aggregate, on the host's device; the result is on its intermediate device.
 
-        Raises ValueError if the features are another MLLM's.
+        Without enough memory it pools fewer tokens at a time, which changes no result. Raises ValueError if the
+        features are another MLLM's.
         """
         self._load(features)
-        with torch.inference_mode():
-            context = aggregate(features, self.model, template=template, vit_blend=vit_blend, device=self.load_device)
+        options: dict[str, Any] = {"template": template, "vit_blend": vit_blend, "device": self.load_device}
+        for share in SHARES:
+            options["max_chunk_bytes"] = MAX_CHUNK_BYTES // share
+            try:
+                with torch.inference_mode():
+                    context = aggregate(features, self.model, **options)
+                break
+            except comfy.model_management.OOM_EXCEPTION:
+                if share == SHARES[-1]:
+                    raise
+            log.warning("%s: no memory to pool layers, pooling fewer tokens at a time", self.name or "DLA")
+            comfy.model_management.soft_empty_cache()  # here, where the error holds nothing any more
         return context.to(comfy.model_management.intermediate_device())
 
     def layer_weights(self, features: Features, template: str | None = None) -> torch.Tensor:

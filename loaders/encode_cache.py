@@ -3,7 +3,8 @@
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from threading import RLock
 from typing import Any
@@ -170,10 +171,43 @@ def stored(tensor: Tensor) -> Tensor:
 
 
 def encode_reference(vae: Any, pixels: Tensor) -> Tensor:
-    """Latent of a picture (1, H, W, 3) in 0..1, encoded once for all prompts and nodes as long as the VAE is loaded."""
+    """Latent of a picture (1, H, W, 3) in 0..1, encoded once for all prompts and nodes as long as the VAE is loaded.
+
+    Where the host ran out of memory and encoded tiles, whose seams a latent shows, the next prompt tries anew.
+    """
     model = getattr(vae, "first_stage_model", None)
     facts = None
     if isinstance(model, nn.Module):
         facts = (content(pixels), weights(model, getattr(vae, "patcher", None)), behaviour(vae, model))
-    (latent,) = VAE_LATENTS.get(vae, facts, lambda: (vae.encode(pixels),))
+
+    def encode() -> tuple[Tensor, bool]:
+        with _tiling(vae) as tiled:
+            return vae.encode(pixels), bool(tiled)
+
+    latent, _ = VAE_LATENTS.get(vae, facts, encode, lambda kept: not kept[1])
     return latent.clone()  # the caller's own
+
+
+@contextmanager
+def _tiling(vae: Any) -> Iterator[list[str]]:
+    """Yields a list that gets the names of the host's methods for tiles that the VAE uses inside."""
+    used: list[str] = []
+
+    def noted(name: str, method: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            used.append(name)
+            return method(*args, **options)
+
+        return call
+
+    before = dict(vars(vae))
+    names = [name for name in ("encode_tiled_", "encode_tiled_1d", "encode_tiled_3d") if hasattr(vae, name)]
+    try:
+        for name in names:
+            setattr(vae, name, noted(name, getattr(vae, name)))
+        yield used
+    finally:
+        for name in names:
+            delattr(vae, name)
+            if name in before:  # a node's own
+                setattr(vae, name, before[name])

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..common.files import save_text
+from ..common.files import replacing, save_text
 from .build import build, required_memory
 from .checkpoints import begun_scores, check_same_run, resume, save
 from .data.batches import Batch, PassPlan
@@ -259,12 +259,14 @@ class _Run:
     def _validate(self) -> None:
         self._encoded.clear()  # the DiT leaves the device, and other features take these passes' memory
         step, history, file = self.history.step, self.history.validation, self.paths.output_dir / "validation.csv"
-        history[step] = evaluate(self.module, self.held_out, self.recipe.run.validation_examples, self.processes)
+        losses = evaluate(self.module, self.held_out, self.recipe.run.validation_examples, self.processes)
+        if self.main:
+            if not history:
+                file.unlink(missing_ok=True)
+            write_table(file, step, losses)
+        history[step] = losses  # not before they are in the table: it would lack them for good
         if not self.main:
             return
-        if step == min(history):
-            file.unlink(missing_ok=True)
-        write_table(file, step, history[step])
         self._show(validation_plot(history), file.with_suffix(".png"), table(history[step]))
 
     def _sample(self, sheet: Path) -> None:
@@ -279,7 +281,7 @@ class _Run:
         with self.processes.whole(module):
             if self.main:
                 save(folder, step, module.dla, module.lora, moments, self._state(), self.recipe.run.keep)
-                with open(folder / "loss.csv", "w", newline="", encoding="utf-8") as file:
+                with replacing(folder / "loss.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([("step", "loss"), *enumerate(self.history.losses, 1)])
                 self._export()
 
@@ -319,5 +321,6 @@ class _Run:
 
     def _show(self, picture: Image.Image, path: Path, text: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with replacing(path) as temporary:  # a sheet that is there is not drawn again
+            picture.save(temporary, Image.registered_extensions()[path.suffix])
         self.callback(Progress(self.history, self.recipe.steps, text=text, picture=picture))

@@ -85,6 +85,29 @@ def test_latents_belong_to_pixels_vae_and_weights():
     assert torch.equal(encode_reference(vae, mine), first * 2) and vae.encoded == 3
 
 
+@torch.inference_mode()  # as hosts run nodes
+def test_a_latent_of_tiles_is_not_kept(caplog):
+    """The host's second way where memory runs out, once: the next prompt has the whole picture's latent again."""
+    shapes = host_shapes("comfy.taesd.taesd", "TAESD", {"latent_channels": 16})
+    vae = comfy.sd.VAE(sd=random_like(shapes, torch.float32))
+    image, encoder, calls = picture(640, 640), vae.first_stage_model.encode, []
+
+    def out_of_memory_once(pixels):
+        calls.append(tuple(pixels.shape))
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("Allocation on device")
+        return encoder(pixels)
+
+    vae.first_stage_model.encode = out_of_memory_once
+    tiled = encode_reference(vae, image)
+    assert "tiled VAE encoding" in caplog.text and len(calls) > 3 and not vars(vae).keys() & {"encode_tiled_"}
+    used = len(calls)
+    whole = encode_reference(vae, image)
+    assert len(calls) == used + 1 and tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    assert torch.equal(encode_reference(vae, image), whole) and len(calls) == used + 1
+    assert torch.equal(whole, vae.encode(image))
+
+
 def convolutions(vae):
     return [module for module in vae.first_stage_model.modules() if isinstance(module, torch.nn.Conv2d)]
 

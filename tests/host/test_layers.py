@@ -170,6 +170,30 @@ def test_layer_weights_shows_what_the_dla_computes(monkeypatch):
     assert type(over).__name__ == "ExecutionBlocker" and over.message is None
 
 
+def test_a_dla_without_memory_pools_fewer_tokens_at_a_time(monkeypatch, caplog):
+    torch.manual_seed(1)
+    plain = DualLayerAggregator(DLAConfig(INFO, context_width=16, heads=4))
+    dla, features, chunks = DLA(plain.config, plain.state_dict(), "a.safetensors"), make_features(), []
+    expected, forward = dla.aggregate(features).tokens, DualLayerAggregator.forward
+
+    def without_memory(self, *args, max_chunk_bytes, **options):
+        chunks.append(max_chunk_bytes)
+        if len(chunks) < fits:
+            raise torch.cuda.OutOfMemoryError("Allocation on device")
+        return forward(self, *args, max_chunk_bytes=max_chunk_bytes, **options)
+
+    monkeypatch.setattr(DualLayerAggregator, "forward", without_memory)
+    for fits in (2, 3):
+        chunks.clear()
+        assert torch.equal(dla.aggregate(features).tokens, expected)
+        assert len(chunks) == fits and chunks == sorted(chunks, reverse=True) and "a.safetensors" in caplog.text
+    chunks.clear()
+    fits = 9
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        dla.aggregate(features)
+    assert len(chunks) == 3
+
+
 def test_ablate_layers_and_the_sweep_zero_what_they_say():
     features, ablate = make_features(), SubjectAblateLayers.execute
     assert ablate(features, "untouched", "", "untouched", "").result[0] is features

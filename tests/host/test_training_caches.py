@@ -69,6 +69,26 @@ def vae(request):
     return vae
 
 
+def test_a_vae_without_memory_encodes_tiles(pictures, monkeypatch, caplog):
+    """The host's second way, which takes inference mode, where a run has none."""
+    vae = build_vae("flux")
+    encoder, calls = vae.first_stage_model.encode, []
+
+    def out_of_memory(pixels):
+        calls.append(0)
+        if len(calls) in (1, times):
+            raise torch.cuda.OutOfMemoryError("Allocation on device")
+        return encoder(pixels)
+
+    expected = LatentCache(vae, None).get(pictures[0], 64, 64)
+    monkeypatch.setattr(vae.first_stage_model, "encode", out_of_memory)
+    for times in (1, 3):  # noqa: B007 (read by out_of_memory) 3: the whole picture does not fit the second time either
+        calls.clear()
+        found = LatentCache(vae, None).get(pictures[0], 64, 64)
+        assert torch.allclose(found, expected, atol=1e-4) and not found.is_inference()
+        assert "tiled VAE encoding" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
     folder = build_qwen25vl(tmp_path_factory.mktemp("mllm") / "qwen")

@@ -247,6 +247,30 @@ def test_stopped_in_validation_and_samples_it_is_the_whole_run(workspace, whole,
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + 9 * (STEPS + 1)
 
 
+@pytest.mark.parametrize("file", ["validation.csv", "validation.png", "loss.csv", "step-00000003.jpg"])
+def test_a_report_that_is_cut_off_comes_again(workspace, whole, monkeypatch, file):
+    """A disk that is full, or a process that is killed, while one of a run's reports is written."""
+    watch = {"validate_every": 3, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}
+    written, replace, at = [], os.replace, 2 if file.startswith("validation") else 1  # of the two before and after
+
+    def full(source, target):
+        written.append(Path(target).name)
+        if written[-1] == file and written.count(file) == at:
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr("subject_dla.common.files.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        workspace.train(f"full-{file}", run=watch)
+    workspace.train(f"full-{file}", run=watch)
+    workspace.train("never-full", run=watch)
+    assert_equal(workspace.end(f"full-{file}"), whole)
+    assert written.count(file) > at and not list((workspace.folder / f"full-{file}").rglob(".*"))
+    for name in ("validation.csv", "loss.csv", "samples/step-00000003.jpg"):
+        first, second = ((workspace.folder / run / name).read_bytes() for run in (f"full-{file}", "never-full"))
+        assert first == second, name
+
+
 def draw_weights(model):
     """As the tests of 0.1.0 drew them."""
     draw = torch.Generator().manual_seed(0)

@@ -62,7 +62,7 @@ SAVING = {
     "removing the oldest": (".training.checkpoints:_remove", 1),
     "the finished DLA": (".training.export:export", 2),
     "the losses' table": (".training.reporting.losses:write_table", 2),
-    "a sheet of samples": ("PIL.Image:Image.save", 4),
+    "a plot or a sheet of samples": (".training.run:_Run._show", 4),
     "the cache of features": (".common.files:save_tensors", 3),
 }
 STEPS = 6
@@ -73,6 +73,12 @@ training = {warmup = 0, optimizer = "adamw"}
 lora.learning_rate = 0.01
 run = {dtype = "fp32", save_every = 1, validate_every = 3, sample_every = 3, sample_steps = 2, samples = 1}
 """
+ENCODER = "comfy.taesd.taesd:TAESD.encode"
+SECOND_WAYS = {  # where memory runs out and the prompt ends well
+    "the VAE's encoder: the host encodes tiles": ENCODER,
+    "the VAE's decoder: the host decodes tiles": "comfy.taesd.taesd:TAESD.decode",
+    "pooling layers: ours are smaller chunks": ".dla.aggregator:DualLayerAggregator.forward",
+}
 OTHERS = ("toy-2.png", "coffee.jpg", "chelsea.jpg")
 
 
@@ -183,15 +189,10 @@ def memory(faults: Faults) -> None:
     with faults.server() as server:
         client, info = server.client, server.client.object_info()
         for name, (at, call) in DRAWING.items():
-            if name != "saving":
+            if name not in ("saving", "pooling layers"):
                 faults.note("memory", name, _drawing(faults, client, info, at, call, "memory"))
-        for name, at, call in (
-            ("the VAE's encoder: the host encodes tiles", "comfy.taesd.taesd:TAESD.encode", 1),
-            ("the VAE's decoder: the host decodes tiles", "comfy.taesd.taesd:TAESD.decode", 1),
-            ("pooling layers: smaller chunks", ".dla.aggregator:DualLayerAggregator.forward", 1),
-        ):
-            problem = _drawing(faults, client, info, at, call, "memory", ends_well=True)
-            faults.note("memory", name, problem)
+        for name, at in SECOND_WAYS.items():
+            faults.note("memory", name, _drawing(faults, client, info, at, 1, "memory", ends_well=True))
         for name in ("encoding with the MLLM", "encoding with the VAE", "a later step", "validating"):
             at, call = TRAINING[name]
             faults.note("memory", f"training, {name}", _training(faults, server, at, call, "memory"))
@@ -214,7 +215,9 @@ def _drawing(
         return f"never got to call {call} of {at}"
     if problem and ends_well:
         return f"no second way: {problem}"
-    if not problem and pictures(client, entry["outputs"]) != expected:
+    if not problem and at == ENCODER:  # tiles have seams: the host's picture is another
+        client.post("/faults/forget", b"{}", "application/json")
+    elif not problem and pictures(client, entry["outputs"]) != expected:
         return "ended without an error, with another picture"
     if problem and do == "interrupt" and "interrupted" not in problem:
         return f"did not end as interrupted: {problem}"
@@ -291,15 +294,16 @@ def replaced(faults: Faults) -> None:
         os.utime(swapped, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
         drawn(second, "the DLA, overwritten with a time stamp a nanosecond later")
         inject(client, "comfy.model_base:BaseModel.apply_model", 2, "wait")
-        job = client.queue(
-            {**prompt, "other": make_node("SaveImage", images=[_decode(prompt), 0], filename_prefix="m")}
-        )
+        other = graph(settings._replace(seed=8), info, "swap while it runs")
+        _pipeline(other)["dla"] = swapped.name
+        job = client.queue(other)
+        _until(lambda: client.get("/faults")["comfy.model_base:BaseModel.apply_model"]["done"])
         work.write_bytes(first.read_bytes())
         os.replace(work, swapped)
         inject(client, "comfy.model_base:BaseModel.apply_model")
-        entry = wait(client, job, prompt)
-        found = pictures(client, entry["outputs"])
-        problem = failure(entry, prompt, {}) or ("" if set(found) <= set(expected[second]) else "a mixture")
+        entry = wait(client, job, other)
+        same = pictures(client, entry["outputs"]) == faults.alone(settings._replace(seed=8), second)
+        problem = failure(entry, other, {}) or ("" if same else "not the picture of the file that it began with")
         faults.note("replaced", "the DLA, while a prompt runs", problem)
         drawn(first, "the DLA, after that prompt")
         swapped.write_bytes(first.read_bytes()[:1000])
@@ -464,7 +468,3 @@ def _until(happened: Callable[[], object], seconds: float = 120) -> None:
 
 def _pipeline(prompt: dict[str, Any]) -> dict[str, Any]:
     return next(node["inputs"] for node in prompt.values() if node["class_type"] == "SubjectLoadPipeline")
-
-
-def _decode(prompt: dict[str, Any]) -> str:
-    return next(key for key, node in prompt.items() if node["class_type"] == "VAEDecode")

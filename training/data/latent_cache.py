@@ -75,7 +75,14 @@ class LatentCache:
         return round(sum(pixel * w * h + HEADER for _, w, h in images))
 
     def _encode(self, path: PictureFile, width: int, height: int) -> Tensor:
-        latent = self.vae.encode(cut(load_picture(path), width, height)[None])[0]
+        pixels = cut(load_picture(path), width, height)[None]
+        try:
+            latent = self.vae.encode(pixels)[0]
+        except RuntimeError as error:  # out of memory: the host's second way, in tiles, takes inference mode alone
+            if "InferenceMode" not in str(error):
+                raise
+            with torch.inference_mode():
+                latent = self.vae.encode(pixels)[0]
         if not bool(latent.isfinite().all()):
             raise ValueError(
                 f"The VAE gave NaN or infinite values for {path.name}. Load it in bf16 or fp32 instead of fp16."

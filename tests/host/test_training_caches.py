@@ -200,6 +200,93 @@ def test_latents_belong_to_picture_size_and_vae(pictures, tmp_path, monkeypatch)
     assert len(files(tmp_path / "cache")) == kept  # the same weights, loaded again
 
 
+ENTRIES = {
+    "NaN": lambda latent: latent.view(-1)[:1].fill_(float("nan")),
+    "int8": lambda latent: latent.to(torch.int8),
+    "other channels": lambda latent: latent[:8].contiguous(),
+    "other shape": lambda latent: latent[..., :4].contiguous(),
+}
+
+
+@pytest.mark.parametrize("damage", ENTRIES)
+def test_a_cached_latent_that_the_vae_cannot_have_made_is_not_used(vae, pictures, tmp_path, caplog, damage):
+    latent = LatentCache(vae, tmp_path).get(pictures[0], 64, 64)
+    (file,) = files(tmp_path)
+    changed = latent.clone()
+    changed = out if (out := ENTRIES[damage](changed)).ndim == latent.ndim else changed
+    save_file({"latent": changed}, file)  # as 0.1.0 wrote it, without a record
+    assert torch.equal(LatentCache(vae, tmp_path).get(pictures[0], 64, 64), latent)
+    assert f"the cache entry {file} " in caplog.text and "It is made again" in caplog.text
+
+
+def test_flipped_bits_exchanged_entries_and_replaced_pictures_are_noticed(vae, pictures, tmp_path, caplog):
+    path, folder = tmp_path / "picture.png", tmp_path / "cache"
+    put(pictures[0], path)
+    status = path.stat()
+
+    def get(picture=path):
+        return LatentCache(vae, folder).get(picture, 64, 64)
+
+    first = get()
+    (file,) = files(folder)
+    whole = bytearray(file.read_bytes())
+    whole[-7] ^= 16
+    file.write_bytes(whole)
+    assert torch.equal(get(), first) and "its checksum is another one" in caplog.text
+    second = get(pictures[1])
+    (other,) = set(files(folder)) - {file}
+    other.write_bytes(file.read_bytes())
+    assert torch.equal(get(pictures[1]), second) and "is the entry of another key" in caplog.text
+    os.chmod(path, 0o600)  # another time of change, the same content
+    caplog.clear()
+    assert torch.equal(get(), first) and not caplog.text
+    path.write_bytes(pictures[3].read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size and not torch.equal(get(), first)
+    assert "was made of another picture" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_pipe_in_place_of_an_entry_is_replaced(vae, mllm, pictures, tmp_path):
+    latent = LatentCache(vae, tmp_path).get(pictures[0], 64, 64)
+    features = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[0],))
+    for file in files(tmp_path):
+        file.unlink()
+        os.mkfifo(file)
+    assert torch.equal(LatentCache(vae, tmp_path).get(pictures[0], 64, 64), latent)
+    assert same(FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[0],)), features)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "NaN", "int8", "other width", "a layer number"])
+def test_cached_features_that_were_changed_are_not_used(mllm, pictures, tmp_path, caplog, damage):
+    def get():
+        return FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[0],))
+
+    first = get()
+    (file,) = files(tmp_path)
+    whole = bytearray(file.read_bytes())
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        facts = json.loads(opened.metadata()["features"])
+    hidden = tensors["hidden_states"]
+    if damage == "flipped bit":
+        whole[-5] ^= 1
+        file.write_bytes(whole)
+    else:
+        if damage == "a layer number":
+            facts["layers"][-1] += 1
+        else:
+            del facts["entry"]  # as 0.1.0 wrote it
+        changed = {
+            "int8": hidden.to(torch.int8),
+            "other width": hidden[..., :-1].contiguous(),
+            "NaN": hidden * torch.nan,
+        }
+        tensors["hidden_states"] = changed.get(damage, hidden)
+        save_file(tensors, file, {"features": json.dumps(facts)})
+    assert same(get(), first) and f"the cache entry {file} " in caplog.text
+
+
 def test_size_of_latents_is_estimated_from_one_encoding(vae, pictures, tmp_path, monkeypatch):
     wanted = [(path, *size) for path in pictures for size in ((64, 64), (96, 48), (128, 96))] * 2
     cache = LatentCache(vae, tmp_path)
@@ -261,7 +348,7 @@ def test_features_that_0_1_0_wrote_are_read(mllm, pictures, tmp_path, monkeypatc
     with safe_open(file, "pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         facts = json.loads(opened.metadata()["features"])
-    assert facts.pop("grids") == [asdict(first.grids[0][0])]
+    assert facts.pop("grids") == [asdict(first.grids[0][0])] and facts.pop("entry")
     save_file(tensors, file, {"features": json.dumps(facts)})
     encodings = calls(monkeypatch, mllm, "encode")
     again = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[1],)).features

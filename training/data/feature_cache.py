@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...common.files import save_tensors
@@ -18,10 +18,11 @@ from ...dla.features import Features, ImageGrid, MLLMInfo, Modality, StockContex
 from ...loaders.encode_cache import weights
 from ...loaders.mllm.base import MLLM
 from ...loaders.protocols import CLIP
-from .shared import compute_once, each
+from .shared import compute_once, each, read_entry, record
 
+log = logging.getLogger(__name__)
 FIELDS = ("hidden_states", "modality", "image_index", "attention_mask")
-HEADER = 700  # bytes of a file beside its values
+HEADER = 870  # bytes of a file beside its values
 Prompt = tuple[str, tuple[PictureFile, ...]]
 
 
@@ -114,9 +115,12 @@ class FeatureSource:
         def encode() -> EncodedPrompt:
             return self._encode(key, prompt, references)
 
+        def read() -> EncodedPrompt | None:
+            return self._read(key, references)
+
         if self.folder is None:
             return encode()
-        return compute_once(self.folder / f"{key}.safetensors", lambda: self._read(key), encode, wait)
+        return compute_once(self.folder / f"{key}.safetensors", read, encode, wait)
 
     def _encode(self, key: str, prompt: str, references: tuple[PictureFile, ...]) -> EncodedPrompt:
         pictures = [load_picture(path) for path in references]
@@ -129,17 +133,38 @@ class FeatureSource:
         facts |= {"info": asdict(features.info), "grids": [asdict(grid) for grid in features.grids[0]]}
         facts["stock"] = features.stock and asdict(features.stock)
         if self.folder is not None:
-            save_tensors(self.folder / f"{key}.safetensors", tensors, {"features": json.dumps(facts)})
+            facts = json.loads(json.dumps(facts))  # as it is read
+            text = record(key, references, tensors, facts)
+            save_tensors(self.folder / f"{key}.safetensors", tensors, {"features": text})
         return _assemble(tensors, facts)
 
-    def _read(self, key: str) -> EncodedPrompt | None:
+    def _read(self, key: str, references: tuple[PictureFile, ...]) -> EncodedPrompt | None:
         """The prompt's file; None where there is none, or a damaged one."""
+        file = self.folder / f"{key}.safetensors"
+        found = read_entry(file, "features", key, references, self._problem)
         try:
-            with safe_open(self.folder / f"{key}.safetensors", framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return _assemble(tensors, json.loads(file.metadata()["features"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return found and _assemble(*found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            log.warning("Subject DLA: the cache entry %s cannot be read (%r). It is made again.", file, error)
             return None
+
+    def _problem(self, tensors: dict[str, Tensor]) -> str:
+        """Why an entry cannot be this MLLM's features of one prompt; "" where it can."""
+        if missing := sorted({*FIELDS, *(["pooled"] if self.clip is not None else [])} - tensors.keys()):
+            return f"has no {missing[0]}"
+        hidden, *rest = (tensors[name] for name in FIELDS)
+        tokens = hidden.shape[2] if hidden.ndim == 4 else -1
+        whole = not any(value.is_floating_point() for value in rest)
+        if (
+            hidden.ndim != 4
+            or hidden.shape[0] != 1
+            or hidden.shape[3] != self.mllm.info.width
+            or hidden.element_size() < 2
+        ):
+            return f"has hidden_states of {hidden.dtype} and shape {tuple(hidden.shape)}, expected this MLLM's"
+        if not hidden.is_floating_point() or not whole or any(value.shape != (1, tokens) for value in rest):
+            return "has tensors of another dtype or shape than this MLLM's features"
+        return ""
 
     def _key(self, prompt: str, references: tuple[PictureFile, ...]) -> str:
         files = [(str(where), *rest) for where, *rest in map(file_version, references)]

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...common.files import save_tensors
 from ...common.picture_files import PictureFile, file_version, load_picture
 from ...loaders.encode_cache import fingerprint
 from ...loaders.reference_latents import resize
-from .shared import compute_once, each
+from .shared import compute_once, each, read_entry, record
 
-HEADER = 88  # bytes of a latent's file beside its values
+HEADER = 88 + 204  # bytes of a latent's file beside its values
 
 
 class LatentCache:
@@ -45,14 +43,12 @@ class LatentCache:
         file = self.folder / f"{key}.safetensors"
 
         def read() -> Tensor | None:
-            try:
-                return load_file(file)["latent"]
-            except (SafetensorError, OSError, KeyError):  # not there yet, or damaged
-                return None
+            found = read_entry(file, "latent", key, (path,), lambda tensors: self._problem(tensors, width, height))
+            return found and found[0]["latent"]
 
         def compute() -> Tensor:
             latent = self._encode(path, width, height)
-            self._save(file, latent)
+            self._save(file, key, path, latent)
             return latent
 
         return compute_once(file, read, compute, wait)
@@ -63,7 +59,8 @@ class LatentCache:
 
     def put(self, path: PictureFile, width: int, height: int, latent: Tensor) -> None:
         """Stores on disk a latent that was encoded elsewhere, in the form that `get` returns."""
-        self._save(self.folder / f"{self._key(path, width, height)}.safetensors", latent.float().cpu().contiguous())
+        key = self._key(path, width, height)
+        self._save(self.folder / f"{key}.safetensors", key, path, latent.float().cpu().contiguous())
 
     def size(self, images: Iterable[tuple[PictureFile, int, int]]) -> int:
         """Returns the bytes on disk that these images (path, width, height) will take, from encoding the first."""
@@ -90,9 +87,27 @@ class LatentCache:
         return latent.clone().float().cpu().contiguous()
 
     @staticmethod
-    def _save(file: Path, latent: Tensor) -> None:
+    def _save(file: Path, key: str, path: PictureFile, latent: Tensor) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, {"latent": latent})
+        tensors = {"latent": latent}
+        save_tensors(file, tensors, {"latent": record(key, (path,), tensors, {})})
+
+    def _problem(self, tensors: dict[str, Tensor], width: int, height: int) -> str:
+        """Why an entry cannot be this VAE's latent of width x height px; "" where it can."""
+        latent = tensors.get("latent")
+        if latent is None:
+            return "has no latent"
+        channels, scale = getattr(self.vae, "latent_channels", None), self.vae.spacial_compression_encode()
+        sides = tuple(latent.shape[-2:])
+        if (
+            latent.dtype != torch.float32
+            or latent.ndim not in (3, 4)
+            or latent.shape[0] != (channels or latent.shape[0])
+        ):
+            return f"is {latent.dtype} of shape {tuple(latent.shape)}, expected fp32 of {channels} channels"
+        if sides != (height // scale, width // scale):
+            return f"has shape {tuple(latent.shape)}, expected {height // scale} x {width // scale} at its end"
+        return ""
 
     def _key(self, path: PictureFile, width: int, height: int) -> str:
         self._model = self._model or fingerprint(self.vae.first_stage_model)

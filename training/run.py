@@ -35,6 +35,8 @@ from .reporting.progress import LEFT_OUT, SHOWN, History, Progress, Result
 from .samples import sample_sheet
 from .validation import evaluate, frequencies
 
+MARKS = ("fingerprint", "content")  # of the data; 0.1.0's states have the first alone
+UNSEEN = ("source", "validation_source", "cache_features", "encode_ahead")  # settings of data that change no example
 COUNTED = 10_000  # most examples whose features' size is estimated one by one
 
 
@@ -155,8 +157,12 @@ class _Run:
             before, new = state["recipe"]["run"][name], now["recipe"]["run"][name]
             if before != new:
                 self._say(f"{name} is {new or 'none'} now, this run began from {before or 'none'}, and continues so.")
-        if state["data"]["fingerprint"] != now["data"]["fingerprint"]:
+        if any(state["data"].get(name, given) != given for name in MARKS for given in [now["data"][name]]):
             self._say("The data have changed since this run began: it continues with the new ones.")
+        for name, new in now["recipe"]["data"].items():
+            before = state["recipe"]["data"].get(name, new)
+            if before != new and name not in UNSEEN:
+                self._say(f"data.{name} is {new} now, this run had {before}: it continues with {new}.")
 
     def _announce(self) -> None:
         data, features = self.data, self.batches.features
@@ -300,7 +306,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "mllm": self.models.mllm.info.name,
             "family": self.module.backbone.family.name,
-            "data": {"fingerprint": data.fingerprint, **counts},
+            "data": {"fingerprint": data.fingerprint, "content": data.content, **counts},
         }
 
     def _problems(self) -> tuple[str, ...]:

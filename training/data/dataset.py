@@ -27,6 +27,7 @@ class Collection:
     validation: Examples
     problems: tuple[str, ...]  # a line for each picture or entry left out
     fingerprint: str  # of the examples, their order, split and files
+    content: str = ""  # of the pictures themselves, see index.CONTENT
 
 
 def read_data(
@@ -82,7 +83,8 @@ def read_data(
         for side, part in (("training", index), ("validation", other))
     )
     problems = Strings(columns["problems.data"], columns["problems.ends"])
-    return Collection(trained, held, tuple(problems), stored[0][len(key) :])
+    content = digest(*(part.content.tobytes().hex() for part in ((index, other) if by_source else (index,))))
+    return Collection(trained, held, tuple(problems), stored[0][len(key) :], content)
 
 
 def _split(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,9 @@ DECODED = 10_000  # pictures that are decoded before the run; of more than that,
 THREADS, BLOCK = 16, 256  # of reading headers, and how many each takes at a time
 SAY, SAVE = 5, 120  # seconds between lines about the progress, and between saves while headers are read
 PICTURES = ("size", "mtime", "width", "height", "state", "problem")  # columns with a row for each picture
+# Further ones, which 0.1.0's files have not: when a file was last changed in any way, which nobody sets (POSIX), and a
+# checksum of one that was decoded whole; of others that time again.
+CONTENT = ("ctime", "content")
 Columns = dict[str, NDArray]
 Say = Callable[[str], None]
 
@@ -106,7 +110,7 @@ class Draft:
             found |= {f"{name}.data": strings.data, f"{name}.ends": strings.ends}
         count = len(self.pictures)
         kinds = (numpy.int64, numpy.int64, numpy.int32, numpy.int32, numpy.uint8, numpy.int32)
-        return found | {name: numpy.zeros(count, kind) for name, kind in zip(PICTURES, kinds)}
+        return found | {name: numpy.zeros(count, kind) for name, kind in zip(PICTURES, kinds)}  # CONTENT: see Index
 
 
 class Index:
@@ -126,6 +130,9 @@ class Index:
             for part in ("paths", "subjects", "prompts", "shards", "problems")
         )
         self.size, self.mtime, self.width, self.height, self.state, self.problem = (columns[p] for p in PICTURES)
+        for part in CONTENT:
+            columns.setdefault(part, numpy.zeros(len(self.size), numpy.int64))
+        self.ctime, self.content = (columns[part] for part in CONTENT)
         texts = columns.pop("texts.data", None), columns.pop("texts.ends", None)
         self.texts = [] if texts[0] is None else list(Strings(*texts))  # problems of pictures
         self.subject, self.target, self.number = (columns[part] for part in ("subject", "target", "number"))
@@ -155,7 +162,7 @@ class Index:
         if len(self.shards):
             same = old.columns["offset"][before] == self.columns["offset"][now] if len(old.shards) else before < 0
             before, now = before[same], now[same]
-        for name in ("size", "mtime", "width", "height", "state"):
+        for name in ("size", "mtime", "width", "height", "state", *CONTENT):
             self.columns[name][now] = old.columns[name][before]
         self.state[self.state == BAD] = UNREAD
 
@@ -173,14 +180,24 @@ class Index:
         whole = len(self.paths) <= DECODED
         found = self._stat(say)
         known = (self.state == WHOLE) | (self.state == HEADER) & (not whole)
-        rows = numpy.flatnonzero(~known | (found[0] != self.size) | (found[1] != self.mtime))
+        changed = found[2] != self.ctime  # of many pictures they alone are no reason to read all headers again
+        rows = numpy.flatnonzero(~known | (found[0] != self.size) | (found[1] != self.mtime) | changed & whole)
+        self.ctime[:] = found[2]
+        if not whole:
+            self.content[:] = found[2]
         if not len(rows):
-            return False
+            if changed.any():
+                save()
+            return bool(changed.any())
         self.state[rows], self.texts = UNREAD, []  # those with problems are among the rows
-        self.size[:], self.mtime[:] = found
+        self.size[:], self.mtime[:] = found[:2]
 
         def read(block: NDArray) -> list[Size | str]:
-            return [look(self.paths[row] if by_name else self.picture(row), whole) for row in block]
+            sizes = [look(self.paths[row] if by_name else self.picture(row), whole) for row in block]
+            for row, size in zip(block, sizes):
+                if whole and not isinstance(size, str):
+                    self.content[row] = zlib.crc32(self.picture(row).read_bytes()) + 1
+            return sizes
 
         blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
         started = saved = said = time.monotonic()
@@ -210,17 +227,18 @@ class Index:
         return True
 
     def _stat(self, say: Say) -> NDArray:
-        """(2, n): bytes and time of change of every picture; -1 where it is not there."""
+        """(3, n): bytes, time of change of its content and of any of every picture; -1 where it is not there."""
         if len(self.shards):
-            times = numpy.array([(self.root / shard).stat().st_mtime_ns for shard in self.shards])
-            return numpy.stack([self.columns["bytes"], times[self.columns["shard"]]])
-        found, root = numpy.full((2, len(self.paths)), -1), f"{self.root}{os.sep}"
+            statuses = [(self.root / shard).stat() for shard in self.shards]
+            times = numpy.array([(status.st_mtime_ns, status.st_ctime_ns) for status in statuses])
+            return numpy.stack([self.columns["bytes"], *times[self.columns["shard"]].T])
+        found, root = numpy.full((3, len(self.paths)), -1), f"{self.root}{os.sep}"
 
         def read(start: int) -> None:
             for row in range(start, min(start + 16 * BLOCK, len(self.paths))):
                 try:
                     status = os.stat(root + self.paths[row])
-                    found[:, row] = status.st_size, status.st_mtime_ns
+                    found[:, row] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 except (OSError, ValueError):
                     pass
 

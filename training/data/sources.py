@@ -132,7 +132,7 @@ def _folder(root: Path) -> Source:
         found.update(repr(subject._replace(captions={})).encode())
         for name, entry in sorted(subject.captions.items()):
             status = entry.stat()
-            found.update(f"{name!r} {status.st_size} {status.st_mtime_ns}".encode())
+            found.update(f"{name!r} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
     return Source(root, found.hexdigest(), fill)
 
 
@@ -259,7 +259,8 @@ def _shards(root: Path, names: list[str], max_references: int) -> Source:
                     _sample(draft, reader, name, key, list(members), max_references)
                 keys.add(key)
 
-    versions = [((root / name).stat().st_size, (root / name).stat().st_mtime_ns) for name in names]
+    statuses = [(root / name).stat() for name in names]
+    versions = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in statuses]
     return Source(root, digest(list(zip(names, versions))), fill)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...common.files import save_text
+from ...common.files import DataError, file_problem, read_bytes, save_text
+from ...common.untrusted_json import parse_json, read_json
 from .sets import Case
 
 MARK = "subject_benchmark"  # key of the case among a PNG's texts
+LONGEST, LONGEST_LINE = 2**30, 2**20  # bytes of a ledger, and of one of its lines
 LEDGER, RUN = "ledger.jsonl", "run.json"
 
 
@@ -32,10 +34,14 @@ class Ledger:
         self.folder, self.path = folder, folder / LEDGER
         self.lines: dict[str, dict] = {}
         self.damaged = 0  # lines that cannot be read
-        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+        if os.path.lexists(self.path) and (problem := file_problem(self.path)):
+            raise RunError(f"{self.path} {problem} Remove it, or use another --out.")
+        for line in read_bytes(self.path, LONGEST).split(b"\n") if self.path.is_file() else ():
             try:
-                entry = json.loads(line) if line.strip() else None
+                entry = parse_json(line, longest=LONGEST_LINE) if line.strip() else None
                 if entry is not None:
+                    if not isinstance(entry["name"], str):
+                        raise TypeError
                     self.lines[entry["name"]] = entry
             except (ValueError, TypeError, KeyError):  # cut off by a full disk or a kill
                 self.damaged += 1
@@ -95,17 +101,16 @@ def check_run(out: Path, facts: dict) -> None:
     """Writes run.json, since one folder holds the pictures of one workflow. Raises RunError for another one's."""
     path = out / RUN
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path) if os.path.lexists(path) else facts
         if found["workflow_digest"] != facts["workflow_digest"]:
             raise RunError(
                 f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')}). Use "
                 f"another --out, or remove {path.name} if they may be mixed."
             )
-    except FileNotFoundError:
-        pass
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (DataError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise RunError(
-            f"{path}: is damaged ({error}). Remove it if the folder's pictures are this workflow's."
+            f"{path}: is damaged ({reason}). Remove it if the folder's pictures are this workflow's."
         ) from None
     save_text(path, json.dumps(facts, indent=1, ensure_ascii=False))
 
@@ -132,9 +137,11 @@ def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
 def read_mark(path: Path) -> dict | None:
     """The case that a picture names; None where there is none."""
     try:
+        if file_problem(path):
+            return None
         with Image.open(path) as picture:
             picture.load()
-            found = json.loads(picture.text[MARK])
+            found = parse_json(picture.text[MARK])
     except Exception:  # missing, truncated, or somebody else's: it is generated again
         return None
     return found if isinstance(found, dict) and found.get("name") == path.stem else None

@@ -9,19 +9,21 @@ gives a row for each, and files of one name that were measured by different ones
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from pathlib import Path
 
+from ...common.files import DataError, read_bytes
 from ...common.intervals import mean_interval
 from ...common.markdown import markdown
+from ...common.untrusted_json import parse_json
 from ...evaluation.copy_paste.metrics import copy_paste_from_differences
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 POSE, IDENTITY = ("azimuth", "polar", "average_recall"), ("DINO-I", "CLIP-I", "CLIP-T")
 METRICS = (*POSE, *IDENTITY)
+LONGEST = 256 * 2**20  # bytes of a score file; a million pictures have 100 MB
 OTHERS = ("ledger.jsonl", "run.json")  # of a run's folder
 # The paper's own table, of which we have a transcription by a third party.
 PAPER = {
@@ -118,21 +120,34 @@ def _files(path: Path) -> list[Path]:
 def _read_file(path: Path, system: System) -> None:
     """Adds a score file's values to a system."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, LONGEST).decode("utf-8-sig")
         if path.suffix.lower() == ".json":
-            _read_report(json.loads(text), str(path), system)
+            _read_report(parse_json(text, None, LONGEST), str(path), system)
             return
         if path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [parse_json(line, None, LONGEST) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines()))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ScoreError(f"{path}: cannot be read as scores ({error}).") from None
+            rows = _csv_rows(text)
+    except (DataError, UnicodeDecodeError, csv.Error) as error:
+        raise ScoreError(f"{path}: cannot be read as scores ({error}), expected a number for each value.") from None
     seen = {}
     if not sum(_read_row(row, f"{path} line {number}", system, seen) for number, row in enumerate(rows, 1)):
         raise ScoreError(
             f"{path}: has no column of {', '.join(['azimuth_difference', 'polar_difference', *IDENTITY])}."
         )
+
+
+def _csv_rows(text: str) -> list[dict]:
+    """The rows of a table with names in its first line. Raises DataError."""
+    reader = csv.DictReader(text.splitlines(), restkey="")
+    names = [_plain(name) for name in reader.fieldnames or ()]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise DataError(f"it has {names.count(twice[0])} columns of the name {twice[0]!r}, expected one")
+    rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        if "" in row and row[""] and "" not in names:
+            raise DataError(f"line {number} has {len(names) + len(row[''])} values, expected {len(names)}")
+    return rows
 
 
 def _read_report(report: object, where: str, system: System) -> None:
@@ -147,7 +162,10 @@ def _read_report(report: object, where: str, system: System) -> None:
             name = row.get("figure") if isinstance(row, dict) else None
             if name in IDENTITY:
                 what = _backbone(row.get("backbone"), row.get("preprocessing"))
-                values = [_number(value, f"{where} {name}") for value in row.get("per_output", ())]
+                found = row.get("per_output")
+                if not isinstance(found, list):
+                    raise ScoreError(f"{where}: per_output of {name} is {found!r:.60}, expected a list of numbers.")
+                values = [_cosine(value, f"{where} {name}", name) for value in found]
                 system.add(name, values, what, where, seen)
     else:
         raise ScoreError(f"{where}: holds no metrics, expected the JSON of Copy-Paste Report or of Identity Scores.")
@@ -171,9 +189,7 @@ def _read_row(row: object, where: str, system: System, seen: dict, pose_by: dict
         found = True
     for name in IDENTITY:
         if _plain(name) in row:
-            value = _number(row[_plain(name)], where)
-            if not -1 <= value <= 1:
-                raise ScoreError(f"{where}: {name} is {value}, expected a cosine (100 times as much in some tables).")
+            value = _cosine(row[_plain(name)], where, name)
             system.add(name, [value], _backbone(row.get("backbone"), row.get("preprocessing")), where, seen)
             found = True
     return found
@@ -258,10 +274,17 @@ def _plain(name: object) -> str:
     return "".join(c for c in str(name).lower() if c.isalnum())
 
 
+def _cosine(value: object, where: str, name: str) -> float:
+    number = _number(value, where)
+    if not -1.001 <= number <= 1.001:  # rounding may lead out of it
+        raise ScoreError(f"{where}: {name} is {number:g}, expected a cosine (100 times as much in some tables).")
+    return number
+
+
 def _number(value: object, where: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float("nan" if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not isfinite(number):
         raise ScoreError(f"{where}: holds {value!r:.40}, expected a number. Leave pictures without a value out.")

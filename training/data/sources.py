@@ -299,7 +299,9 @@ def _sample(
                 "has no references, expected some (.ref0.jpg, .ref1.jpg), or a subject to pair it by: in a .json, or "
                 "as a folder in its name"
             )
-    except (DataError, ValueError, RecursionError) as error:
+    except RecursionError:
+        problem = "has a .json that is nested too deeply"
+    except ValueError as error:
         problem = str(error)
     if problem:
         reader.problem(f"{shard} {key}", problem)

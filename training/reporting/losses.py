@@ -127,6 +127,8 @@ def read_table(path: Path) -> dict[int, list[Loss]]:
             try:
                 step, condition, name, mean, low, high, samples = line
                 row = Loss(condition, name, float(mean), float(low), float(high), int(samples))
+                if int(step) < 0 or row.samples < 1:
+                    raise ValueError("expected counts of steps and samples")
                 history.setdefault(int(step), []).append(row)
             except ValueError as error:
                 raise ValueError(

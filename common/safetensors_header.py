@@ -10,6 +10,8 @@ from .files import file_problem
 from .untrusted_json import parse_json
 
 LONGEST = 32 * 2**20  # bytes of a header; a model of 100,000 tensors has 15 MB, the format allows 100 MB
+# The format's dtypes that nothing here reads.
+OTHER_DTYPES = ("U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # How other files begin that are met under the name .safetensors.
 SIGNATURES = (
     (b"PK\x03\x04", "a zip archive, probably a pickled .pt or .pth that was renamed"),
@@ -97,6 +99,8 @@ def _check_data(tensors: dict[str, TensorHeader], offsets: dict[str, list[int]])
             )
         if start != end or stop < start:
             raise ValueError(f"{key!r} has the bytes {start} to {stop}, expected them from {end} on")
+        if dtype not in FILE_DTYPES and dtype not in OTHER_DTYPES:
+            raise ValueError(f"{key!r} has the dtype {dtype!r:.20}, which the format lacks")
         if dtype in FILE_DTYPES and math.prod(shape) * FILE_DTYPES[dtype].itemsize != stop - start:
             raise ValueError(f"{key!r} is {dtype} of shape {shape!r:.60}, which does not fill its {stop - start} bytes")
         end = stop

@@ -39,7 +39,7 @@ class DLAConfig:
     def __post_init__(self) -> None:
         def expect(valid: bool, name: str, expected: str) -> None:
             if not valid:
-                raise ValueError(f"DLA config: {name} is {getattr(self, name)!r}, expected {expected}.")
+                raise ValueError(f"DLA config: {name} is {getattr(self, name)!r:.100}, expected {expected}.")
 
         expect(self.format_version == FORMAT_VERSION, "format_version", f"{FORMAT_VERSION}; a newer pack may read it")
         expect(isinstance(self.mllm, MLLMInfo), "mllm", "an MLLMInfo")
@@ -104,14 +104,20 @@ class DLAConfig:
         """The inverse of to_dict. Raises ValueError that names an unknown, missing or bad entry."""
         known, values = {f.name for f in fields(cls)}, dict(values)
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"DLA config: unknown entry {unknown[0]!r}, expected only {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"DLA config: unknown entry {unknown[0]!r:.100}, expected only {', '.join(sorted(known))}."
+            )
         for name in ("mllm", "context_width"):
             if name not in values:
                 raise ValueError(f"DLA config: entry {name!r} is missing.")
         mllm = values["mllm"]
         if not isinstance(mllm, dict):
-            raise ValueError(f"DLA config: mllm is {mllm!r}, expected an object with name, family, layers and width.")
+            raise ValueError(
+                f"DLA config: mllm is {mllm!r:.100}, expected an object with name, family, layers and width."
+            )
         known = {f.name for f in fields(MLLMInfo)}
         if wrong := sorted({"name", "family", "layers", "width"} - set(mllm)) or sorted(set(mllm) - known):
-            raise ValueError(f"DLA config: mllm entry {wrong[0]!r} is {'unknown' if wrong[0] in mllm else 'missing'}.")
+            raise ValueError(
+                f"DLA config: mllm entry {wrong[0]!r:.100} is {'unknown' if wrong[0] in mllm else 'missing'}."
+            )
         return cls(**{**OF_0_1_0, **values, "mllm": MLLMInfo(**mllm)})

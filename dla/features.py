@@ -30,12 +30,14 @@ class MLLMInfo:
     def __post_init__(self) -> None:
         for field in ("name", "family"):
             if not isinstance(getattr(self, field), str):
-                raise ValueError(f"MLLM {field} is {getattr(self, field)!r}, expected text.")
+                raise ValueError(f"MLLM {field} is {getattr(self, field)!r:.100}, expected text.")
         for field, top in (("layers", 1024), ("width", 65536)):
             if not is_whole(value := getattr(self, field), 1, top):
-                raise ValueError(f"MLLM {field} is {value!r}, expected a whole number from 1 to {top}.")
+                raise ValueError(f"MLLM {field} is {value!r:.100}, expected a whole number from 1 to {top}.")
         if not isinstance(self.drop_leading_template, bool):
-            raise ValueError(f"MLLM drop_leading_template is {self.drop_leading_template!r}, expected true or false.")
+            raise ValueError(
+                f"MLLM drop_leading_template is {self.drop_leading_template!r:.100}, expected true or false."
+            )
 
     def __str__(self) -> str:
         return f"{self.name} ({self.family}, {self.layers} layers, width {self.width})"

@@ -11,7 +11,11 @@ from ..common.untrusted_json import JSONError, parse_json
 from .backbones import Backbone, backbone_of, backbone_of_keys
 from .host import DIT_OPTIONS, is_dynamic, load_model_weights, make_patcher
 from .protocols import Model
+from .weight_folders import check_finite
 
+# What the host raises for files that it does not check.
+UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError,
+             MemoryError)  # fmt: skip
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
@@ -60,6 +64,7 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     A safetensors file whose metadata has `unet_config` (JSON) overrides sizes that the host's detection takes for
     granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for another kind of file or dtype.
     """
+    import comfy.model_management
     import comfy.sd
     import comfy.utils
     import folder_paths
@@ -69,9 +74,19 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
     options = dict(DIT_OPTIONS[weight_dtype])
     sizes = declared_sizes(path)
-    if not sizes:
-        return comfy.sd.load_diffusion_model(path, model_options=options)
-    return build_dit(comfy.utils.load_torch_file(path, safe_load=True), sizes, options, path)
+    try:
+        if not sizes:
+            return comfy.sd.load_diffusion_model(path, model_options=options)
+        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except UNCHECKED as error:
+        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
+            raise
+        raise ValueError(
+            f"{path}: the host cannot load it as a diffusion model ({type(error).__name__}: {error!s:.300}). Fetch the "
+            "file again, or choose a diffusion model."
+        ) from error
+    check_finite(path, state_dict)
+    return build_dit(state_dict, sizes, options, path)
 
 
 def declared_sizes(path: str) -> dict:
@@ -82,6 +97,9 @@ def declared_sizes(path: str) -> dict:
         sizes = parse_json(text) if text else {}
     except JSONError as error:
         raise ValueError(f"{path}: metadata `unet_config` {error}. Fetch or make the file again.") from None
+    for key, tensor in header.tensors.items():
+        if sizes and not (tensor.dtype in FILE_DTYPES and FILE_DTYPES[tensor.dtype].is_floating_point):
+            raise ValueError(f"{path}: {key} is {tensor.dtype}, expected floating-point numbers. Fetch the file again.")
     widest = max((size for tensor in header.tensors.values() for size in tensor.shape), default=0)
     blocks = max((int(found[1]) + 1 for key in header.tensors if (found := BLOCK.search(key))), default=0)
     for name, value in sizes.items():
@@ -118,7 +136,7 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     try:
         config = model_detection.detect_unet_config(state_dict, "")
         found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
-    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:  # it checks nothing
+    except UNCHECKED as error:
         raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     if found is None:
         raise ValueError(unknown)
@@ -133,7 +151,9 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
         found.optimizations["fp8"] = True
     try:
         model = found.get_model(state_dict, "")
-    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError) as error:
+    except UNCHECKED as error:
+        if isinstance(error, management.OOM_EXCEPTION):
+            raise
         raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     patcher = make_patcher(model, device, offload)
     if not is_dynamic(patcher):

@@ -311,6 +311,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_plain(headers)
         check_sizes(config, headers, folder / "config.json", positions=True)
         state: dict[str, Tensor] = {}
+        needed = sum(path.stat().st_size for path in {path for path, _ in headers.values()})
+        if needed > (most := comfy.model_management.get_total_memory(torch.device("cpu"))):
+            raise EmbedderError(f"{folder} has weights of {needed:,} bytes, this machine has memory for {most:,}.")
         for path in dict.fromkeys(path for path, _ in headers.values()):
             tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
             state |= {key: tensor for key, tensor in tensors.items() if headers[key][0] == path}

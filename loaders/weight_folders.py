@@ -104,6 +104,8 @@ def read_headers(folder: Path) -> Headers:
         for key, header in read_header(path).tensors.items():
             if places.get(key, path.name) == path.name:
                 headers[key] = (path, header)
+    if not headers:
+        raise DataError(f"{files[0]} holds no tensors. Download it again.")
     return headers
 
 

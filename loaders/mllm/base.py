@@ -96,6 +96,12 @@ class MLLM(ABC):
                 f"{self.info.name} gave {states.shape[2]} tokens, expected {len(modality)} for this prompt and"
                 f" {len(images)} image(s). A node has probably changed its tokenizer or its vision tower."
             )
+        if not all(end.isfinite() for end in states.aminmax()):  # one pass without a copy: NaN passes through both
+            raise MLLMError(
+                f"{self.info.name} gives NaN or infinity as hidden states: its weights or config are damaged, or too"
+                " large for its dtype. Download it again, load it with weight_dtype bf16 or fp32, or start the host"
+                " with --fp32-text-enc."
+            )
         kinds = modality[None], image_index[None], mask
         return Features(states, wanted, *kinds, self.info, (prefix,), (tuple(grids),), self.stock)
 

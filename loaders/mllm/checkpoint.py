@@ -155,7 +155,7 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
         if len(ids) != 1 or (token == placeholder and expected is not None and ids[0] != expected):
             want = expected if token == placeholder else "one id"
             raise MLLMError(
-                f"{folder}: the tokenizer reads {token} as {ids}, expected {want} by config.json. Tokenizer and model"
-                " do not belong together: download both from one repository."
+                f"{folder}: the tokenizer reads {token} as {ids!s:.60}, expected {want!s:.60} by config.json. Tokenizer"
+                " and model do not belong together: download both from one repository."
             )
     return tokenize, tokenize(placeholder)[0]

@@ -92,7 +92,7 @@ def _check_keys(path: Path, found: Mapping[str, tuple[tuple[int, ...], torch.dty
     """Raises unless keys, shapes and dtypes are those of one of the published layouts."""
     fail = partial(OrientationCheckpointError, path)
     cls, first = BACKBONE + "embeddings.cls_token", HEAD + "net1.0.weight"
-    if cls not in found or first not in found or len(found[first][0]) != 2:
+    if cls not in found or first not in found or not found[cls][0] or len(found[first][0]) != 2:
         raise fail(f"is no Orient Anything V1: {_what_is_it(found)}")
     width, out = found[cls][0][-1], found[first][0][0]
     if width not in SIZES:

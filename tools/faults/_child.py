@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
         trace: Its traceback.
         ran: Audit events of code that was run or fetched.
         seconds: Time that it took.
-        bytes: Memory beyond this process's at most.
+        bytes: Memory beyond what it began with at most.
     """
 
     end: str
@@ -83,7 +83,7 @@ def run(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BYTES) 
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    started, base = time.monotonic(), _resident()
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(reader)
@@ -102,17 +102,18 @@ def run(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BYTES) 
                 os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     took = time.monotonic() - started
-    extra = max(0, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) - base)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if not ended:
-        return Outcome("time", seconds=took, bytes=extra)
+        return Outcome("time", seconds=took, bytes=peak)
     try:
-        return Outcome(**json.loads(said), seconds=took, bytes=extra)
+        found = json.loads(said)
     except ValueError:
-        return Outcome("died", text=f"status {status}", seconds=took, bytes=extra)
+        return Outcome("died", text=f"status {status}", seconds=took, bytes=peak)
+    return Outcome(**found | {"bytes": max(0, peak - found["bytes"])}, seconds=took)
 
 
 def _resident() -> int:
-    """Bytes of this process's memory now, with which a fork begins; elsewhere than on Linux at most so far."""
+    """Bytes of this process's memory now; elsewhere than on Linux at most so far."""
     import resource
 
     if sys.platform.startswith("linux"):
@@ -125,6 +126,7 @@ def _work(work: Callable[[], Any], writer: int, memory: int) -> None:
     import resource
 
     ran: list[str] = []
+    began = _resident()  # less than the parent's, whose mapped files are not copied
     sys.addaudithook(lambda event, _: ran.append(event) if event in EVENTS else None)
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -142,7 +144,7 @@ def _work(work: Callable[[], Any], writer: int, memory: int) -> None:
         trace = traceback.format_exc(limit=-8)[-4000:]
         found = {"end": "error", "kind": type(error).__name__, "text": str(error)[:4000], "trace": trace}
     with suppress(BrokenPipeError), os.fdopen(writer, "wb") as pipe:
-        pipe.write(json.dumps({**found, "ran": sorted(set(ran))}).encode())
+        pipe.write(json.dumps({**found, "ran": sorted(set(ran)), "bytes": began}).encode())
     os._exit(0)
 
 

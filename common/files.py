@@ -1,13 +1,18 @@
 """Atomic writes: a file is the old one or the new one, never a part; bounded reads; the error for files."""
 
 import os
+import re
 import stat
 import tempfile
+import unicodedata
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # of files that are written: 255 bytes a name, with a number and an extension
+RESERVED = re.compile(r"CON|PRN|AUX|NUL|(COM|LPT)[1-9]", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -24,6 +29,20 @@ def file_problem(path: str | os.PathLike, expected: str = "a file") -> str:
     if stat.S_ISREG(mode):
         return "" if os.access(path, os.R_OK) else "cannot be read (permission denied)."
     return f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, expected {expected}."
+
+
+def path_problem(name: str) -> str:
+    """Why a path given by a widget does not stay in its folder, or is none on some system; "" where all is well."""
+    path = PureWindowsPath(name)  # takes both kinds of slash
+    if path.drive or path.root or ".." in path.parts:
+        return "leads out of its folder ('..', a drive or a leading slash)"
+    if len(name) > LONGEST_PATH or any(len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in path.parts):
+        return f"is longer than {LONGEST_NAME} bytes a name or {LONGEST_PATH} characters in all"
+    if any(unicodedata.category(letter)[0] == "C" and letter != "\u200d" for letter in name):
+        return "holds control characters"
+    if any(RESERVED.fullmatch(part.split(".")[0].strip()) for part in path.parts):
+        return "holds a name that Windows keeps for devices"
+    return ""
 
 
 def read_bytes(path: str | os.PathLike, longest: int) -> bytes:

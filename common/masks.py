@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .images import ImageError
+from .images import ImageError, check_values
 
 SUBJECT = 0.05  # mask above this belongs to the subject (published: above 0, which masks seldom are outside)
 
@@ -19,11 +19,7 @@ def split_batch(image: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor]
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise ImageError(f"image is {tuple(image.shape)}, expected an IMAGE (batch, height, width, 3).")
     for number, picture in enumerate(image):
-        if not bool(picture.isfinite().all()):
-            raise ImageError(
-                f"Picture {number + 1} of {len(image)} holds values that are NaN or infinite, expected 0 to 1. The "
-                "node that made it has failed (often a VAE decode in fp16: decode in fp32 or bf16)."
-            )
+        check_values(picture, f"Picture {number + 1} of {len(image)}")
     if mask is None and image.shape[-1] == 4:
         mask = image[..., 3]
     image = image[..., :3]

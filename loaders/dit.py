@@ -192,6 +192,11 @@ def context_width(model: Model) -> int | None:
     return width
 
 
+def pooled_width(model: Model) -> int | None:
+    """Width of the pooled vector that a MODEL reads (FLUX.1: CLIP-L's), in channels; None where it reads none."""
+    return _columns(dit_of(model.model), "vector_in.in_layer")
+
+
 def _columns(module: Any, path: str) -> int | None:
     """What a linear map at a dotted path reads, in channels."""
     for name in path.split("."):

@@ -78,18 +78,28 @@ def find(kind: str, name: str) -> Path:
     Raises ValueError where it leads out of these folders (absolute, or with ".."), or is not there.
     """
     if not isinstance(name, str) or not name or not _inside(name):
-        raise ValueError(f"{name!r} is no name in models/{kind}: expected one without '..', drive or leading slash.")
+        raise ValueError(
+            f"{name!r:.100} is no name in models/{kind}: expected one without '..', drive or leading slash."
+        )
     if kind in FILES and Path(name).suffix.lower() not in EXTENSIONS[kind]:
         extensions = " or ".join(sorted(EXTENSIONS[kind], reverse=True))
-        raise ValueError(f"{name!r} is no {FILES[kind]} file: expected the extension {extensions}.")
+        raise ValueError(f"{name!r:.100} is no {FILES[kind]} file: expected the extension {extensions}.")
     for root in roots(kind):
-        if (Path(root) / name).exists():
+        if _exists(Path(root) / name):
             return Path(root) / name
     there = files(kind) if kind in FILES else mllm_names()
     raise ValueError(
-        f"models/{kind} has no {name!r}; it holds {', '.join(there) or 'nothing'}. "
+        f"models/{kind} has no {name!r:.100}; it holds {', '.join(there) or 'nothing'}. "
         f"Put it into {' or '.join(roots(kind)) or 'a folder that register() makes known'} and refresh."
     )
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what is no path on this system is not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with NUL
+        return False
 
 
 def roots(kind: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common.images import SLIMMEST, SMALLEST, ImageError
+from ..common.images import SLIMMEST, SMALLEST, ImageError, check_values
 
 LIMIT = 10
 
@@ -64,12 +64,5 @@ def _check(image: Tensor, where: str) -> Tensor:
             f"{where} is {width} x {height} px, sides more than {SLIMMEST}:1 apart. Crop it to the subject first."
         )
     image = image.float()
-    if not bool(image.isfinite().all()):
-        raise ImageError(
-            f"{where} holds {int((~image.isfinite()).sum())} values that are NaN or infinite, expected 0 to 1. The node"
-            " that made it has failed (often a VAE decode in fp16: decode in fp32 or bf16)."
-        )
-    low, high = float(image.min()), float(image.max())
-    if low < -1 or high > 2:  # room for the overshoot of a decode or an upscaler
-        raise ImageError(f"{where} has values from {low:.3g} to {high:.3g}, expected 0 to 1. Divide by 255 first?")
+    check_values(image, where)
     return image

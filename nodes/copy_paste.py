@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .files import save_reports
+from .files import report_path, save_reports
 from .schema import CAPTION_TIP, Node, Orientation, output, schema
 
 
@@ -82,9 +82,10 @@ class SubjectCopyPasteReport(Node):
     ) -> io.NodeOutput:
         from ..evaluation.copy_paste.measure import copy_paste
 
+        path = report_path(filename_prefix[0])
         model, threshold = orientation_model[0], min_confidence[0]  # the host passes every input as a list
         found = copy_paste(model, references, images, reference_masks, masks, threshold)
-        save_reports(filename_prefix[0], csv=found.csv, json=found.json)
+        save_reports(path, csv=found.csv, json=found.json)
         shown = ui.PreviewImage(found.plot, cls=cls).as_dict()
         return io.NodeOutput(found.text, found.plot, found.json, found.captions, ui={**shown, "text": (found.text,)})
 

@@ -6,7 +6,7 @@ from unicodedata import category
 
 import folder_paths
 
-from ..common.files import save_text
+from ..common.files import path_problem, save_text
 from ..loaders import folders
 
 KINDS = {
@@ -29,12 +29,18 @@ def missing(kind: str, name: str | None) -> str | None:
     if name is None or name in (found := options(kind)):
         return None
     there = ", ".join(found) if found else "nothing"
-    return f"models/{kind} has no {name!r}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
+    return f"models/{kind} has no {name!r:.100}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
 
 
 def problems(**names: str | None) -> bool | str:
     """The answer of a node's `validate_inputs`: True, or every missing file in words."""
     return "\n".join(problem for kind, name in names.items() if (problem := missing(kind, name))) or True
+
+
+def require(**names: str | None) -> None:
+    """Raises ValueError for files that are missing, also where their names came from other nodes."""
+    if (found := problems(**names)) is not True:
+        raise ValueError(found)
 
 
 def fingerprint(kind: str, name: str | None) -> str:
@@ -55,8 +61,32 @@ def file_names(texts: list[str], prefix: str = "") -> list[str]:
     return [prefix + "-".join(filter(None, [f"{n:0{width}}", slug])) for n, slug in enumerate(slugs, 1)]
 
 
-def save_reports(prefix: str, **contents: str) -> None:
-    """Writes texts into the host's output folder under one number, as its Save Image does; `contents` by extension."""
-    folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+def report_path(prefix: str) -> Path:
+    """Where the next report goes, without extension: in the host's output folder, numbered as its Save Image does.
+
+    Made before a node's work begins. Links in that folder are followed, as the host does.
+
+    Raises:
+        ValueError: For a prefix that leads out of the output folder, or is no path on every system.
+    """
+    root = Path(folder_paths.get_output_directory())
+    expected = "expected folders and a name in ComfyUI's output folder, such as reports/fox"
+    if problem := path_problem(prefix):
+        raise ValueError(f"filename_prefix is {prefix!r:.100}, which {problem}; {expected}.")
+    try:
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, str(root))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"filename_prefix is {prefix!r:.100}, where nothing can be written ({reason}).") from error
+    return Path(folder) / f"{name}_{counter:05}_"
+
+
+def save_reports(path: Path, **contents: str) -> None:
+    """Writes texts beside each other; `contents` by extension. Raises ValueError where that cannot be done."""
     for extension, content in contents.items():
-        save_text(Path(folder) / f"{name}_{counter:05}_.{extension}", content)
+        file = path.with_name(f"{path.name}.{extension}")
+        try:
+            save_text(file, content)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{file} cannot be written ({reason}). Free space or choose another folder.") from error

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .files import save_reports
+from .files import report_path, save_reports
 from .queued_graph import model_files
 from .schema import CAPTION_TIP, NONE, Node, advanced, output, schema
 
@@ -125,13 +125,14 @@ class SubjectIdentityScores(Node):
 
         from ..evaluation.identity_scores import identity_scores
 
+        path = report_path(filename_prefix[0])
         sockets = {"dino": dino, "clip_vision": clip_vision, "clip": clip}
         chosen = {**sockets, "dino_folder": dino_folder, "clip_folder": clip_folder}
         models = {name: values[0] for name, values in chosen.items() if values and values[0] not in (None, NONE)}
         texts = {"prompts": prompts, "subjects": subjects, "reference_subjects": reference_subjects}
         files = {socket: model_files(cls.hidden, socket) for socket in sockets}
         found = identity_scores(images, references, models, texts, files, ProgressBar)
-        save_reports(filename_prefix[0], json=found.json)
+        save_reports(path, json=found.json)
         return io.NodeOutput(found.text, found.json, found.captions, ui=ui.PreviewText(found.text))
 
 

@@ -177,6 +177,7 @@ class SubjectLoadPipeline(Node):
     ) -> io.NodeOutput:
         from ..loaders.pipeline import load_pipeline
 
+        files.require(diffusion_models=diffusion_model, vae=vae, mllm=mllm, dla=None if dla == NONE else dla)
         return io.NodeOutput(
             *load_pipeline(diffusion_model, vae, mllm, None if dla == NONE else dla, weight_dtype, mllm_weight_dtype)
         )

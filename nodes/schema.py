@@ -8,6 +8,7 @@ from dataclasses import fields
 from comfy_api.latest import io
 
 from ..common.dtypes import DTYPES
+from .checks import check_inputs
 from .translation import translate
 
 CATEGORY = "subject"
@@ -40,6 +41,8 @@ def _titled(method: Callable) -> Callable:
     @functools.wraps(method)
     def titled(cls, *arguments, **inputs):
         try:
+            if method.__name__ == "execute":
+                check_inputs(cls, method, arguments, inputs)
             found = method(cls, *arguments, **inputs)
         except (ValueError, RuntimeError) as error:
             error.args = (with_title(cls, str(error)), *error.args[1:])

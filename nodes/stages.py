@@ -74,7 +74,7 @@ def _queued_stages(node_id: str) -> Stages | None:
     given = queued_graph.queued(node_id)
     names = ("start", "mllm_strength", "vae_strength", "blend") if "start" in given else ("preset",)
     values = [given.get(name) for name in (*names, "clock", *(("tau1", "tau2") if "preset" in given else ()))]
-    if any(value is None or isinstance(value, list) for value in values):
+    if any(value is None or isinstance(value, list | dict) for value in values):
         return None
     if "preset" in given:
         return preset_stages(*values)

@@ -81,8 +81,8 @@ class SubjectThresholdSweep(Node):
     def validate_inputs(cls, tau1):
         widgets = queued_graph.queued(cls.hidden.unique_id)
         given = [widgets.get(name) for name in inspect.signature(_sweep).parameters]
-        if any(value is None or isinstance(value, list) for value in given):
-            return True  # linked: known when it runs
+        if any(value is None or isinstance(value, list | dict) for value in given):
+            return True  # linked, or refused when it runs
         try:
             _sweep(*given)
         except ValueError as error:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..loaders.backbones import backbone_of, titles, unread_family
+from torch import Tensor
+
+from ..loaders.backbones import Backbone, backbone_of, titles, unread_family
 from ..loaders.conditioning import METHOD, Condition, ReferenceSettings, reference_latents, reference_settings
-from ..loaders.dit import context_width, dit_of
+from ..loaders.dit import context_width, dit_of, pooled_width
 from ..loaders.protocols import Model
 from .reference_stages import RunSchedule
 from .stages import Stages
@@ -49,7 +51,7 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
             "another guider."
         )
     check_family(model, changes_strengths(stages))
-    backbone, wanted = backbone_of(model), context_width(model)
+    backbone, wanted, pooled_wanted = backbone_of(model), context_width(model), pooled_width(model)
     most = backbone.most_references if backbone else None
     for condition in conditions:
         tokens, references = condition.get("cross_attn"), reference_latents(condition)
@@ -59,6 +61,14 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 f"({backbone.title if backbone else type(model.model).__name__}) reads width {wanted}. Use the text "
                 f"encoder that belongs to the model, or a DLA trained with context width {wanted}."
             )
+        pooled = condition.get("pooled_output")
+        if pooled_wanted is not None and pooled is not None and pooled.shape[-1] != pooled_wanted:
+            raise ValueError(
+                f"The {name} condition has a pooled vector of width {pooled.shape[-1]}, but this diffusion model reads "
+                f"width {pooled_wanted}. Use the text encoder that belongs to the model (FLUX.1: CLIP-L)."
+            )
+        for latent in references if backbone else ():
+            _check_reference(latent, backbone, name)
         others = [key for key in OTHER_TEXT if condition.get(key) is not None]
         if others and not backbone and any(not context for context, _ in stages.variants()):
             raise ValueError(
@@ -98,6 +108,31 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 raise ValueError(_only_on_and_off(model, what))
     if not backbone and any(s not in (0, 1) for key in stages.keyframes for s in (key.context, key.reference)):
         raise ValueError(_only_on_and_off(model, "Stage strengths other than 0 and 1"))
+
+
+def check_latent(model: Model, shape: Sequence[int]) -> None:
+    """Raises ValueError for a latent whose shape (b, c, ...) has other channels than the model samples."""
+    backbone = backbone_of(model)
+    if backbone and shape[1] != backbone.latent_channels:
+        raise ValueError(
+            f"The latent to be sampled has {shape[1]} channels, but {backbone.title} samples "
+            f"{backbone.latent_channels}. Make it with the VAE or the empty latent that belongs to the model."
+        )
+
+
+def _check_reference(latent: Tensor, backbone: Backbone, name: str) -> None:
+    """Raises ValueError for a reference latent that the family cannot read."""
+    channels = latent.shape[1] if latent.ndim > 1 else 0
+    if latent.ndim not in (4, 5) or channels != backbone.latent_channels:
+        raise ValueError(
+            f"The {name} condition has a reference latent of shape {tuple(latent.shape)}, but {backbone.title} reads "
+            f"(batch, {backbone.latent_channels}, height, width). Encode the picture with the VAE of the model."
+        )
+    if not bool(latent.isfinite().all()):
+        raise ValueError(
+            f"The {name} condition has a reference latent with values that are NaN or infinite. The VAE that made it "
+            "has failed (often in fp16: load it in fp32 or bf16)."
+        )
 
 
 def check_guidance(

@@ -43,7 +43,9 @@ class StagedGuider(comfy.samplers.CFGGuider):
             check_conditions(self.model_patcher, self.stages, conditions, name)
 
     def set_cfg(self, cfg: float) -> None:
-        """Takes the guidance scale, after the conditions. Raises ValueError where it needs a negative condition."""
+        """Takes the guidance scale, after the conditions. Raises ValueError where it cannot be used."""
+        if not 0 <= cfg <= 100:
+            raise ValueError(f"CFG is {cfg:g}, expected 0 to 100.")
         super().set_cfg(cfg)
         if cfg != 1.0 and "negative" not in self.original_conds:
             raise ValueError(

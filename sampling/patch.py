@@ -22,7 +22,7 @@ from ..loaders.backbones import backbone_of, pixel_family
 from ..loaders.conditioning import reference_latents
 from ..loaders.dit import dit_of
 from ..loaders.host import IGNORES_REFERENCES, editor_of_run, executing_node, reads_references
-from .conditions import changes_strengths, check_conditions, check_family, check_guidance
+from .conditions import changes_strengths, check_conditions, check_family, check_guidance, check_latent
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
 from .run_progress import RunProgress
@@ -95,6 +95,12 @@ def put_outermost(model_options: dict, kind: str, key: str, wrapper: Any) -> Non
     wrappers |= {key: [wrapper]} | others
 
 
+NOT_FINITE = (
+    "Apply Stages: the sampled latent holds values that are NaN or infinite; the picture will be black or noise. Lower "
+    "CFG and strengths, check LoRAs, or load the diffusion model in bf16 or fp32."
+)
+
+
 @contextmanager
 def _named() -> Iterator[None]:
     """Errors begin with the node that made the patch: the host shows them on the sampler."""
@@ -115,6 +121,7 @@ def _outer_sample(
     with _named():
         for name, conditions in guider.conds.items():
             check_conditions(guider.model_patcher, stages, conditions, name)
+        check_latent(guider.model_patcher, args[0].shape)
         function = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removesuffix("_function")
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
         is_flow = isinstance(model_sampling, comfy.model_sampling.CONST)
@@ -156,7 +163,10 @@ def _outer_sample(
     # inside all others, so that shapes and options are those that the model gets
     wrappers_of(guider.model_options, APPLY_MODEL)[KEY] = [run.apply_model]
     try:
-        return executor(*args, **kwargs)
+        found: Tensor = executor(*args, **kwargs)
+        if not bool(found.isfinite().all()):
+            log.warning(NOT_FINITE)
+        return found
     finally:
         guider.model_options = options
         run.free()

@@ -27,6 +27,7 @@ TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 TORCHAUDIO = "torchaudio==2.11.*"  # newest on the registry; without its dependencies it imports beside a newer torch
 TOOLS = ["requests", "websocket-client", "pytest", "pytest-xdist", "playwright", "accelerate", "panda3d"]
 TOOLS += ["comfyui-workflow-templates-json==0.1.123"]  # the front end's own workflows; not its pictures
+TOOLS += ["hypothesis==6.*"]  # draws the hostile inputs of nodes
 TOOLS += ["ruff==0.17.6", "mypy==2.4.1", "comfy-import-guard==1.3.0"]  # .pre-commit-config.yaml has the same ruff
 FRONT_END = "1.58.1"  # newest of the registry's: the second editor of the browser tests, beside the host's own
 CHINESE_FONT = "noto-cjk-sans-jp-regular==0.0.1"  # of all CJK languages; 13 MB, SIL Open Font License

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import folder_paths
 
+from ..common.files import path_problem
 from ..common.picture_files import PICTURES
 
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
@@ -89,15 +90,15 @@ def find_source(data: str | None) -> Path:
     root = Path(folder_paths.get_input_directory())
     path = root / data if isinstance(data, str) else root
     parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
-    plain = "/".join(parts) == data and not any(part.startswith(".") for part in parts)
+    plain = "/".join(parts) == data and not any(part.startswith(".") for part in parts) and not path_problem(data)
     if plain and len(parts) <= 2 and path.is_file() and path.suffix.lower() in LISTS:
         return path
     if not (plain and len(parts) == 1 and path.is_dir()):
         found = list_sources()
         there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
         raise ValueError(
-            f"Train DLA: no data {data!r} in ComfyUI's input folder; of folders and lists there is: {there}. Put a "
-            "folder of subjects, a .json list or .tar shards there and press R."
+            f"Train DLA: no data {data!r:.100} in ComfyUI's input folder; of folders and lists there is: {there}. Put "
+            "a folder of subjects, a .json list or .tar shards there and press R."
         )
     if not _trains(path, sys.maxsize):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Contact sheets: labelled pictures side by side, whole, on one page."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy
@@ -7,8 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from ..images import ImageError, check_values
 from .palette import GREY, INK, PAPER, WIDTH
 from .text import wrap, write
+
+log = logging.getLogger(__name__)
 
 GAP, LINE = 12, 20  # px between pictures, px a line of text
 CAPTION, HEAD = 13, 14  # px of the letters
@@ -92,6 +96,12 @@ def sheet_of_batches(
     pictures = [to_picture(picture) for batch in images for picture in batch]
     if not pictures:
         raise ValueError("Contact Sheet: no picture came in at images, expected at least one.")
+    for name, batches in (("images", images), ("references", references)):
+        for number, picture in enumerate((picture for batch in batches for picture in batch), 1):
+            try:
+                check_values(picture, f"picture {number} of {name}")
+            except ImageError as error:  # the others are worth a sheet
+                log.warning("Contact Sheet: %s", error)
 
     def for_each(texts: Sequence[str], name: str) -> list[str]:
         if len(texts) == len(pictures):
@@ -114,7 +124,13 @@ def sheet_of_batches(
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """RGB from (h, w, 3); values are clamped to 0..1."""
+    """RGB from (h, w, 3), RGBA from (h, w, 4); values are clamped to 0..1, and what is NaN is black."""
+    if pixels.shape[-1] not in (3, 4):
+        raise ImageError(
+            f"A picture of a sheet is {tuple(pixels.shape)}, expected (height, width, 3). ImageToMask and MaskToImage "
+            "make it of one with other channels."
+        )
+    pixels = pixels.nan_to_num(0, 1, 0)
     return Image.fromarray((pixels.float().clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
 
 

@@ -112,7 +112,7 @@ def _gather(
         found_masks += alpha or [None] * len(images)
     if not found:
         raise ImageError(f"{name} holds no picture, expected at least one. Connect an IMAGE output.")
-    given = [mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])]
+    given = [mask for batch in masks for mask in batch.reshape(-1, *batch.shape[-2:])]
     if len(given) not in (0, 1, len(found)):
         raise ImageError(
             f"{mask_name} holds {len(given)} masks, {name} {len(found)} pictures: expected one for all or one "

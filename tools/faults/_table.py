@@ -7,7 +7,7 @@ sum. Lists of the same name, such as `bad_files_unclear`, are joined.
 from ..tables import Row, Table
 
 BAD_FILES: tuple[str, ...] = ("bad_files",)  # those that damage files
-BAD_INPUTS: tuple[str, ...] = ()  # those that draw nodes' inputs
+BAD_INPUTS: tuple[str, ...] = ("bad_inputs",)  # those that draw nodes' inputs
 ROWS = (
     Row("bad_files_tried", "damaged or hostile files", 300, BAD_FILES, "≥"),
     Row("bad_files_clear", "of them refused with file and reason, or read rightly", "bad_files_tried", BAD_FILES, "="),

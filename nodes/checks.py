@@ -23,6 +23,7 @@ OBJECTS = {
     "ORIENTATION_MODEL": (("estimate",), "an orientation model, from Load Orientation Model"),
 }
 EDGE = 0.01  # by which a mask may be outside 0..1
+REMEDY = "Check the node that is connected there."
 SHOWN = 60  # characters of a value in a text
 
 
@@ -61,7 +62,8 @@ def check_inputs(
                     _refuse(input_.id, "a list with an empty entry (None)", f"entries of type {input_.io_type}")
                 _check(input_, one, judged)
         elif found is not None or not input_.optional:
-            _refuse(input_.id, "an empty list" if found == [] else _shown(found), "a list with at least one entry")
+            what = "picture" if input_.io_type == "IMAGE" else "value"
+            raise InputError(f"{input_.id} holds no {what}, expected a list of at least one. {REMEDY}")
 
 
 def _check(input_: Any, found: Any, judged: set[str]) -> None:
@@ -211,5 +213,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
 
 
-def _refuse(name: str, found: str, expected: str, remedy: str = "Check the node that is connected there.") -> None:
+def _refuse(name: str, found: str, expected: str, remedy: str = REMEDY) -> None:
     raise InputError(f"{name} is {found}, expected {expected}. {remedy}")

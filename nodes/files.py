@@ -70,9 +70,11 @@ def report_path(prefix: str) -> Path:
         ValueError: For a prefix that leads out of the output folder, or is no path on every system.
     """
     root = Path(folder_paths.get_output_directory())
-    expected = "expected folders and a name in ComfyUI's output folder, such as reports/fox"
     if problem := path_problem(prefix):
-        raise ValueError(f"filename_prefix is {prefix!r:.100}, which {problem}; {expected}.")
+        raise ValueError(
+            f"filename_prefix is {prefix!r:.100}, which {problem}. Reports are not written "
+            "outside the output folder: expected a name in it, with folders or without, such as reports/fox."
+        )
     try:
         folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, str(root))
     except OSError as error:

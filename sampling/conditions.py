@@ -67,8 +67,9 @@ def check_conditions(model: Model, stages: Stages, conditions: Iterable[Conditio
                 f"The {name} condition has a pooled vector of width {pooled.shape[-1]}, but this diffusion model reads "
                 f"width {pooled_wanted}. Use the text encoder that belongs to the model (FLUX.1: CLIP-L)."
             )
-        for latent in references if backbone else ():
-            _check_reference(latent, backbone, name)
+        if backbone:
+            for latent in references:
+                _check_reference(latent, backbone, name)
         others = [key for key in OTHER_TEXT if condition.get(key) is not None]
         if others and not backbone and any(not context for context, _ in stages.variants()):
             raise ValueError(

@@ -95,7 +95,7 @@ def test_latents_that_cannot_be_sampled_are_refused(latent, words):
 
 
 def test_nodes_that_take_lists_refuse_empty_ones():
-    with pytest.raises(ValueError, match="^Contact Sheet: images is an empty list, expected a list with at least one"):
+    with pytest.raises(ValueError, match="^Contact Sheet: images holds no picture, expected a list of at least one"):
         SubjectContactSheet.execute(images=[])
     with pytest.raises(ValueError, match="^Contact Sheet: images is a list with an empty entry"):
         SubjectContactSheet.execute(images=[IMAGE, None])
@@ -125,7 +125,7 @@ def test_names_stay_in_the_folders_that_the_user_configured(name, tmp_path, monk
     for kind in ("input", "output"):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
-    with pytest.raises(ValueError, match="filename_prefix is .*expected folders and a name in ComfyUI's output folder"):
+    with pytest.raises(ValueError, match="filename_prefix is .*outside the output folder: expected a name in it"):
         report_path(name)
     with pytest.raises(ValueError) as error:
         find_source(name)

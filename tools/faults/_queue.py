@@ -298,9 +298,8 @@ def _comfyui() -> Path:
 def queue(folder: Path) -> Iterator[Queue]:
     """A queue in an empty folder; the host's folders are its own again afterwards."""
     import comfy_extras.nodes_custom_sampler as custom
+    import execution
     import folder_paths
-
-    import nodes as host_nodes
 
     kinds = ("input", "output", "temp", "user")
     before = {kind: getattr(folder_paths, f"get_{kind}_directory")() for kind in kinds}
@@ -316,7 +315,7 @@ def queue(folder: Path) -> Iterator[Queue]:
         samplers = (custom.KSamplerSelect, custom.SamplerCustomAdvanced, custom.RandomNoise)
         classes: dict[str, Any] = {node.__name__: node for node in samplers}
         classes |= made.nodes | {GIVE: _Give, GIVE_LIST: _GiveList, TAKE: _Take}
-        with patch.dict(host_nodes.NODE_CLASS_MAPPINGS, classes):
+        with patch.dict(execution.nodes.NODE_CLASS_MAPPINGS, classes):
             yield made
     finally:
         folder_paths.folder_names_and_paths.clear()

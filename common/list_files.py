@@ -238,7 +238,10 @@ def read_text(path: Path, longest: int = LONGEST_TEXT) -> str:
     """A text file in UTF-8 or UTF-16 of at most `longest` bytes. Raises DataError."""
     data = read_bytes(path, longest)
     try:
-        return data.decode(json.detect_encoding(data))
+        text = data.decode(json.detect_encoding(data))
+        if "\0" in text or text.startswith("version https://git-lfs"):
+            raise DataError(f"{path} is {'no text: it has null bytes' if chr(0) in text else 'a Git LFS pointer'}.")
+        return text
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read ({error}), expected text in UTF-8 or UTF-16.") from None
 

@@ -99,7 +99,7 @@ def save(
     tensors, rest = _pack(moments)
     save_file(tensors, work / "optimizer.safetensors")
     state = {"step": step, "optimizer": rest, **state}
-    state["files"] = {file.name: _sha256(file) for file in sorted(work.iterdir())}
+    state["files"] = {file.name: _content(file) for file in sorted(work.iterdir())}
     state = json.loads(json.dumps(state))  # keys are texts, as when it is read
     (work / "state.json").write_text(json.dumps({**state, "checksum": _checksum(state)}), encoding="utf-8")
     for file in work.iterdir():
@@ -213,11 +213,11 @@ def restore(
     """
     state = read_state(checkpoint)
     try:
-        for name, sha256 in state.get("files", {}).items():
+        for name, content in state.get("files", {}).items():
             path = checkpoint / Path(str(name)).name
             if problem := file_problem(path):
                 raise ValueError(f"{path.name} {problem}")
-            if _sha256(path) != sha256:
+            if path.stat().st_size != content["bytes"] or _content(path) != content:
                 raise ValueError(f"{path.name} was changed or damaged: its checksum is not the one in state.json")
         saved = load_dla(checkpoint / "dla.safetensors")
         read_header(checkpoint / "optimizer.safetensors")
@@ -269,12 +269,12 @@ def _put_aside(folder: Path, error: DamagedCheckpointError, instead: str) -> str
     return f"{name} is damaged ({error.problem}), so {instead} is taken. It was renamed to {aside.name}."
 
 
-def _sha256(file: Path) -> str:
+def _content(file: Path) -> dict[str, Any]:
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while part := opened.read(2**20):
             found.update(part)
-    return found.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": found.hexdigest()}
 
 
 def _checksum(state: dict) -> str:

@@ -6,11 +6,13 @@ sum. Lists of the same name, such as `bad_files_unclear`, are joined.
 
 from ..tables import Row, Table
 
-BAD_FILES: tuple[str, ...] = ("bad_files",)  # those that damage files
+BAD_FILES: tuple[str, ...] = ("bad_files", "bad_training_files")  # those that damage files
 BAD_INPUTS: tuple[str, ...] = ("bad_inputs",)  # those that draw nodes' inputs
 ROWS = (
     Row("bad_files_tried", "damaged or hostile files", 300, BAD_FILES, "≥"),
     Row("bad_files_clear", "of them refused with file and reason, or read rightly", "bad_files_tried", BAD_FILES, "="),
+    Row("training_files_tried", "of them of training and benchmarks", 150, "bad_training_files", "≥"),
+    Row("training_files_clear", "of these clear", "training_files_tried", "bad_training_files", "="),
     Row("inputs_tried", "inputs drawn for nodes", 1000, BAD_INPUTS, "≥"),
     Row("unclear_errors", "of them that end in another's traceback, or in NaN", 0, BAD_INPUTS),
     Row("long_run_prompts", "prompts of varying settings through one server", 1000, "long_run", "≥"),

@@ -6,6 +6,7 @@ Pictures and captions are not in memory: an example is made when it is drawn, it
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 import zlib
@@ -22,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from ...common.files import save_tensors
 from ...common.list_files import Size
 from ...common.picture_files import PictureFile, whole_pictures
+from ...common.safetensors_header import SafetensorsError, read_header
 from ...common.tar_files import TarMember
 
+log = logging.getLogger(__name__)
 FORMAT = "1"  # of the files; others are made anew
 UNREAD, HEADER, WHOLE, BAD = range(4)  # what is known of a picture: nothing, its header, that it decodes, a problem
 DECODED = 10_000  # pictures that are decoded before the run; of more than that, headers are read
@@ -263,21 +266,34 @@ def save_columns(file: Path, key: str, columns: Columns) -> None:
     """Writes columns to a file, which `load_columns` returns with the key. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.from_numpy(numpy.require(values, requirements="W")) for name, values in columns.items()}
-    save_tensors(file, tensors, {"key": key, "format": FORMAT})
+    save_tensors(file, tensors, {"key": key, "format": FORMAT, "check": _check(key, columns)})
+
+
+def _check(key: str, columns: Columns) -> str:
+    """A checksum of all."""
+    found = hashlib.sha256(key.encode())
+    for name in sorted(columns):
+        found.update(f"{name} {columns[name].dtype} {columns[name].shape}".encode())
+        found.update(numpy.ascontiguousarray(columns[name]).data)
+    return found.hexdigest()
 
 
 def load_columns(file: Path, mapped: Sequence[str] = ()) -> tuple[str, Columns] | None:
     """The key and columns of a file, the `mapped` ones left on disk; None where there is none, or a damaged one."""
     try:
+        facts = read_header(file).metadata
+        if facts.get("format") != FORMAT:
+            return None
         with safe_open(file, framework="pt") as opened:
-            facts = opened.metadata() or {}
-            if facts.get("format") != FORMAT:
-                return None
-            columns = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError):
+            columns = {name: opened.get_tensor(name).numpy() for name in opened.keys()}
+        key = facts["key"]
+        if "check" in facts and facts["check"] != _check(key, columns):  # 0.1.0's files have none
+            log.warning("Subject DLA: %s was changed or damaged: its checksum is another one. It is made again.", file)
+            return None
+    except (SafetensorError, SafetensorsError, OSError, KeyError, TypeError, ValueError):
         return None
     mapped = () if os.name == "nt" else mapped  # where a file in use cannot be replaced
-    return facts["key"], {name: (t if name in mapped else t.clone()).numpy() for name, t in columns.items()}
+    return key, {name: values if name in mapped else values.copy() for name, values in columns.items()}
 
 
 def _in_threads(function: Callable, parts: Sequence) -> Iterator:

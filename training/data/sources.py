@@ -22,7 +22,7 @@ from ...common.list_files import (
 )
 from ...common.picture_files import PICTURES, left_out
 from ...common.tar_files import TarMember, tar_members
-from .index import Draft, Index, Say, load_columns
+from .index import Columns, Draft, Index, Say, load_columns
 
 TEXTS = 2**20  # most bytes of a caption
 EXTENSIONS = "|".join(suffix[1:] for suffix in PICTURES)
@@ -58,7 +58,7 @@ def read_index(source: Path, max_references: int, cache: Path | None, say: Say) 
     found = find(source, max_references)
     file = cache and cache / f"{digest(source.resolve(), max_references)[:40]}.safetensors"
     stored = file and load_columns(file, ("paths.data", "prompts.data", "subjects.data"))
-    index = stored and Index(found.root, source.name, *stored)
+    index = stored and _kept(found.root, source.name, *stored)
     if index is None or index.key != found.key:
         draft, reader, old = Draft(), DataReader(), index
         say(f"{source.name}: reading what is in it")
@@ -78,6 +78,13 @@ def read_index(source: Path, max_references: int, cache: Path | None, say: Say) 
     if not index.check(look, found.confined, say, save) and index.key != (stored or [None])[0]:
         save()
     return index
+
+
+def _kept(root: Path, name: str, key: str, columns: Columns) -> Index | None:
+    try:
+        return Index(root, name, key, columns)
+    except KeyError:  # columns are missing
+        return None
 
 
 # a list --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from math import isfinite, sqrt
@@ -11,11 +12,13 @@ from typing import Any
 
 from ...common.files import replacing
 from ...common.intervals import mean_interval
+from ...common.list_files import read_text
 from ...common.markdown import markdown
 
 ALL = "all"  # the bin that stands for all flow times together
 CONDITIONS = {"mllm": "MLLM only", "vae": "VAE only", "both": "both"}
 KEYS = ("condition", "stage", "mean", "low", "high", "samples")  # a Loss in files: 0.1.0 called the bin "stage"
+LONGEST = 2**26  # bytes of a table; 100,000 validations have 50 MB
 COLUMNS = ("step", *KEYS)
 
 
@@ -115,26 +118,25 @@ def write_table(path: Path, step: int, rows: Sequence[Loss]) -> None:
 def read_table(path: Path) -> dict[int, list[Loss]]:
     """Reads what `write_table` wrote, by step. Raises ValueError with the file and the line."""
     history: dict[int, list[Loss]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        head = next(lines, [])
-        if tuple(head) != COLUMNS:
+    lines = csv.reader(io.StringIO(read_text(path, LONGEST), newline=""))
+    head = next(lines, [])
+    if tuple(head) != COLUMNS:
+        raise ValueError(
+            f"{path}: line 1 is {','.join(head)!r}, expected {','.join(COLUMNS)!r}. It is not a table of "
+            "validation losses, or was changed: move it away, and a new one is begun."
+        )
+    for line in lines:
+        try:
+            step, condition, name, mean, low, high, samples = line
+            row = Loss(condition, name, float(mean), float(low), float(high), int(samples))
+            if int(step) < 0 or row.samples < 1:
+                raise ValueError("expected counts of steps and samples")
+            history.setdefault(int(step), []).append(row)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: line 1 is {','.join(head)!r}, expected {','.join(COLUMNS)!r}. It is not a table of "
-                "validation losses, or was changed: move it away, and a new one is begun."
-            )
-        for line in lines:
-            try:
-                step, condition, name, mean, low, high, samples = line
-                row = Loss(condition, name, float(mean), float(low), float(high), int(samples))
-                if int(step) < 0 or row.samples < 1:
-                    raise ValueError("expected counts of steps and samples")
-                history.setdefault(int(step), []).append(row)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: line {lines.line_num} is {','.join(line)!r}, expected {','.join(COLUMNS)} with numbers. "
-                    "Correct or delete that line, or move the file away, and a new one is begun."
-                ) from error
+                f"{path}: line {lines.line_num} is {','.join(line)!r}, expected {','.join(COLUMNS)} with numbers. "
+                "Correct or delete that line, or move the file away, and a new one is begun."
+            ) from error
     return history
 
 

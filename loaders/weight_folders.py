@@ -132,6 +132,10 @@ def check_sizes(config: dict[str, Any], headers: Headers, where: Path, positions
             most, found = max(layers, HARMLESS_LAYERS), f"the weights have {layers} layers"
         elif SIZES.search(last) or (positions and last == "max_position_embeddings"):
             most, found = max(widest, HARMLESS), f"no weight is wider than {widest:,}"
+        elif last.endswith(("_act", "_activation")):
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {name} is {value!r:.60}, expected the name of a function. {TOGETHER}")
+            continue
         elif last == "partial_rotary_factor":
             if type(value) not in (int, float) or not 0 < value <= 1:
                 raise DataError(f"{where}: {name} is {value!r:.60}, expected a number above 0, at most 1. {TOGETHER}")

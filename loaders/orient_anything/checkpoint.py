@@ -5,6 +5,7 @@ V2 is not read: see web/docs/SubjectLoadOrientation.md for why.
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise fail("is empty (0 bytes). Download it again.")
     if not start.lstrip().startswith(OF_TORCH) and (kind := signature(start)):
         raise fail(f"is {kind}, expected a .pt file. Download it again.")
+    if zipfile.is_zipfile(path):  # torch stores without compression: compressed, gigabytes take a few MB
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+            raise fail(f"is a damaged zip archive ({error!s:.160}). Download it again.") from None
+        if unpacked > path.stat().st_size:
+            raise fail(
+                f"unpacks to {unpacked:,} bytes from {path.stat().st_size:,}, expected a .pt file, which is not "
+                "compressed. Download the published file."
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats

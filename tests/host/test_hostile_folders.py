@@ -173,7 +173,7 @@ FAULTS = {
     "layers": (lambda d: changed_config(d, num_hidden_layers=10**9, vision_config={"depth": 10**9}), "config.json: "),
     "heads": (lambda d: changed_config(d, num_attention_heads=0, projection_dim=0), "config.json: "),
     "text": (lambda d: changed_config(d, image_size="x", text_config="x"), "config.json: "),
-    "activation": (lambda d: changed_config(d, hidden_act=7, text_config={"hidden_act": 7}), "transformers"),
+    "activation": (lambda d: changed_config(d, hidden_act=7, text_config={"hidden_act": 7}), "config.json: "),
     "adapter": (lambda d: (d / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}'), None),
     "pickle": (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x02"), "is a pickle"),
     "only pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only as pickles"),

@@ -1,6 +1,8 @@
 """Diffusion models, DLAs and conditionings from elsewhere that cannot be right."""
 
 import json
+import pickle
+import zipfile
 
 import folder_paths
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from subject_dla.common.bootstrap import ROOT
 from subject_dla.loaders.conditioning import reference_latents
 from subject_dla.loaders.dit import load_dit
+from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError, read_state
 
 DEMO = ROOT / "demo" / "models" / "diffusion_models"
 
@@ -63,3 +66,16 @@ def test_the_demos_own_sizes_are_taken(small, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
     config = load_dit("good.safetensors").model.model_config.unet_config
     assert json.loads(metadata["unet_config"]).items() <= config.items()
+
+
+def test_a_pt_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
+        with archive.open("archive/data/0", "w") as record:
+            for _ in range(200):
+                record.write(bytes(10**6))
+    with pytest.raises(OrientationCheckpointError, match="bomb.pt.*unpacks to 200,.* bytes from"):
+        read_state(tmp_path / "bomb.pt")
+    (tmp_path / "bomb.pt").write_bytes((tmp_path / "bomb.pt").read_bytes()[:-30] + bytes(30))
+    with pytest.raises(OrientationCheckpointError, match="bomb.pt"):
+        read_state(tmp_path / "bomb.pt")

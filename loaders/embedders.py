@@ -123,7 +123,8 @@ class FolderEmbedder(Embedder):
         import transformers  # takes seconds
 
         folder = _find_folder(name, kind)
-        config, state = _read_folder(folder)
+        with torch.inference_mode(False):  # else the weights are tensors that a module cannot hold
+            config, state = _read_folder(folder)
         type_ = config["model_type"]
         classes = {"vit": "ViTModel", "dinov2": "Dinov2Model", "clip": "CLIPModel"}
         class_ = getattr(transformers, classes.get(type_, "Dinov2WithRegistersModel"))

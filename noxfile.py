@@ -7,6 +7,7 @@
     nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
     nox -s bench                    ratios against the host's own way in the same run (-- --full: on an accelerator)
     nox -s faults                   damaged files, odd inputs, faults while it runs, a long run (-- NAME: one of them)
+    nox -s hosts -- PATH...         the tests on ComfyUI checkouts, with several transformers and flags: a matrix
     nox -s evidence                 what the demo's family shows of the paper's claims: docs/evidence.md
 
 All use one environment per host and transformers, made by `tools/environment.py`:
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from tools import environment  # noqa: E402
+from tools import hosts as matrix  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests"]
@@ -128,6 +130,16 @@ def run_table(session: nox.Session, module: str) -> None:
     found = prepare(session)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     session.run(str(found.python), BOOTSTRAP, module, *session.posargs, env=environ, **RUN)
+
+
+@nox.session(venv_backend="none")
+def hosts(session: nox.Session) -> None:
+    """The tests on each ComfyUI checkout with several transformers and the host's flags; the last line is JSON."""
+    try:
+        if matrix.main(session.posargs):
+            session.error("A host failed: the matrix is above, the logs are in output/hosts/.")
+    except environment.SetupError as problem:
+        session.error(str(problem))
 
 
 @nox.session(venv_backend="none")

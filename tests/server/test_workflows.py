@@ -3,6 +3,7 @@ on small models; of DreamO's nodes there are stand-ins, which show that its work
 
 import io
 import json
+import os
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,7 +197,8 @@ def test_a_further_prompt_moves_models_as_seldom_as_with_the_hosts_nodes(small_s
             before = len(small_server.client.get("/loads"))
             run(small_server, batch_graph(form, f"the subject, number {number}", number))
         found[form] = changes(small_server.client.get("/loads")[before:])
-    assert found["ours"] <= found["stock"] == 3, found
+    reads_again = "--cache-none" in os.environ.get("HOST_FLAGS", "")  # the VAE's for the second prompt
+    assert found["ours"] <= found["stock"] == (4 if reads_again else 3), found
 
 
 def test_qwen_image_2_1_staged_is_the_stock_graph_with_a_node_more(small_server):

@@ -76,7 +76,9 @@ def small_server(comfyui: Path, base: Path, models: Path, arguments: Sequence[st
             }
         )
     )
-    with Server(comfyui, base, packs=packs, models=[models], arguments=["--cpu", *arguments]) as server:
+    flags = os.environ.get("HOST_FLAGS", "").split()  # set by `nox -s hosts`
+    device = [] if {"--lowvram", "--novram"} & set(flags) else ["--cpu"]
+    with Server(comfyui, base, packs=packs, models=[models], arguments=[*device, *flags, *arguments]) as server:
         for image in demo.IMAGES.glob("*.*g"):
             server.client.upload(image)
         paint_subjects(server.base / "input" / "my-subjects", subjects=3)

@@ -13,8 +13,12 @@ ROWS = (
     Row("bad_files_clear", "of them refused with file and reason, or read rightly", "bad_files_tried", BAD_FILES, "="),
     Row("training_files_tried", "of them of training and benchmarks", 150, "bad_training_files", "≥"),
     Row("training_files_clear", "of these clear", "training_files_tried", "bad_training_files", "="),
+    Row("server_restarts", "servers that had to be started again for a damaged file", 0, "bad_served"),
     Row("inputs_tried", "inputs drawn for nodes", 1000, BAD_INPUTS, "≥"),
     Row("unclear_errors", "of them that end in another's traceback, or in NaN", 0, BAD_INPUTS),
+    Row("faults_tried", "faults in a running server", 60, "injected", "≥"),
+    Row("faults_lost", "of them after which something was lost", 0, "injected"),
+    Row("leaks_between_prompts", "pictures with something of another prompt in them", 0, "injected"),
     Row("long_run_prompts", "prompts of varying settings through one server", 1000, "long_run", "≥"),
     Row("long_run_growth", "growth of its memory after the warm-up", 0.03, "long_run"),
     Row(

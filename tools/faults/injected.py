@@ -20,7 +20,7 @@ from typing import Any
 
 from ...common.console import say
 from ...demo.family.layout import MODELS, NAMES
-from ...tests.small.prompts import make_node
+from ...tests.small.prompts import make_node, of_type
 from ...tests.small.training import paint_subjects
 from ..comfy_client.client import Client, HostError, WorkflowError, failure
 from ..comfy_client.server import Server
@@ -145,7 +145,7 @@ class Faults:
             with self.server(models=models) as server:
                 prompt = graph(settings, server.client.object_info(), "alone")
                 if dla is not None:
-                    _pipeline(prompt)["dla"] = dla.name
+                    of_type(prompt, "SubjectLoadPipeline")["dla"] = dla.name
                 self._alone[key] = draw(server.client, prompt)
         return self._alone[key]
 
@@ -270,7 +270,7 @@ def replaced(faults: Faults) -> None:
         client = server.client
         info = client.object_info()
         prompt = graph(settings, info, "swap")
-        _pipeline(prompt)["dla"] = swapped.name
+        of_type(prompt, "SubjectLoadPipeline")["dla"] = swapped.name
 
         def drawn(path: Path, how: str) -> None:
             for node in prompt.values():
@@ -295,7 +295,7 @@ def replaced(faults: Faults) -> None:
         drawn(second, "the DLA, overwritten with a time stamp a nanosecond later")
         inject(client, "comfy.model_base:BaseModel.apply_model", 2, "wait")
         other = graph(settings._replace(seed=8), info, "swap while it runs")
-        _pipeline(other)["dla"] = swapped.name
+        of_type(other, "SubjectLoadPipeline")["dla"] = swapped.name
         job = client.queue(other)
         _until(lambda: client.get("/faults")["comfy.model_base:BaseModel.apply_model"]["done"])
         work.write_bytes(first.read_bytes())
@@ -464,7 +464,3 @@ def _until(happened: Callable[[], object], seconds: float = 120) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"nothing after {seconds:g} s")
         time.sleep(0.05)
-
-
-def _pipeline(prompt: dict[str, Any]) -> dict[str, Any]:
-    return next(node["inputs"] for node in prompt.values() if node["class_type"] == "SubjectLoadPipeline")

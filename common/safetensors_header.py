@@ -78,7 +78,7 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         metadata = entries.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in dict(metadata).values()):
             raise ValueError("its metadata hold more than texts")
-        tensors = {key: TensorHeader(str(one["dtype"]), tuple(one["shape"])) for key, one in entries.items()}
+        tensors = {key: TensorHeader(one["dtype"], tuple(one["shape"])) for key, one in entries.items()}
         expected = 8 + length + _check_data(tensors, {key: one["data_offsets"] for key, one in entries.items()})
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SafetensorsError(path, f"has a damaged .safetensors header ({error}). Download it again.") from None
@@ -93,6 +93,8 @@ def _check_data(tensors: dict[str, TensorHeader], offsets: dict[str, list[int]])
     end = 0
     for key, (start, stop) in sorted(offsets.items(), key=lambda item: item[1]):
         dtype, shape = tensors[key].dtype, tensors[key].shape
+        if not isinstance(dtype, str):
+            raise ValueError(f"{key!r} has dtype {dtype!r:.60}, expected a name such as F32")
         if any(type(size) is not int or size < 0 for size in (start, stop, *shape)):
             raise ValueError(
                 f"{key!r} has shape {shape!r:.60} at {start!r:.20} to {stop!r:.20}, expected whole numbers"

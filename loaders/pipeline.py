@@ -15,8 +15,8 @@ def load_pipeline(
     for another MLLM or another DiT.
     """
     from .dit import load_dit
-    from .host import load_vae
     from .mllm import load_mllm
+    from .vae import load_vae
 
     check_headers(diffusion_model, mllm, dla)
     loaded_dla = None

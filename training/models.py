@@ -6,9 +6,10 @@ from typing import Any
 
 from ..loaders import folders
 from ..loaders.dit import load_dit
-from ..loaders.host import load_clip, load_dual_clip, load_vae
+from ..loaders.host import load_clip, load_dual_clip
 from ..loaders.mllm import load_mllm, mllm_from_clip
 from ..loaders.mllm.base import MLLM
+from ..loaders.vae import load_vae
 from .recipe import Models, Recipe, RecipeError
 
 

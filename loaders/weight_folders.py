@@ -1,5 +1,6 @@
 """Hugging Face folders from elsewhere: config.json and headers, checked against each other before anything is built."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -129,24 +130,25 @@ def check_sizes(config: dict[str, Any], headers: Headers, where: Path, positions
     for name, value in _fields(config):
         last = name.rpartition(".")[2]
         if LAYERS.search(last):
-            most, found = max(layers, HARMLESS_LAYERS), f"the weights have {layers} layers"
+            largest, found = max(layers, HARMLESS_LAYERS), f"the weights have {layers} layers"
         elif SIZES.search(last) or (positions and last == "max_position_embeddings"):
-            most, found = max(widest, HARMLESS), f"no weight is wider than {widest:,}"
+            largest, found = max(widest, HARMLESS), f"no weight is wider than {widest:,}"
         elif last.endswith(("_act", "_activation")):
             if not isinstance(value, str):
                 raise DataError(f"{where}: {name} is {value!r:.60}, expected the name of a function. {TOGETHER}")
             continue
-        elif last == "partial_rotary_factor":
-            if type(value) not in (int, float) or not 0 < value <= 1:
-                raise DataError(f"{where}: {name} is {value!r:.60}, expected a number above 0, at most 1. {TOGETHER}")
+        elif last == "partial_rotary_factor" or last.endswith(("_eps", "_theta")):
+            most = 1.0 if last != "rope_theta" else math.inf
+            if value is not None and (type(value) not in (int, float) or not 0 < value <= most):
+                raise DataError(f"{where}: {name} is {value!r:.60}, expected a number above 0, at most {most:g}.")
             continue
         else:
             continue
         least = int(not MAY_BE_0.search(last))
         for size in value if isinstance(value, list) else [value]:
-            if size is not None and (type(size) is not int or not least <= size <= most):
+            if size is not None and (type(size) is not int or not least <= size <= largest):
                 raise DataError(
-                    f"{where}: {name} is {size!r:.60}, expected a whole number from {least:,} to {most:,}: {found}."
+                    f"{where}: {name} is {size!r:.60}, expected a whole number from {least:,} to {largest:,}: {found}."
                     f" {TOGETHER}"
                 )
 
@@ -156,8 +158,7 @@ def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.") if name != "audio_config" else ()  # which is not built
-        else:
-            yield prefix + name, value
+        yield prefix + name, value
 
 
 def check_finite(path: Path | str, tensors: dict[str, torch.Tensor]) -> None:

@@ -95,7 +95,8 @@ def test_quantised_weights_are_called_so(copy, layout):
     ("num_hidden_layers", 10**9), ("vision_config__depth", 10**9), ("num_attention_heads", 0),
     ("num_key_value_heads", 10**9), ("head_dim", 10**9), ("hidden_size", "64"), ("vision_config__patch_size", 0),
     ("vocab_size", -1), ("text_config", [1]), ("vision_config", None), ("partial_rotary_factor", 1e9),
-    ("rope_scaling", {"partial_rotary_factor": 1e9}), ("hidden_act", "evil"), ("torch_dtype", {"a": 1e400}),
+    ("rope_scaling", {"partial_rotary_factor": 1e9}), ("hidden_act", "evil"), ("rms_norm_eps", {"a": 1}),
+    ("rope_theta", -1), ("torch_dtype", {"a": 1e400}),
 ])  # fmt: skip
 def test_sizes_are_compared_before_anything_is_built(copy, name, value):
     changed_config(copy, **{name: value})

@@ -14,9 +14,11 @@ from .patch import add_stages, is_staged
 from .stages import Stages
 
 
-def staged_guider(model: Model, stages: Stages, positive: list, negative: list | None, cfg: float) -> StagedGuider:
+def staged_guider(
+    model: Model, stages: Stages, positive: list, negative: list | None, cfg: float, title: str = "Staged Guider"
+) -> StagedGuider:
     """A guider with its conditions and guidance scale; `negative` may be left out when CFG is 1."""
-    guider = StagedGuider(model, stages)
+    guider = StagedGuider(model, stages, title)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
@@ -28,13 +30,14 @@ class StagedGuider(comfy.samplers.CFGGuider):
     Args:
         model: The host's MODEL.
         stages: The schedule, in the place of one that the model has.
+        title: Display name of the node that makes it, for the run's messages.
     """
 
-    def __init__(self, model: Model, stages: Stages):
+    def __init__(self, model: Model, stages: Stages, title: str = "Staged Guider"):
         super().__init__(model)
         self.stages = stages
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
-        add_stages(self.model_options, stages)
+        add_stages(self.model_options, stages, title=title)
 
     def set_conds(self, positive: list, negative: list | None = None) -> None:
         """Takes and checks the conditions; `negative` may be left out when CFG is 1."""

@@ -145,7 +145,7 @@ def check_applied(
     raise RuntimeError(
         f"Apply Stages: tokens have to be weighted or left out, but {calls} of the attention calls of {backbone.title} "
         f"({type(dit_of(model)).__name__}) did so: the others do not use ComfyUI's optimized_attention_override as "
-        "Apply Stages set it. "
+        "the schedule set it. "
         + (f"On this model: {', '.join(found)}. " if found else "")
         + "Remove what replaces the attention, adds tokens or computes the picture in parts; or keep to what needs "
         "nothing of the attention: the preset semantics_first, and references without settings of their own."

@@ -26,7 +26,7 @@ from .conditions import changes_strengths, check_conditions, check_family, check
 from .other_patches import KEY, check_caches
 from .reference_stages import RunSchedule
 from .run_progress import RunProgress
-from .staged_run import StagedRun
+from .staged_run import APPLY_STAGES, StagedRun, titled
 from .stages import Stages
 from .tokens import grid, patch_size
 
@@ -71,9 +71,19 @@ def apply_stages(model: Any, stages: Stages, sigmas: Tensor | None = None) -> An
     return clone
 
 
-def add_stages(model_options: dict, stages: Stages, sigmas: list[float] | None = None) -> None:
-    """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one."""
-    wrappers_of(model_options, OUTER_SAMPLE)[KEY] = [partial(_outer_sample, stages, sigmas, executing_node())]
+def add_stages(
+    model_options: dict, stages: Stages, sigmas: list[float] | None = None, title: str = APPLY_STAGES
+) -> None:
+    """Puts a schedule into the options of a cloned MODEL or of a guider, in the place of an earlier one.
+
+    Args:
+        model_options: Of the MODEL or the guider.
+        stages: The schedule.
+        sigmas: As in `apply_stages`.
+        title: Display name of the node that does so, for the run's messages.
+    """
+    run = partial(_outer_sample, stages, sigmas, executing_node(), title)
+    wrappers_of(model_options, OUTER_SAMPLE)[KEY] = [run]
 
 
 def is_staged(model_options: dict) -> bool:
@@ -102,23 +112,40 @@ NOT_FINITE = (
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """Errors begin with the node that made the patch: the host shows them on the sampler."""
+def _named(title: str) -> Iterator[None]:
+    """Errors of the schedule begin with the node that made the patch: the host shows them on the sampler."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if str(error).startswith(f"{APPLY_STAGES}: "):
+            error.args = (titled(str(error), title),)
+        raise
+
+
+@contextmanager
+def _checked() -> Iterator[None]:
+    """Errors of the checks before a run, which say nothing of a node, begin with one."""
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith("Apply Stages"):
-            error.args = (f"Apply Stages: {error}",)
+        error.args = (titled(str(error), APPLY_STAGES),)
         raise
 
 
 def _outer_sample(
-    stages: Stages, whole: list[float] | None, node: str | None, executor: Any, *args: Any, **kwargs: Any
+    stages: Stages, whole: list[float] | None, node: str | None, title: str, executor: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    with _named(title):
+        return _staged_sample(stages, whole, node, title, executor, *args, **kwargs)
+
+
+def _staged_sample(
+    stages: Stages, whole: list[float] | None, node: str | None, title: str, executor: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Wrapper of the guider's `outer_sample`: the run's state is in the options of this run alone."""
     guider, (_, _, sampler, sigmas, *_) = executor.class_obj, args
     module, backbone = dit_of(guider.model_patcher.model), backbone_of(guider.model_patcher)
-    with _named():
+    with _checked():
         for name, conditions in guider.conds.items():
             check_conditions(guider.model_patcher, stages, conditions, name)
         check_latent(guider.model_patcher, args[0].shape)
@@ -128,11 +155,11 @@ def _outer_sample(
         conditions = [*chain.from_iterable(guider.conds.values())]
         referenced = any(map(reference_latents, conditions))
         if not referenced and {key.reference for key in stages.keyframes} not in ({0}, {1}):
-            log.warning(NO_REFERENCES)
+            log.warning(titled(NO_REFERENCES, title))
         if referenced and (family := pixel_family(guider.model_patcher)):
-            log.warning(PIXEL_REFERENCES, family)
+            log.warning(titled(PIXEL_REFERENCES, title), family)
         elif referenced and not reads_references(module):
-            log.warning(f"Apply Stages: {IGNORES_REFERENCES}", type(module).__name__)
+            log.warning(titled(IGNORES_REFERENCES, title), type(module).__name__)
         schedule = RunSchedule.of(stages, conditions)
         check_caches(guider.model_options, schedule.all)
         sigmas = [float(s) for s in sigmas]
@@ -144,7 +171,7 @@ def _outer_sample(
         if schedule.own and (False, True) in stages.variants():
             tokens = prod(grid(args[0].shape, patch_size(module, backbone)))
             check_guidance(schedule, guider.conds.get("positive", ()), sigmas, whole or sigmas, tokens)
-    run = StagedRun(schedule, backbone, whole or sigmas)
+    run = StagedRun(schedule, backbone, whole or sigmas, title)
     run.add_variants(guider.conds)
     if (send := editor_of_run()) is not None:
         nodes = [one for one in dict.fromkeys((node, executing_node())) if one is not None]

@@ -31,7 +31,7 @@ def staged_sample(
     stages: Stages,
 ) -> dict:
     """KSampler's job under a schedule: LATENT in, LATENT out; `denoise` and `noise_mask` work as there."""
-    guider = staged_guider(model, stages, positive, negative, cfg)
+    guider = staged_guider(model, stages, positive, negative, cfg, "Staged Sampler")
     image = fit_latent(model, latent)
     device, options = model.load_device, model.model_options
     sigmas = comfy.samplers.KSampler(model, steps, device, sampler_name, scheduler, denoise, options).sigmas

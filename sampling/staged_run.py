@@ -36,7 +36,14 @@ from .tokens import (
 
 EVERYTHING_ON = Moment(1.0, 1.0, {}, ())
 
+APPLY_STAGES = "Apply Stages"  # what the messages of a schedule begin with, before `titled`
+
 log = logging.getLogger(__name__)
+
+
+def titled(text: str, title: str) -> str:
+    """A message of a schedule that begins with the display name of the node that has the schedule."""
+    return f"{title}: {text.removeprefix(f'{APPLY_STAGES}: ')}"
 
 
 class StagedRun:
@@ -46,10 +53,13 @@ class StagedRun:
         schedule: The schedule, with those of single references.
         backbone: The record of the DiT's family; None where its token layout is not known.
         sigmas: n + 1 falling values for n steps, of the run or of the whole schedule that it is a part of.
+        title: Display name of the node that the run's warnings begin with.
     """
 
-    def __init__(self, schedule: RunSchedule, backbone: Backbone | None, sigmas: list[float]):
-        self.schedule, self.backbone, self.sigmas = schedule, backbone, sigmas
+    def __init__(
+        self, schedule: RunSchedule, backbone: Backbone | None, sigmas: list[float], title: str = APPLY_STAGES
+    ):
+        self.schedule, self.backbone, self.sigmas, self._title = schedule, backbone, sigmas, title
         self.variants = schedule.variants()
         self.names: list[str] = []
         self._batch = 1  # pictures
@@ -64,7 +74,7 @@ class StagedRun:
         self._overrides: dict[tuple, KeyStrengthAttention | None] = {}
         self._warned: set[str] = set()
         if backbone is None and any(not context for context, _ in self.variants):
-            log.warning("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
+            self._warn("This model's token layout is unknown: MLLM strength 0 gives one zero token instead of none.")
 
     def add_variants(self, conds: dict[str, list[Condition]]) -> None:
         """Replaces each named list of conditions by its first variant and adds the others, under names of their own.
@@ -261,7 +271,7 @@ class StagedRun:
         """Into the log, once in a run."""
         if text not in self._warned:
             self._warned.add(text)
-            log.warning(text)
+            log.warning(titled(text, self._title))
 
 
 def _shape(one: Any) -> Any:

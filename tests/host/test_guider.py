@@ -11,9 +11,10 @@ import comfy.samplers
 import pytest
 import torch
 from einops import rearrange
-from subject_dla.sampling.guider import StagedGuider
-from subject_dla.sampling.patch import add_stages
+from subject_dla.sampling.guider import StagedGuider, staged_guider
+from subject_dla.sampling.patch import add_stages, apply_stages
 from subject_dla.sampling.sample import staged_sample
+from subject_dla.sampling.staged_run import StagedRun
 from subject_dla.sampling.stages import Keyframe, Stages, preset
 from subject_dla.tests.small.dit import tiny_flux
 
@@ -252,3 +253,40 @@ def test_model_without_the_hosts_attention_is_told_so(model, monkeypatch):
     monkeypatch.setattr(comfy.ldm.flux.layers, "attention", attention)
     with pytest.raises(RuntimeError, match="optimized_attention_override"):
         run(model, Stages((Keyframe(1, 0.5, 1),)), condition())
+
+
+def test_messages_of_a_run_begin_with_the_node_that_has_the_schedule(model, caplog, monkeypatch):
+    """Also those that arise in the sampler: of a Staged Guider, a Staged Sampler, and a sampler behind Apply Stages."""
+    positive, steps = condition(), preset("both", "steps")
+
+    def sampled(guider, sampler="euler"):
+        image, found = torch.zeros(1, 16, 8, 8), comfy.samplers.sampler_object(sampler)
+        sigmas = torch.linspace(1.0, 0.0, 4)
+        return guider.sample(torch.randn(1, 16, 8, 8), image, found, sigmas, disable_pbar=True, seed=1)
+
+    def behind(stages):
+        guider = comfy.samplers.CFGGuider(apply_stages(model, stages))
+        guider.set_conds(positive, positive)
+        return guider
+
+    for title, run_it in {
+        "Staged Guider": lambda: sampled(staged_guider(model, steps, positive, None, 1.0), "dpm_adaptive"),
+        "Staged Sampler": lambda: run(model, steps, positive, sampler="dpm_adaptive"),
+        "Apply Stages": lambda: sampled(behind(steps), "dpm_adaptive"),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{title}: The stage schedule counts steps") as error:
+            run_it()
+        assert str(error.value).count("Apply Stages") == (title == "Apply Stages")
+
+    blend = Stages((Keyframe(1.0, 1, 1), Keyframe(0.5, 1, 0)))
+    caplog.clear()
+    sampled(staged_guider(model, blend, condition(references=0), None, 1.0))
+    assert "Staged Guider: no condition has a reference latent" in caplog.text and "Apply Stages" not in caplog.text
+    guider = staged_guider(model, blend, positive, None, 1.0)
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError("Apply Stages: the guider was called")
+
+    monkeypatch.setattr(StagedRun, "apply_model", refuse)
+    with pytest.raises(RuntimeError, match="^Staged Guider: the guider was called$"):
+        sampled(guider)

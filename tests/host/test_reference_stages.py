@@ -210,7 +210,7 @@ def test_what_cannot_work_is_refused_before_the_run(flux, monkeypatch):
         flux.staged(preset("paper"), early, None, cfg=1.0, steps=STEPS)
     late = with_settings(flux.condition(9, 2), **{STAGES: [LATE, None]})
     assert flux.staged(preset("paper"), late, None, cfg=1.0, steps=STEPS).isfinite().all()
-    with pytest.raises(ValueError, match="^Apply Stages: .*counts steps.*dpm_adaptive"):
+    with pytest.raises(ValueError, match="^Staged Sampler: .*counts steps.*dpm_adaptive"):
         flux.staged(preset("both"), late, None, "dpm_adaptive", cfg=1.0)
     for module in ("conditions", "patch"):
         monkeypatch.setattr(f"subject_dla.sampling.{module}.backbone_of", lambda m: None)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -27,6 +27,7 @@ PLAIN = re.compile(r"(?!\.\.?(?:/|$))[^/\\:\0]+(?:/(?!\.\.?(?:/|$))[^/\\:\0]+)*"
 DECODE = json.JSONDecoder().raw_decode
 SPACE = re.compile(r"[ \t\n\r]*")
 CHUNK = 2**20  # characters of a .json that are read at a time
+BLOCK = 64  # pictures that a thread decodes at a time
 LONGEST_TEXT = 2**20  # bytes of a caption, or a list of prompts
 LONGEST_ENTRY = 16 * CHUNK  # characters of an entry of a list
 LONGEST_LIST = 256 * 2**20  # bytes of a .json that is read whole; entry by entry there is no limit
@@ -68,7 +69,9 @@ class DataReader:
     def problem(self, source: str, text: str) -> None:
         """Records a problem as one printable line."""
         line = f"{source}: {text}"[:400]
-        self.problems.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        self.problems.append(line)
 
     def subjects(self, root: Path, names: Iterable[str] | None = None) -> Iterator[tuple[Path, dict[Path, Size]]]:
         """Each subject's folder in `root` with its readable pictures, of the subjects of these names (None: of all).
@@ -87,11 +90,10 @@ class DataReader:
     def entries(self, path: Path, root: Path, *, target: bool = False, max_references: int = 0) -> Iterator[Example]:
         """The usable examples of a list, each picture decoded once; see `parsed`."""
         found, sizes_of = list(self.parsed(path, root, target=target, max_references=max_references)), Confined(root)
-        names = dict.fromkeys(name for entry in found for name in entry.pictures)
-        with whole_pictures(), ThreadPoolExecutor(8) as pool:
-            self._sizes.update(zip(map(root.joinpath, names), pool.map(sizes_of, names)))
+        of = {name: root / name for entry in found for name in entry.pictures}
+        self._sizes.update(zip(of.values(), _in_blocks(sizes_of, list(of))))
         for number, subject, prompt, pictures in found:
-            source, paths = f"{path.name} entry {number}", [root / name for name in pictures]
+            source, paths = f"{path.name} entry {number}", [of[name] for name in pictures]
             sizes = [size for picture in paths if (size := self._size(picture, source))]
             if len(sizes) == len(paths):
                 goal, goal_size = (paths[0], sizes[0]) if target else (None, None)
@@ -188,8 +190,7 @@ class DataReader:
 
     def _decode(self, paths: Iterable[Path]) -> None:
         new = [path for path in dict.fromkeys(paths) if path not in self._sizes]
-        with whole_pictures(), ThreadPoolExecutor(8) as pool:
-            self._sizes.update(zip(new, pool.map(size_or_problem, new)))
+        self._sizes.update(zip(new, _in_blocks(size_or_problem, new)))
 
     def _size(self, path: Path, source: str) -> Size | None:
         found = self._sizes[path]
@@ -221,6 +222,14 @@ class Confined:
 
     def _is_inside(self, path: str) -> bool:
         return path == self._base or path.startswith(self._base.rstrip(os.sep) + os.sep)
+
+
+def _in_blocks(size_of: Callable[[Any], Size | str], pictures: Sequence[Any]) -> Iterator[Size | str]:
+    """What `size_of` gives for each picture, in threads that take many at a time."""
+    blocks = [pictures[start : start + BLOCK] for start in range(0, len(pictures), BLOCK)]
+    with whole_pictures(), ThreadPoolExecutor(8) as pool:
+        for sizes in pool.map(lambda block: list(map(size_of, block)), blocks):
+            yield from sizes
 
 
 def is_list(source: Path) -> bool:
@@ -348,6 +357,13 @@ def _xverse(modulation: Any) -> object:
 
 def size_or_problem(path: PictureFile, whole: bool = True) -> Size | str:
     """The size of a picture as shown, or why it cannot be used; see `shown_size`."""
+    try:
+        if isinstance(path, Path):
+            os.lstat(path)
+    except FileNotFoundError:
+        return f"{path.name} does not exist"
+    except (OSError, ValueError):  # too long, a null: see below
+        pass
     try:
         return shown_size(path, whole)
     except ImageError as error:

@@ -65,6 +65,7 @@ class DamagedCheckpointError(CheckpointError):
 
     def __init__(self, checkpoint: Path, problem: str):
         way_out = "Move this folder away to resume from the checkpoint before it, or to begin anew."
+        problem = problem if len(problem) < 1000 else f"{problem[:1000]} ..."
         super().__init__(checkpoint, f"{problem.rstrip('.')}. {way_out}")
         self.problem = problem
 
@@ -131,7 +132,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     checksum = state.pop("checksum", None)
     if problem := _state_problem(checkpoint, state):
         raise DamagedCheckpointError(checkpoint, f"state.json: {problem}")
-    if checksum is not None and checksum != _checksum(state):
+    if (checksum is not None or "files" in state) and checksum != _checksum(state):
         raise DamagedCheckpointError(checkpoint, "state.json was changed or damaged: its checksum is another one")
     return state
 
@@ -222,6 +223,8 @@ def restore(
         saved = load_dla(checkpoint / "dla.safetensors")
         read_header(checkpoint / "optimizer.safetensors")
         moments = _unpack(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
+    except MemoryError as error:  # it may be whole
+        raise CheckpointError(checkpoint, f"its files do not fit into memory ({error}). Free some.") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(checkpoint, str(error)) from None
     for field in fields(saved.config):
@@ -321,6 +324,8 @@ def _moments_problem(moments: dict, optimizer: Optimizer) -> str:
                 return f"{entry} is {numbers.dtype} of shape {tuple(numbers.shape)}, expected floats of shape {shape}"
             if not bool(numbers.isfinite().all()):
                 return f"{entry} has values that are NaN or infinite"
+            if name == "step" and isinstance(value, torch.Tensor) and not value.is_floating_point():
+                return f"{entry} is {value.dtype}, expected a float"
             if name in ("step", "exp_avg_sq") and (
                 name == "step" and numbers.numel() != 1 or bool((numbers < 0).any())
             ):

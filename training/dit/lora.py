@@ -110,29 +110,31 @@ class LoRA(nn.Module):
         try:
             read_header(path)
             state = self._named_as_here(path, load_file(path))
-        except (SafetensorError, OSError, SafetensorsError) as error:
+        except (SafetensorError, OSError, SafetensorsError, MemoryError) as error:
             raise ValueError(f"LoRA file '{path.name}' cannot be read ({error}). Take another file.") from None
-        for key, value in state.items():
-            if not value.is_floating_point() or value.element_size() < 2 and not key.endswith(".alpha"):
-                raise ValueError(f"LoRA file '{path.name}': {key} is {value.dtype}, expected fp16, bf16 or fp32.")
-        check_finite(path, state)
-        for key, value in self.weights().items():
+        expected = self.weights()
+        for key, value in expected.items():
             found = tuple(state[key].shape) if key in state else "nothing"
             if found != tuple(value.shape):
                 raise ValueError(
                     f"LoRA file '{path.name}': {key} is {found}, expected {tuple(value.shape)} for rank {self.rank} on "
                     "this diffusion model. Choose the same model and rank, or start a run under another name."
                 )
+        if more := [key for key in state if key not in expected]:
+            raise ValueError(
+                f"LoRA file '{path.name}': has {more[0]} too, and {len(more) - 1} more that a LoRA on attention has "
+                "not, so it would be another one without them. Start from none, or from a LoRA trained here."
+            )
+        for key, value in state.items():
+            if not value.is_floating_point() or value.element_size() < 2 and not key.endswith(".alpha"):
+                raise ValueError(f"LoRA file '{path.name}': {key} is {value.dtype}, expected fp16, bf16 or fp32.")
+        check_finite(path, state)
+        for key in expected:
             if key.endswith(".alpha") and float(state[key]) != self.alpha:
                 raise ValueError(
                     f"LoRA file '{path.name}': {key} is {float(state[key]):g}, expected {self.alpha:g}. "
                     f"Set lora.alpha = {float(state[key]):g}, as that LoRA was trained, or start from none."
                 )
-        if more := [key for key in state if key not in self.weights()]:
-            raise ValueError(
-                f"LoRA file '{path.name}': has {more[0]} too, and {len(more) - 1} more that a LoRA on attention has "
-                "not, so it would be another one without them. Start from none, or from a LoRA trained here."
-            )
         for key in self.parts:
             name = "diffusion_model." + key.replace("/", ".")
             self.pairs[key].A.copy_(state[f"{name}.lora_A.weight"])
@@ -153,11 +155,12 @@ class LoRA(nn.Module):
                     f"LoRA file '{path.name}': has {new} under two names, one is {key}. Take another file."
                 )
             found[new] = value
-        if not found.keys() & self.weights().keys():
+        own = [f"{full}.lora_A.weight" for full in modules.values()]
+        if not any(key in found for key in (*own, *(key.replace("lora_A", "lora_B") for key in own))):
             first = f"has keys such as {next(iter(state)):.100}" if state else "is empty"
             raise ValueError(
                 f"LoRA file '{path.name}' {first}: a foreign layout for this diffusion model, expected keys such as "
-                f"{next(iter(self.weights()))}, or Kohya's or PEFT's of the same modules. Convert it to ComfyUI's "
+                f"{own[0]}, or Kohya's or PEFT's of the same modules. Convert it to ComfyUI's "
                 "layout for this model, or start from none."
             )
         for full in modules.values():

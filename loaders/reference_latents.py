@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite, sqrt
 from typing import Any
 
@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..common.images import cut_off
 from .backbones import backbone_of, pixel_family, titles, unread_family
 from .conditioning import ReferenceSettings, add_references, reference_latents, reference_placement
 from .dit import dit_of
@@ -98,6 +99,20 @@ def add_identity(
             )
         settings.append(ReferenceSettings(strength, picture_mask, picture_region, stages))
     return add_references(conditioning, latents, settings, method)
+
+
+def cut_hints(
+    model: Model, sockets: Mapping[str, Tensor | None], size: int = 0, placement: str = "auto", **_: Any
+) -> list[str]:
+    """What Add Identity cuts off the pictures of some IMAGE sockets, (b, h, w, 3) by name: a text for each that loses.
+
+    size, placement: see add_identity.
+    """
+    backbone = backbone_of(model)
+    grid, uno = backbone.reference_grid if backbone else 16, reference_method(model, placement) == "uxo"
+    pictures = {name: image.shape[1:3] for name, image in sockets.items() if image is not None}
+    lost = {name: cut_off(w, h, *reference_size(w, h, size, uno, grid)) for name, (h, w) in pictures.items()}
+    return [f"{name}: {text}" for name, text in lost.items() if text]
 
 
 def reference_method(model: Model, placement: str) -> str | None:

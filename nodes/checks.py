@@ -23,6 +23,7 @@ OBJECTS = {
     "ORIENTATION_MODEL": (("estimate",), "an orientation model, from Load Orientation Model"),
 }
 EDGE = 0.01  # by which a mask may be outside 0..1
+EXPLAINED = {"placement"}  # choices that the node itself refuses, saying why
 REMEDY = "Check the node that is connected there."
 SHOWN = 60  # characters of a value in a text
 
@@ -47,12 +48,12 @@ def check_inputs(
     """
     takes = inspect.signature(method).parameters
     values = {**dict(zip([*takes][1:], arguments)), **given}
-    defaults = {name for name, parameter in takes.items() if parameter.default is not parameter.empty}
+    needed = {name for name, parameter in takes.items() if parameter.default is parameter.empty}
     schema = node.define_schema()
-    judged = set(inspect.signature(node.validate_inputs).parameters)  # by the node itself, which knows more
+    judged = EXPLAINED | {*inspect.signature(node.validate_inputs).parameters}  # by the node itself, which knows more
     for input_ in schema.inputs:
         found = values.get(input_.id)
-        if input_.id not in values and (input_.optional or input_.id in defaults):
+        if input_.id not in values and (input_.optional or input_.id not in needed):
             continue
         if not schema.is_input_list:
             _check(input_, found, judged)

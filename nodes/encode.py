@@ -367,10 +367,11 @@ class SubjectAddIdentity(Node):
 
     @classmethod
     def execute(cls, conditioning, model, vae, image, mask=None, **settings) -> io.NodeOutput:
-        from ..loaders.reference_latents import add_identity
+        from ..loaders.reference_latents import add_identity, cut_hints
 
         out = add_identity(conditioning, model, vae, image, mask, **settings)
-        show_placement(cls, model, out, image_hints(cls, "", {"image": image, "mask": mask}))
+        hints = image_hints(cls, "", {"image": image, "mask": mask}) + cut_hints(model, {"image": image}, **settings)
+        show_placement(cls, model, out, hints)
         return io.NodeOutput(out)
 
 

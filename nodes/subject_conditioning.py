@@ -122,12 +122,14 @@ class SubjectConditioning(Node):
 
     @classmethod
     def execute(cls, model, vae, mllm, prompt, negative_prompt="", **options) -> io.NodeOutput:
+        from ..loaders.reference_latents import cut_hints
         from ..loaders.subject_conditioning import subject_conditioning
 
         sockets = [in_order(name, options) for name in ("image", "mask", "region")]
         others = {name: value for name, value in options.items() if not name.startswith(("image_", "mask_", "region_"))}
         out = subject_conditioning(model, vae, mllm, prompt, negative_prompt, *sockets, **others)
-        show_placement(cls, model, out[0], image_hints(cls, prompt, options))
+        pictures = {f"image_{number}": image for number, image in enumerate(sockets[0], 1)}
+        show_placement(cls, model, out[0], image_hints(cls, prompt, options) + cut_hints(model, pictures, **others))
         return io.NodeOutput(*out)
 
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 from subject_dla.common.drawing.sheet import sheet_of_batches
 from subject_dla.common.files import path_problem
+from subject_dla.common.images import cut_off
 from subject_dla.loaders import folders
+from subject_dla.loaders.preprocessing import DINO, preprocess
+from subject_dla.loaders.reference_latents import cut_hints
 from subject_dla.nodes.encode import SubjectAddIdentity, SubjectPromptList
 from subject_dla.nodes.files import report_path, save_reports
 from subject_dla.nodes.sample import SubjectStagedSampler
 from subject_dla.nodes.sweep import SubjectContactSheet
+from subject_dla.tests.small.dit import tiny
 from subject_dla.training.inputs import find_source
 
 IMAGE, MASK = torch.full((1, 32, 32, 3), 0.5), torch.ones(1, 32, 32)
@@ -60,7 +64,7 @@ NAN = torch.full((1, 4, 8), float("nan"))
     ({"strength": 1e308}, ["strength is 1e+308", "0.0 to 2.0"]),
     ({"size": 10**12}, ["size is 1e+12", "0 to 4096"]),
     ({"size": "7"}, ["size is '7'", "whole number"]),
-    ({"placement": "../x"}, ["placement is '../x'", "one of auto"]),
+    ({"placement": 7}, ["placement is 7", "a text"]),
     ({"stages": True}, ["stages is True", "schedule"]),
 ])  # fmt: skip
 def test_an_input_that_another_node_gives_is_named_with_value_and_way_out(changes, words):
@@ -165,3 +169,25 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
         report_path("file/x")
     with pytest.raises(ValueError, match="x_00001_.json cannot be written"):
         save_reports(tmp_path / "gone" / "x_00001_", json="{}")
+
+
+@pytest.mark.parametrize("size, kept, share", [
+    ((5600, 28), (512, 16), "84%"), ((69, 1542), (16, 512), "30%"), ((64, 64), (64, 64), ""), ((1000, 1010), (992,
+    1008), ""),
+])  # fmt: skip
+def test_a_cut_is_told_with_its_share(size, kept, share):
+    text = cut_off(*size, *kept)
+    assert text.startswith(f"{share} of the picture ({size[0]} x {size[1]} px) is cut off") if share else text == ""
+
+
+def test_add_identity_and_the_published_preprocessing_say_what_they_cut_off(caplog):
+    model = tiny("flux")
+    pictures = {"image_1": torch.zeros(1, 28, 5600, 3), "image_2": None, "image_3": torch.zeros(2, 64, 64, 3)}
+    (hint,) = cut_hints(model, pictures)
+    assert hint.startswith("image_1: 84% of the picture (5600 x 28 px) is cut off at its edges to fit 512 x 16.")
+    with caplog.at_level(logging.WARNING):
+        preprocess(torch.zeros(64, 96, 3), DINO)
+        assert not caplog.records
+        preprocess(torch.zeros(64, 640, 3), DINO)
+    (record,) = caplog.records
+    assert "92% of the picture (640 x 64 px) is cut off" in record.getMessage()

@@ -1,6 +1,7 @@
 """VAE latents of image files, encoded once and kept on disk."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,12 +10,16 @@ from einops import rearrange
 from torch import Tensor
 
 from ...common.files import save_tensors
+from ...common.images import cut_off
 from ...common.picture_files import PictureFile, file_version, load_picture
 from ...loaders.encode_cache import fingerprint
 from ...loaders.reference_latents import resize
 from .shared import compute_once, each, read_entry, record
 
+CUT = 0.3  # share that the nearest of the aspect ratios may cut off a picture without a word
 HEADER = 88 + 204  # bytes of a latent's file beside its values
+
+log = logging.getLogger(__name__)
 
 
 class LatentCache:
@@ -72,7 +77,10 @@ class LatentCache:
         return round(sum(pixel * w * h + HEADER for _, w, h in images))
 
     def _encode(self, path: PictureFile, width: int, height: int) -> Tensor:
-        pixels = cut(load_picture(path), width, height)[None]
+        picture = load_picture(path)
+        if lost := cut_off(picture.shape[1], picture.shape[0], width, height, CUT):
+            log.warning("%s: %s", path, lost)
+        pixels = cut(picture, width, height)[None]
         try:
             latent = self.vae.encode(pixels)[0]
         except RuntimeError as error:  # out of memory: the host's second way, in tiles, takes inference mode alone

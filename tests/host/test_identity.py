@@ -146,7 +146,9 @@ def test_a_file_whose_name_wants_another_placement_is_reported(monkeypatch, capl
     sent = []
     server = SimpleNamespace(client_id="me", send_progress_text=lambda *text, sid: sent.append((*text, sid)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    values = {"reference_latents": [torch.zeros(1)]} | ({"reference_latents_method": method} if method else {})
+    values = {"reference_latents": [torch.zeros(1, 16, 4, 4)]} | (
+        {"reference_latents_method": method} if method else {}
+    )
     report_placement(tiny(family), condition(**values), files, "7")
     ((text, node, client),) = sent
     assert (node, client) == ("7", "me") and text.startswith(f"Placement: {method or ''}")
@@ -164,7 +166,7 @@ def test_what_is_not_known_of_a_family_is_shown_on_the_node(monkeypatch, reads, 
     monkeypatch.setattr(reference_latents, "reads_references", lambda module: reads)
     model = tiny("flux")
     monkeypatch.setitem(model.model.model_config.unet_config, "image_model", "nameless")
-    report_placement(model, condition(reference_latents=[torch.zeros(1)]), [KONTEXT], "7")
+    report_placement(model, condition(reference_latents=[torch.zeros(1, 16, 4, 4)]), [KONTEXT], "7")
     ((text, node),) = sent
     assert node == "7" and words in text
     assert text.startswith(("Placement: offset\nWarning: ", "Placement: the model's own\nWarning: "))  # ≤ 0.3.64
@@ -173,7 +175,7 @@ def test_what_is_not_known_of_a_family_is_shown_on_the_node(monkeypatch, reads, 
 def test_a_2511_file_that_tells_the_host_its_placement_needs_no_choice(caplog, monkeypatch):
     model = tiny("qwen_image")
     monkeypatch.setattr(model.model.diffusion_model, "default_ref_method", "index_timestep_zero", raising=False)
-    report_placement(model, condition(reference_latents=[torch.zeros(1)]), [EDIT.format(2511)])
+    report_placement(model, condition(reference_latents=[torch.zeros(1, 16, 4, 4)]), [EDIT.format(2511)])
     assert not caplog.text
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from subject_dla.common.safetensors_header import read_header
+from subject_dla.sampling.stages import preset
 from subject_dla.tools.faults._child import Case, run, try_all, unclear
 from subject_dla.tools.faults._damage import code_ran, damages, in_folder, malicious_pickle
+from subject_dla.tools.faults.long_run import BLOCK, settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX alone")
 
@@ -42,7 +44,8 @@ def allocate():
 def test_an_end_is_clear_or_not(tmp_path, work, verdict):
     torch.set_num_threads(1)
     case = Case("case", tmp_path / "weights.safetensors", work)
-    found = unclear(case, run(work, 0.5, 2**27), 0.5, 2**27)
+    seconds = 0.5 if verdict.startswith("no end") else 20
+    found = unclear(case, run(work, seconds, 2**27), seconds, 2**27)
     assert found.startswith(verdict) and bool(found) == bool(verdict), found
     if verdict == "was taken without a word":
         assert unclear(case._replace(may_pass=True), run(work)) == ""
@@ -60,6 +63,16 @@ def test_a_malicious_pickle_is_seen():
     assert not code_ran()
     pickle.loads(malicious_pickle())  # noqa: S301
     assert code_ran() and not code_ran()
+
+
+def test_the_long_runs_settings_cost_the_same_in_each_block_and_are_the_same_each_time():
+    drawn = settings(3 * BLOCK)
+    assert drawn == settings(3 * BLOCK) and drawn[:BLOCK] == settings(BLOCK) and drawn != settings(3 * BLOCK, seed=1)
+    costs = [sorted((s.width, s.height, s.batch_size, s.steps, s.cfg) for s in drawn[at : at + BLOCK])
+             for at in range(0, 3 * BLOCK, BLOCK)]  # fmt: skip
+    assert costs[0] == costs[1] == costs[2] and len(set(drawn)) == 3 * BLOCK
+    for one in drawn:
+        preset(one.preset, one.clock, one.tau1, one.tau2)  # raises for a schedule that is none
 
 
 @pytest.fixture

@@ -49,6 +49,16 @@ def test_a_good_vae_is_the_hosts(folder):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_vae_for_which_there_is_no_memory_is_the_hosts_to_report(folder, monkeypatch):
+    def full(name):
+        raise torch.cuda.OutOfMemoryError("Allocation on device")
+
+    shutil.copyfile(GOOD, folder / "good.safetensors")
+    monkeypatch.setattr(host, "load_vae", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        load_vae("good.safetensors")
+
+
 def test_what_is_no_vae_is_refused_by_name(folder):
     save_file({"lora_A.weight": torch.zeros(4, 4)}, folder / "lora.safetensors")
     with pytest.raises(ValueError, match="lora.safetensors: the host"):

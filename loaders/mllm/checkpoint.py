@@ -41,7 +41,10 @@ def read_info(folder: Path) -> MLLMInfo:
     for field in ("num_hidden_layers", "hidden_size"):
         if type(text.get(field)) is not int:
             raise MLLMError(f"{folder / 'config.json'}: {field} is {text.get(field)!r:.60}, expected a whole number.")
-    return FAMILIES[config["model_type"]].info(folder.name, text["num_hidden_layers"], text["hidden_size"])
+    try:
+        return FAMILIES[config["model_type"]].info(folder.name, text["num_hidden_layers"], text["hidden_size"])
+    except ValueError as error:  # sizes that no MLLM has
+        raise MLLMError(f"{folder / 'config.json'}: {error} Download the folder again.") from None
 
 
 EMBEDDING = "language_model.embed_tokens.weight"

@@ -13,6 +13,7 @@ from subject_dla.common.images import ImageError
 from subject_dla.loaders import reference_latents
 from subject_dla.loaders.embedders import FolderEmbedder
 from subject_dla.loaders.mllm.base import MLLMError
+from subject_dla.loaders.mllm.checkpoint import read_info
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.loaders.preprocessing import DINO, preprocess, preprocess_subject
 from subject_dla.tests.small.mllm import build_qwen25vl
@@ -50,6 +51,17 @@ def test_whole_weights_beside_a_stale_index_are_read_as_transformers_reads_them(
     expected = load_folder(whole).encode("a fox").hidden_states
     shutil.copyfile(folder / "model.safetensors.index.json", whole / "model.safetensors.index.json")
     assert torch.equal(load_folder(whole).encode("a fox").hidden_states, expected)
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**9])
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers"])
+def test_a_size_that_no_mllm_has_is_refused_with_the_files_name(folder, tmp_path, field, size):
+    path = copied(folder, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config.get("text_config", config)[field] = size
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MLLMError, match=f"copy/config.json: .*{size}"):
+        read_info(path)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ export const STYLE = `
 .subject-stages button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222); cursor: pointer;
     border: 1px solid var(--border-color, #888); border-radius: 4px; padding: 0 6px; }
 .subject-stages button:disabled { opacity: 0.4; cursor: default; }
-.subject-stages output { flex: 0 1 3.6em; white-space: pre-line; min-height: 0; overflow: auto; line-height: 1.2em; }
+.subject-stages output { flex: 0 1 7.2em; white-space: pre-line; min-height: 0; overflow: auto; font-size: 10px;
+    line-height: 1.2em; scrollbar-width: thin; }
 .subject-stages output.wrong { color: var(--error-text, #ff4444); }`
 
 export function element(name, attributes = {}, ...children) {

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ IGNORES_REFERENCES = (
     "the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
     "ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
+SETTINGS = "comfy.settings.json"  # of a user of the editor
+_request: ContextVar[Any] = ContextVar("request", default=None)  # to the server, that this task answers
 # What the host's loader calls the options of its Load Diffusion Model.
 DIT_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -123,19 +126,38 @@ def executing_node() -> str | None:
     return None if context is None else context.node_id
 
 
-def editor_language() -> str:
-    """The language that the user has chosen in the editor, such as "zh"; English ("en") where that is not known.
+def remember_requests() -> None:
+    """Keeps each request to the server while it is answered, for `editor_language`; once."""
+    middlewares = getattr(getattr(_server(), "app", None), "middlewares", None)
+    if middlewares is None or _remember in middlewares:
+        return
+    _remember.__middleware_version__ = 1  # type: ignore[attr-defined]  # as aiohttp marks those of its newer form
+    middlewares.append(_remember)
 
-    With several users (--multi-user) a request does not say whose it is.
+
+async def _remember(request: Any, handler: Callable[[Any], Any]) -> Any:
+    _request.set(request)
+    return await handler(request)
+
+
+def editor_language() -> str:
+    """The language of the editor of the user who asks, such as "zh"; English ("en") where that is not known.
+
+    The host keeps settings by user, and says of requests alone whose they are (--multi-user). Where the user has chosen
+    no language, the editor takes the browser's. In a run it is that of the only user.
     """
     import folder_paths
 
-    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    request, path = _request.get(), Path(folder_paths.get_user_directory()) / "default" / SETTINGS
     try:
-        found = read_json(path).get("Comfy.Locale", "en")
-    except ValueError:
-        return "en"
-    return found if isinstance(found, str) else "en"
+        if request is not None and (manager := getattr(_server(), "user_manager", None)) is not None:
+            path = Path(manager.get_request_user_filepath(request, SETTINGS, create_dir=False))
+        found = read_json(path).get("Comfy.Locale")
+    except (ValueError, TypeError, KeyError):  # no settings yet, damaged ones, or an unknown user
+        found = None
+    if found is None and request is not None:
+        found = request.headers.get("Accept-Language", "").split(",")[0].split(";")[0].split("-")[0].strip()
+    return found if isinstance(found, str) and found else "en"
 
 
 def _server() -> Any:

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..loaders import folders
-from ..loaders.host import answer_requests, on_prompt
+from ..loaders.host import answer_requests, on_prompt, remember_requests
 from . import (
     copy_paste,
     encode,
@@ -42,5 +42,6 @@ class SubjectExtension(ComfyExtension):
     async def get_node_list(self):
         folders.register()
         on_prompt(queued_graph.remember)
+        remember_requests()
         answer_requests("/subject_dla/stages", stages.draw_stages)
         return [node for topic in TOPICS for node in topic.NODES]

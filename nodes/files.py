@@ -1,13 +1,18 @@
 """Combos of files: what there is to choose, a clear word when the choice is gone, a fingerprint of what is on disk."""
 
 import textwrap
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
+from types import MethodType
 from unicodedata import category
 
 import folder_paths
 
 from ..common.files import path_problem, save_text
 from ..loaders import folders
+from . import queued_graph
+from .schema import NONE, Node, problem
 
 KINDS = {
     "mllm": "a Hugging Face folder (config.json, tokenizer and *.safetensors)",
@@ -25,22 +30,45 @@ def options(kind: str) -> list[str]:
 
 
 def missing(kind: str, name: str | None) -> str | None:
-    """None where `name` can be loaded, else what is wrong and what to do. A linked input (None) is known only later."""
-    if name is None or name in (found := options(kind)):
+    """None where `name` can be loaded, else what is wrong and what to do. A linked input is known only later."""
+    if not isinstance(name, str) or name in (found := options(kind)):
         return None
     there = ", ".join(found) if found else "nothing"
     return f"models/{kind} has no {name!r:.100}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
 
 
-def problems(**names: str | None) -> bool | str:
-    """The answer of a node's `validate_inputs`: True, or every missing file in words."""
-    return "\n".join(problem for kind, name in names.items() if (problem := missing(kind, name))) or True
+class Check:
+    """The `validate_inputs` of a node whose inputs name files: each input whose file is missing is marked, with why.
+
+    The host marks all inputs that `validate_inputs` takes, and tries the others itself, so that it takes those alone
+    whose file is missing. It does not say of which node it asks, so that these are those of any of its class.
+
+    Args:
+        kinds: Of file, by input.
+    """
+
+    def __init__(self, **kinds: str):
+        self.kinds = kinds
+
+    def __get__(self, _: object, node: type) -> Callable:
+        queued = queued_graph.queued_of(node.__name__)
+        absent = [name for name in self.kinds if any(self._missing(name, inputs.get(name)) for inputs in queued)]
+
+        def validate_inputs(cls: type[Node], **names: str | None) -> bool | str:
+            return problem(cls, [self._missing(name, value) for name, value in names.items()])
+
+        named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *absent)]
+        validate_inputs.__signature__ = Signature(named)  # type: ignore[attr-defined]  # what the host reads
+        return MethodType(validate_inputs, node)
+
+    def _missing(self, name: str, value: str | None) -> str | None:
+        return missing(self.kinds[name], None if value == NONE else value)
 
 
 def require(**names: str | None) -> None:
     """Raises ValueError for files that are missing, also where their names came from other nodes."""
-    if (found := problems(**names)) is not True:
-        raise ValueError(found)
+    if found := [text for kind, name in names.items() if (text := missing(kind, name))]:
+        raise ValueError("\n".join(found))
 
 
 def fingerprint(kind: str, name: str | None) -> str:

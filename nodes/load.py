@@ -31,9 +31,7 @@ class SubjectLoadMLLM(Node):
             outputs=[MLLM.Output("MLLM", display_name="MLLM", tooltip="To Encode Subject.")],
         )
 
-    @classmethod
-    def validate_inputs(cls, mllm):
-        return files.problems(mllm=mllm)
+    validate_inputs = files.Check(mllm="mllm")
 
     @classmethod
     def fingerprint_inputs(cls, mllm, **_):
@@ -100,9 +98,7 @@ class SubjectLoadDLA(Node):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, dla):
-        return files.problems(dla=dla)
+    validate_inputs = files.Check(dla="dla")
 
     @classmethod
     def fingerprint_inputs(cls, dla, **_):
@@ -162,9 +158,7 @@ class SubjectLoadPipeline(Node):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, diffusion_model, vae, mllm, dla):
-        return files.problems(diffusion_models=diffusion_model, vae=vae, mllm=mllm, dla=None if dla == NONE else dla)
+    validate_inputs = files.Check(diffusion_model="diffusion_models", vae="vae", mllm="mllm", dla="dla")
 
     @classmethod
     def fingerprint_inputs(cls, diffusion_model, vae, mllm, dla, **_):

@@ -44,9 +44,7 @@ class SubjectLoadOrientation(Node):
             outputs=[output(Orientation, "ORIENTATION_MODEL", "To Subject Orientation.")],
         )
 
-    @classmethod
-    def validate_inputs(cls, orientation):
-        return files.problems(orientation=orientation)
+    validate_inputs = files.Check(orientation="orientation")
 
     @classmethod
     def fingerprint_inputs(cls, orientation, **_):

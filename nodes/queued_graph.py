@@ -47,6 +47,13 @@ def queued(node_id: Any) -> Mapping[str, Any]:
     return inputs_of(_queued.get() or {}, node_id)
 
 
+def queued_of(kind: str) -> list[Mapping[str, Any]]:
+    """The inputs of each node of a class in the graph that is validated."""
+    graph = _queued.get() or {}
+    found = (key for key, node in graph.items() if isinstance(node, Mapping) and node.get("class_type") == kind)
+    return [inputs_of(graph, key) for key in found]
+
+
 def samplers_behind(node_id: Any) -> Iterator[str]:
     """Names of the sampler of a node and of those that its MODEL or GUIDER goes to, in the graph that is validated."""
     graph = _queued.get() or {}

@@ -45,20 +45,30 @@ def _titled(method: Callable) -> Callable:
                 check_inputs(cls, method, arguments, inputs)
             found = method(cls, *arguments, **inputs)
         except (ValueError, RuntimeError) as error:
-            error.args = (with_title(cls, str(error)), *error.args[1:])
+            error.args = (translate(with_title(cls, str(error))), *error.args[1:])
             raise
-        return Problem(translate(with_title(cls, found))) if isinstance(found, str) else found
+        return problem(cls, [found]) if isinstance(found, str) else found
 
     titled.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # the host asks which inputs it takes
     return titled
 
 
 class Problem(str):
-    """What is wrong with a node's inputs. The host writes it beside each input that was validated: once in full."""
+    """What is wrong with a node's inputs. The host writes it beside each input that was validated, in their order."""
+
+    def __new__(cls, texts: list[str]):
+        self = super().__new__(cls, "\n".join(texts))
+        self.texts = iter(texts)
+        return self
 
     def __str__(self) -> str:
-        text, self.short = getattr(self, "short", str.__str__(self)), "see above"
-        return text
+        return next(self.texts, "see above")
+
+
+def problem(node: type[io.ComfyNode], texts: list[str | None]) -> bool | Problem:
+    """The answer of a node's `validate_inputs`: True where nothing is wrong with any of its inputs, in their order."""
+    fine = "this one is right; another input of the node is not."
+    return not any(texts) or Problem([translate(with_title(node, text or fine)) for text in texts])
 
 
 def with_title(node: type[io.ComfyNode], text: str) -> str:

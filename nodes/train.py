@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..loaders.backbones import TRAINED, titles
-from ..training.inputs import BESIDE, NONE, TRAINING_STAGES, fingerprint_source, list_sources
+from ..training.inputs import BESIDE, NO_DATA, NONE, TRAINING_STAGES, fingerprint_source, list_sources
 from . import files
 from .schema import DLA, MLLM, Node, advanced, schema
 
@@ -27,7 +27,7 @@ class SubjectTrainDLA(Node):
                     f"{titles(TRAINED)}, from Load Diffusion Model. It is not changed.")),
                 io.Vae.Input("vae", tooltip="The diffusion model's VAE. It is not changed."),
                 MLLM.Input("mllm", tooltip="From Load MLLM or MLLM from CLIP. It is not changed."),
-                io.Combo.Input("data", options=list_sources(), tooltip=(
+                io.Combo.Input("data", options=list_sources() or [NO_DATA], tooltip=(
                     "In ComfyUI's input folder: a folder of subjects (SUBJECT/*.jpg, a caption in the .txt of the"
                     " same name), a list .json or .jsonl of prompt, image_paths, image_tgt_path, as UNO's, or"
                     " WebDataset shards (a .tar, or a folder of them).")),
@@ -79,7 +79,7 @@ class SubjectTrainDLA(Node):
         """Raises what is wrong, since hosts show that once, but a returned text for every input."""
         from ..training.graph_run import check_inputs
 
-        check_inputs(**widgets)
+        check_inputs(**{"data": NO_DATA, **widgets})  # queued by the API without any; a link is there, as None
         return True
 
     @classmethod

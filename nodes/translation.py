@@ -1,4 +1,6 @@
-"""Messages of validation in the language of the editor: `locales/LANGUAGE.json` has each with {} for its values.
+"""Messages of validation, and what else may be wrong before a node runs, in the language of the editor.
+
+`locales/LANGUAGE.json` has each message with {} for its values, and words that are values (*a whole number*).
 
 What the editor itself shows of a node (names, tooltips, help) it translates by `locales/LANGUAGE/`.
 """
@@ -32,14 +34,22 @@ def _line(text: str, language: str) -> str:
         for pattern, translated in _messages(language):
             if found := pattern.fullmatch(said):
                 named = _titles(language).get(title, title) if said is rest else ""
-                return f"{named}：" * bool(named) + translated.format(*found.groups())
+                return f"{named}：" * bool(named) + translated.format(*(_value(v, language) for v in found.groups()))
+    return text
+
+
+def _value(text: str, language: str) -> str:
+    """Words in the place of a value, such as what is expected of one."""
+    for pattern, translated in _messages(language, "values"):
+        if found := pattern.fullmatch(text):
+            return translated.format(*found.groups())
     return text
 
 
 @cache
-def _messages(language: str) -> list[tuple[re.Pattern, str]]:
+def _messages(language: str, part: str = "messages") -> list[tuple[re.Pattern, str]]:
     """Each English message as a pattern of its values, and its translation."""
-    messages = _table(language).get("messages", {})
+    messages = _table(language).get(part, {})
     return [(re.compile("(.+?)".join(map(re.escape, key.split("{}")))), text) for key, text in messages.items()]
 
 

@@ -16,6 +16,9 @@ from ..common.picture_files import PICTURES
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
 BESIDE = "beside the DLA"  # as start_lora: the LoRA that was trained with the connected DLA, which has its name
 NONE = "none"
+NO_DATA = (
+    "no training data in input/"  # offered where there is nothing: the host refuses an empty list in its own words
+)
 LISTS = (".json", ".jsonl", ".tar")
 NAMES = 100_000  # most names of a folder that are read for an offer: half a second
 
@@ -96,9 +99,10 @@ def find_source(data: str | None) -> Path:
     if not (plain and len(parts) == 1 and path.is_dir()):
         found = list_sources()
         there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
+        chosen = "no data is chosen" if data in ("", NO_DATA) else f"no data {data!r:.100}"
         raise ValueError(
-            f"Train DLA: no data {data!r:.100} in ComfyUI's input folder; of folders and lists there is: {there}. Put "
-            "a folder of subjects, a .json list or .tar shards there and press R."
+            f"Train DLA: {chosen} in ComfyUI's input folder; of folders and lists there is: {there}. Put a folder of "
+            "subjects, a .json list or .tar shards there, press R and choose it."
         )
     if not _trains(path, sys.maxsize):
         raise ValueError(

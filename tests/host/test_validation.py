@@ -2,12 +2,16 @@
 
 import asyncio
 import inspect
+import json
 import re
+from types import SimpleNamespace
 
 import comfy_extras.nodes_custom_sampler as custom
 import execution
 import folder_paths
 import pytest
+from subject_dla.loaders import folders as folder_names
+from subject_dla.loaders import host
 from subject_dla.nodes import SubjectExtension, queued_graph
 from subject_dla.nodes.schema import with_title
 from subject_dla.nodes.translation import translate
@@ -35,10 +39,10 @@ def errors(node: str, kind: str = "custom_validation_failed", **graph) -> list[s
 
     found = asyncio.run(validate())[3].get(node, {"errors": []})["errors"]
     details = [error["details"] for error in found if error["type"] == kind]
-    for text in details if kind == "custom_validation_failed" else ():  # each has a Chinese form with its values
-        said = text.split(" - ", 1)[1]
+    for text in details:  # each has a Chinese form with its values
+        said = text.split(" - ", 1)[1] if kind == "custom_validation_failed" else text
         lines = zip(said.split("\n"), translate(said, "zh").split("\n"), strict=True)
-        assert said == "see above" or all(re.search("[\u4e00-\u9fff]", line) for _, line in lines), said
+        assert all(re.search("[\u4e00-\u9fff]", line.split("：", 1)[-1]) for _, line in lines), said
         assert set(re.findall(r"\d\.\d+|\w+\.safetensors", said)) <= set(
             re.findall(r"\d\.\d+|\w+\.safetensors", translate(said, "zh"))
         )
@@ -184,21 +188,165 @@ def test_samplers_with_steps_of_their_own_are_refused_on_the_clock_steps(node):
     assert errors("2", **{**graph, "9": ("SubjectStageSchedule", schedule())}) == []
 
 
-def test_all_missing_files_are_named_once():
-    files = {"diffusion_model": "d.safetensors", "vae": "v.safetensors", "mllm": "m", "dla": "none"}
-    graph = staged() | {"n1": ("SubjectLoadPipeline", {**files, "weight_dtype": "default"})}
-    first, *others = errors("n1", **graph)
-    assert "Load Subject Pipeline: " in first and all(name in first for name in list(files.values())[:3])
-    assert all(text.endswith("see above") for text in others)
+def pipeline(**files) -> dict:
+    """Load Subject Pipeline before a KSampler; the VAE and `there.safetensors` are there."""
+    given = {"diffusion_model": "there.safetensors", "vae": "there.safetensors", "mllm": "m", "dla": "none", **files}
+    dtypes = {"weight_dtype": "default", "mllm_weight_dtype": "default"}
+    return staged() | {"n1": ("SubjectLoadPipeline", {**given, **dtypes})}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Model folders with one file each, and one MLLM."""
+    for kind in ("diffusion_models", "vae", "dla"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "there.safetensors").touch()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+    monkeypatch.setattr(folder_names, "mllm_names", lambda: ["m"])
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+
+
+@pytest.mark.parametrize("absent", [("vae", "dla"), ("diffusion_model", "vae", "mllm", "dla"), ("mllm",), ()])
+def test_each_missing_file_is_marked_once_and_no_other(folders, absent):
+    graph = pipeline(**{name: f"{name}-gone.safetensors" for name in absent})
+    found = errors("n1", **graph)
+    assert [text.split(" - ")[0] for text in found] == list(absent)
+    for name, text in zip(absent, found):
+        assert text.startswith(f"{name} - Load Subject Pipeline: models/{name}") and "press R" in text
+        assert [other for other in absent if f"{other}-gone" in text] == [name]
+    assert errors("n1", "value_not_in_list", **graph) == []
+
+
+def test_files_that_come_from_another_node_are_judged_when_it_runs(folders):
+    graph = pipeline(dla="gone.safetensors", mllm=["n2", 0]) | {"n2": ("SubjectPromptList", {"prompts": "m"})}
+    assert [text.split(" - ")[0] for text in errors("n1", **graph)] == ["dla"]
+
+
+def test_two_nodes_of_a_class_with_other_files_missing(folders):
+    """The host does not say of which it asks, so that both are marked at both inputs, in words that are right."""
+    other = pipeline(dla="dla-gone.safetensors")["n1"]
+    graph = pipeline(vae="vae-gone.safetensors") | {"n2": other, "7": ("VAELoader", {"vae_name": "there.safetensors"})}
+    graph["4"][1]["vae"] = ["n2", 1]
+    by_input = dict(text.split(" - ") for text in errors("n1", **graph))
+    assert by_input.keys() == {"vae", "dla"} and "vae-gone" in by_input["vae"] and "is right" in by_input["dla"]
+    by_input = dict(text.split(" - ") for text in errors("n2", **graph))
+    assert "dla-gone" in by_input["dla"] and "is right" in by_input["vae"]
+
+
+def training(**changed) -> dict:
+    """Train DLA with these widgets; None takes one out."""
+    widgets = {"name": "run", "stage": "1: MLLM tokens", "steps": 3, "lora_rank": 0, "seed": 0, "learning_rate": 1e-4}
+    widgets |= {"resolution": 512, "batch_size": 1, "accumulate": 1, "data": "cats", **changed}
+    widgets = {name: value for name, value in widgets.items() if value is not None}
+    return staged() | {"4": ("SubjectTrainDLA", {"model": ["n1", 0], "vae": ["7", 0], "mllm": ["9", 0], **widgets})}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """The host's input folder, empty, and its output folder."""
+    (tmp_path / "input").mkdir()
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    return tmp_path / "input"
+
+
+@pytest.mark.parametrize("data", ["offered", "", None])
+def test_without_training_data_the_node_says_what_to_do(inputs, data):
+    """As the editor queues its only choice, a saved workflow without one, and the API without the input."""
+    if data == "offered":
+        train = next(node for node in OURS if node.__name__ == "SubjectTrainDLA")
+        (data,) = next(one for one in train.define_schema().inputs if one.id == "data").options
+    (text,) = errors("4", "exception_during_validation", **training(data=data))
+    assert text.startswith("Train DLA: no data is chosen in ComfyUI's input folder") and "press R" in text
+    assert errors("4", "required_input_missing", **training(data=data)) == []
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"name": ""}, "run.name is ''"), ({"stage": "3"}, "stage is '3'"), ({"steps": -1}, "training.steps is -1"),
+    ({"learning_rate": 2.0}, "training.learning_rate is 2.0"), ({"start_lora": "x"}, "models/loras has no 'x'"),
+    ({"options": "training.warmup = x"}, "options: not TOML"), ({"options": 'run.name = "C:\\data"'}, "In TOML a back"),
+    ({"options": "x.y = 1"}, "options: 'x' is no setting"), ({"options": "data.source = 'x'"}, "is the input `data`"),
+    ({"options": "training.x = 1"}, "[training] has no 'x'"), ({"options": "training.mllm_only = 1"}, "shares of the"),
+    ({"options": "dla.pooling = 'x'"}, "expected one of softmax"), ({"options": "dla.layer_subset = 1"}, "a list"),
+    ({"options": "training.checkpointing = 1"}, "expected true or false"),
+    ({"options": "run.dtype = 1"}, "expected text"),
+    ({"options": "run.save_every = -1"}, "a whole number from 0 up"), ({"data": "dogs"}, "no data 'dogs'"),
+    ({"options": "run.start_dla = '../x'"}, "is no name in models/dla"), ({"options": "run.start_dla = 'x'"}, "no DLA"),
+    ({"options": "run.start_dla = 'x.safetensors'"}, "models/dla has no 'x.safetensors'"),
+    ({"options": "run.start_lora = 'x'"}, "models/loras has no 'x'"), ({"options": "data.source"}, "not TOML"),
+])  # fmt: skip
+def test_what_train_dla_refuses_before_it_runs_is_said_in_chinese_too(inputs, changed, words):
+    """By `errors`."""
+    (inputs / "cats").mkdir()
+    for name in ("1.jpg", "1.txt"):
+        (inputs / "cats" / name).touch()
+    (text,) = errors("4", "exception_during_validation", **training(**changed))
+    assert text.startswith("Train DLA: ") and words in text, text
+
+
+def test_what_a_run_that_is_there_refuses_is_said_in_chinese_too(inputs, tmp_path, monkeypatch):
+    """By `errors`: other settings than it began with, a damaged checkpoint, a file that it did not make."""
+    dla = tmp_path / "models" / "dla"
+    dla.mkdir(parents=True)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "dla", ([str(dla)], {".safetensors"}))
+    for name in ("1.jpg", "1.txt"):
+        (inputs / "cats" / name).parent.mkdir(exist_ok=True)
+        (inputs / "cats" / name).touch()
+    (dla / "run.safetensors").touch()
+    (text,) = errors("4", "exception_during_validation", **training())
+    assert "dla/run.safetensors is there already" in text
+    checkpoint = tmp_path / "output" / "subject_dla" / "runs" / "run" / "checkpoint-00000001"
+    checkpoint.mkdir(parents=True)
+    for name in ("dla.safetensors", "optimizer.safetensors", "state.json"):
+        (checkpoint / name).touch()
+    (text,) = errors("4", "exception_during_validation", **training())
+    assert "checkpoint-00000001: state.json" in text and "Move this folder away" in text
+    state = {"step": 1, "losses": [1.0], "validation": {}, "identity": "x", "mllm": "m", "family": "flux"}
+    state |= {"data": {"fingerprint": "x"}, "optimizer": {}, "recipe": {"training": {"seed": 5}}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (text,) = errors("4", "exception_during_validation", **training())
+    assert "was begun with training.seed = 5, now it is 0" in text
+
+
+def test_a_users_own_language_is_that_of_the_request(tmp_path, monkeypatch):
+    """With --multi-user the host says of requests whose they are; without a choice the editor has the browser's."""
+    users = {"anna": '{"Comfy.Locale": "zh"}', "ben": '{"Comfy.Locale": "en"}', "cyr": "{}", "dan": "["}
+    for name, settings in users.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "comfy.settings.json").write_text(settings)
+
+    class Manager:
+        def get_request_user_filepath(self, request, file, type="userdata", create_dir=True):
+            if (user := request.headers.get("comfy-user", "default")) not in users:
+                raise KeyError(f"Unknown user: {user}")
+            assert not create_dir
+            return str(tmp_path / user / file)
+
+    server = SimpleNamespace(user_manager=Manager(), app=SimpleNamespace(middlewares=[]), on_prompt_handlers=[])
+    monkeypatch.setattr(host, "_server", lambda: server)
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    host.remember_requests()
+    host.remember_requests()
+    (remember,) = server.app.middlewares
+
+    async def answer(request):
+        return host.editor_language()
+
+    def language(user, browser=""):
+        headers = {"comfy-user": user} | ({"Accept-Language": browser} if browser else {})
+        return asyncio.run(remember(SimpleNamespace(headers=headers), answer))
+
+    assert [language(user) for user in users] == ["zh", "en", "en", "en"]
+    assert language("ben", "zh-CN,zh;q=0.9") == "en"
+    assert language("cyr", "zh-CN,zh;q=0.9") == language("dan", "zh") == "zh"
+    assert language("nobody", "fr;q=1") == "fr" and language("cyr", "../x") == "../x" and translate("a", "../x") == "a"
+    assert host.editor_language() == "en", "a run does not say whose it is"
 
 
 def test_saved_training_data_that_are_not_offered_are_judged_by_the_node(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     (tmp_path / "bare").mkdir()
-    widgets = {"name": "run", "stage": "1: MLLM tokens", "steps": 3, "lora_rank": 0, "seed": 0, "learning_rate": 1e-4}
-    widgets |= {"resolution": 512, "batch_size": 1, "accumulate": 1, "data": "bare"}
-    graph = staged() | {"4": ("SubjectTrainDLA", {"model": ["n1", 0], "vae": ["7", 0], "mllm": ["9", 0], **widgets})}
-    (text,) = errors("4", "exception_during_validation", **graph)
+    (text,) = errors("4", "exception_during_validation", **training(data="bare"))
     assert text.startswith("Train DLA: the folder 'bare' has no captions") and "SUBJECT/PICTURE.txt" in text
 
 

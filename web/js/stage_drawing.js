@@ -12,6 +12,7 @@ export const STYLE = `
 .subject-stages .mllm { --lane: var(--mllm); } .subject-stages .vae { --lane: var(--vae); }
 .subject-stages .handle { cursor: ew-resize; outline: none; } .subject-stages .handle.up { cursor: ns-resize; }
 .subject-stages .handle .grip { fill: currentColor; stroke: var(--comfy-input-bg, #222); }
+.subject-stages .hit { fill: transparent; } .subject-stages .handle:not(.up) :not(.hit) { pointer-events: none; }
 .subject-stages .handle.up .grip { fill: var(--lane); stroke: currentColor; }
 .subject-stages .handle:focus-visible .grip { stroke: currentColor; stroke-width: 3; }
 .subject-stages .now { stroke: currentColor; stroke-width: 2; }
@@ -93,14 +94,17 @@ export class Drawing {
         return parts
     }
 
-    /** The bar at a keyframe's start. */
-    bar(key) {
-        const x = this.x(key.start)
-        const ends = { x1: x, x2: x, y1: MARGIN.top, y2: this.lane("vae")[1] }
+    /** The bar at a keyframe's start. It is hit beside it too, but never beyond the middle to a neighbour's. */
+    bar(index) {
+        const places = this.plan.keyframes.map((key) => this.x(key.start))
+        const x = places[index]
+        const left = Math.max(x - 6, index > 1 ? (places[index - 1] + x) / 2 : 0)
+        const right = Math.min(x + 6, ((places[index + 1] ?? Infinity) + x) / 2)
+        const [top, bottom] = [MARGIN.top, this.lane("vae")[1]]
         return [
-            element("line", { class: "axis", ...ends }),
-            element("line", { stroke: "transparent", "stroke-width": 12, ...ends }), // easier to hit
+            element("line", { class: "axis", x1: x, x2: x, y1: top, y2: bottom }),
             element("rect", { class: "grip", x: x - 4, y: this.lane("mllm")[1] - 2, width: 8, height: 16, rx: 3 }),
+            element("rect", { class: "hit", x: left, width: right - left, y: top, height: bottom - top }),
         ]
     }
 

@@ -6,23 +6,39 @@ export const KEYFRAME = "SubjectStageKeyframe"
 export const SCHEDULE_WIDGETS = ["preset", "clock", "tau1", "tau2"]
 
 /**
- * The node's graph in the API's form, as far as the server asks: typed values and links; muted nodes are left out, and
- * links from outside of a subgraph, in which the values typed there are shown.
+ * The node's graph as it is queued, as far as the server asks: typed values and links. Muted and bypassed nodes are left
+ * out, and links from outside of a subgraph, in which the values typed there are shown.
  */
 export function graphOf(graph) {
     const found = {}
     for (const node of graph._nodes ?? graph.nodes) {
-        if (node.mode === 2) continue
+        if (isMuted(node) || isPassed(node)) continue
         const inputs = {}
-        for (const widget of node.mode === 4 ? [] : node.widgets ?? [])
+        for (const widget of node.widgets ?? [])
             if (["number", "string", "boolean"].includes(typeof widget.value)) inputs[widget.name] = widget.value
+        if (node.type === "PrimitiveNode") inputs.value = node.widgets?.[0]?.value // whose widget has its target's name
         for (const input of node.inputs ?? []) {
-            const link = input.link == null ? null : linkOf(graph, input.link)
-            if (nodeOf(graph, link?.origin_id)) inputs[input.name] = [String(link.origin_id), link.origin_slot]
+            const source = sourceOf(graph, input.link)
+            if (source) inputs[input.name] = source
         }
-        found[String(node.id)] = { class_type: node.mode === 4 ? "bypassed" : node.type, inputs }
+        found[String(node.id)] = { class_type: node.type, inputs }
     }
     return found
+}
+
+const isMuted = (node) => node.mode === 2
+const isPassed = (node) => node.mode === 4 || node.type === "Reroute" // bypassed, or of the front end alone
+
+/** Node and output that a link comes from. A bypassed node passes on an input of the output's type, a muted one none. */
+function sourceOf(graph, id) {
+    const link = id == null ? null : linkOf(graph, id)
+    const node = nodeOf(graph, link?.origin_id)
+    if (!node || isMuted(node)) return null
+    if (!isPassed(node)) return [String(node.id), link.origin_slot]
+    const { type } = node.outputs[link.origin_slot]
+    const inputs = [node.inputs[link.origin_slot], ...node.inputs]
+    const passed = inputs.find((one) => one && (one.type === type || node.type === "Reroute"))
+    return passed ? sourceOf(graph, passed.link) : null
 }
 
 const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links.get?.(id) ?? graph.links[id]
@@ -30,13 +46,20 @@ export const nodeOf = (graph, id) => (id == null ? null : graph.getNodeById(id) 
 export const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)
 
 /** The last keyframe of the chain that begins with a Stage Schedule; any other node itself. */
-export function lastOf(node) {
+export function lastOf(node, last = node) {
     for (const { links } of node.type === KINDS[0] ? [] : node.outputs)
         for (const { target_id, target_slot } of (links ?? []).map((id) => linkOf(node.graph, id))) {
             const next = nodeOf(node.graph, target_id)
-            if (next?.type === KEYFRAME && next.inputs[target_slot]?.name === "previous") return lastOf(next)
+            if (next?.type === KEYFRAME && !isMuted(next) && next.inputs[target_slot]?.name === "previous")
+                return lastOf(next, isPassed(next) ? last : next)
         }
-    return node
+    return last
+}
+
+/** Why a run has nothing of the node; "" for one that runs. */
+export function unused(node) {
+    if (isMuted(node)) return "Muted: this node does not run."
+    return isPassed(node) ? "Bypassed: a run goes past this node." : ""
 }
 
 /** One change for the front end's undo, whatever it consists of. */
@@ -45,6 +68,7 @@ export function change(act) {
     try {
         return act()
     } finally {
+        app.canvas.graph.updateExecutionOrder() // connecting does not: after undo it would be a change, and redo end
         app.canvas.emitAfterChange()
     }
 }

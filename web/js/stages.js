@@ -4,7 +4,8 @@ import { api } from "../../../scripts/api.js"
 import { app } from "../../../scripts/app.js"
 import { Drawing, NAMES, STYLE, element } from "./stage_drawing.js"
 import {
-    KEYFRAME, KINDS, SCHEDULE_WIDGETS, addKeyframe, change, graphOf, lastOf, nodeOf, removeKeyframe, setValue, widgetOf,
+    KEYFRAME, KINDS, SCHEDULE_WIDGETS, addKeyframe, change, graphOf, lastOf, nodeOf, removeKeyframe, setValue, unused,
+    widgetOf,
 } from "./stage_graph.js"
 
 const STEP = 0.01 // of a widget; ten times with Shift
@@ -16,6 +17,7 @@ class StageEditor {
         this.node = node
         this.now = null // position of the step that runs
         this.plan = null
+        this.unused = "" // why its node does not run
         this.root = document.createElement("div")
         this.root.className = "subject-stages"
         this.svg = element("svg", { role: "group" })
@@ -65,6 +67,11 @@ class StageEditor {
     /** Asks the server when something changed that it reads; while an answer is under way, once more behind it. */
     async refresh() {
         if (this.asking || !this.node.graph || !this.root.isConnected) return
+        if (this.unused !== unused(this.node)) {
+            this.unused = unused(this.node)
+            this.draw()
+        }
+        if (this.unused) return
         const request = JSON.stringify({
             graph: graphOf(this.node.graph), node: String(lastOf(this.node).id), last: lastRuns.get(this.name()),
         })
@@ -89,7 +96,7 @@ class StageEditor {
 
     draw() {
         const { plan } = this
-        this.say(this.wrong || this.live || this.summary(), Boolean(this.wrong))
+        this.say(this.unused || this.wrong || this.live || this.summary(), Boolean(this.wrong && !this.unused))
         if (!plan || !this.node.graph) return
         this.grey()
         if (!this.svg.clientWidth) return
@@ -140,7 +147,7 @@ class StageEditor {
         const title = `${owner?.title ?? ""}, keyframe ${index + 1}`
         if (key.start_input && index > 0) {
             const range = this.limits(index)
-            found.push(this.handle(owner, key.start_input, `${title}, start`, key.start, range, "", this.drawing.bar(key)))
+            found.push(this.handle(owner, key.start_input, `${title}, start`, key.start, range, "", this.drawing.bar(index)))
         }
         for (const [name, label] of Object.entries(NAMES)) {
             const input = key[`${name}_input`]

@@ -249,6 +249,30 @@ def test_threshold_sweep_with_its_figures(small_server, page):
     assert outputs[key_of(prompt, "SaveImage")]["images"]
 
 
+def test_many_prompts_name_their_files_and_are_on_one_sheet(small_server):
+    """Number and first words of each prompt, in its script; the sheet has a place for each."""
+    prompt = workflow.to_api(workflow.read("batch_prompts"), small_server.client.object_info())
+    shrink(prompt)
+    lines = [
+        "The subject on a rock, seen from behind.",
+        "雨夜橱窗里的主体，玻璃上有雨滴，霓虹灯倒映在湿漉漉的街道上",
+        "# none",
+    ]
+    of_type(prompt, "SubjectPromptList")["prompts"] = "\n".join([*lines, "The subject on a chessboard"])
+    outputs = run(small_server, prompt)
+    saved = {key: outputs[key]["images"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
+    pictures, (sheet,) = sorted(saved.values(), key=len, reverse=True)
+    names = [image["filename"].rsplit("_", 2)[0] for image in pictures]
+    assert names == [
+        "01-the-subject-on-a-rock-seen-from-behind",
+        "02-雨夜橱窗里的主体-玻璃上有雨滴-霓虹灯倒映在湿漉漉的街道上",
+        "03-the-subject-on-a-chessboard",
+    ]
+    assert {image["subfolder"] for image in (*pictures, sheet)} == {"subject/batch"}
+    with Image.open(io.BytesIO(small_server.client.fetch(sheet))) as shown:
+        assert min(shown.size) > 600
+
+
 def test_stand_ins_are_as_published(small_server):
     """The host tells of them what it would tell of the pack itself, and no workflow but DreamO's needs them."""
     info = small_server.client.object_info()

@@ -127,7 +127,7 @@ def test_a_model_that_reads_no_references_is_reported_too(monkeypatch, caplog):
         subject.staged(preset("both"), bare, None, cfg=1.0)
         assert not caplog.records
         subject.staged(preset("both"), full, None, cfg=1.0)
-        assert "Apply Stages: the diffusion model Flux" in caplog.text
+        assert "Staged Sampler: the diffusion model Flux" in caplog.text
 
 
 @pytest.fixture(params=["unknown", "reads none"])
@@ -442,7 +442,7 @@ def test_families_that_read_pixels_have_no_vae_tokens_to_add(name, title, monkey
     assert pixel_family(subject.model) is None
     monkeypatch.setattr(patch, "pixel_family", lambda model: title)
     subject.staged(preset("semantics_first"), full, None, cfg=1.0)
-    assert f"Apply Stages: {title} reads reference images as patches of pixels" in caplog.text
+    assert f"Staged Sampler: {title} reads reference images as patches of pixels" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["conditioning_llama3", "text_input_ids"])

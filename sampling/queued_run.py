@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..common.prompt_graph import Graph, downstream, inputs_of, is_link, upstream
-from .stages import Keyframe, Stages, preset, with_keyframe
+from .stages import PRESETS, Keyframe, Stages, preset, with_keyframe
 
 PRESET_NODES, KEYFRAME_NODE = ("SubjectApplyStages", "SubjectStageSchedule"), "SubjectStageKeyframe"
 MOST_STEPS = 10_000  # the host's samplers take no more
@@ -86,9 +86,11 @@ def queued_stages(graph: Graph, node: str) -> QueuedStages:
             keyframes.append(QueuedKeyframe(*(Number(node, name) for name in names)))
         elif stages is None:
             taus = [_number(graph, node, name) for name in ("tau1", "tau2")]
-            stages = preset(_text(graph, node, "preset"), _text(graph, node, "clock"), *taus)
-            thresholds = ["tau1", "tau2"][: len(stages.keyframes) - 1]
-            names = ["", *(name if _typed(inputs, name) else "" for name in thresholds)]
+            name = _text(graph, node, "preset")
+            stages = preset(name, _text(graph, node, "clock"), *taus)
+            thresholds = ["tau1", "tau2"][: len(PRESETS[name].strengths) - 1]
+            drawn = thresholds[: len(stages.keyframes) - 1]  # equal ones are one boundary, and both are read
+            names = ["", *(threshold if _typed(inputs, threshold) else "" for threshold in drawn)]
             keyframes = [QueuedKeyframe(Number(node, name), Number(node, ""), Number(node, "")) for name in names]
             reads[node] = ["preset", "clock", *thresholds]
         else:

@@ -92,16 +92,16 @@ def test_the_keyboard_moves_a_boundary(editor, stages):
     assert "0.84 on the clock flow_time" in slider(editor, "keyframe 2, start").get_attribute("aria-valuetext")
 
 
+DISABLED = """(app, _, id) => app.graph.getNodeById(id).widgets.filter((one) => one.disabled).map((one) => one.name)"""
+
+
 def test_what_a_preset_does_not_read_is_greyed_out(editor, stages):
-    disabled = (
-        """(app, _, id) => app.graph.getNodeById(id).widgets.filter((one) => one.disabled).map((one) => one.name)"""
-    )
     for preset, greyed, handles in [("paper", [], 2), ("both", ["tau1", "tau2"], 0), ("two_stage", ["tau2"], 1)]:
         editor.run(CHOOSE, [stages, "preset", preset])
         editor.page.wait_for_function(
             "(count) => document.querySelectorAll('.subject-stages .handle').length === count", arg=handles
         )
-        assert editor.run(disabled, stages) == greyed
+        assert editor.run(DISABLED, stages) == greyed
         editor.screenshot(f"stage-editor-{preset}")
 
 
@@ -181,8 +181,10 @@ def test_a_schedule_out_of_order_is_said(editor, stages):
         for (const widget of app.graph.getNodeById(id).widgets) widget.value = values[widget.name] ?? widget.value
     }"""
     text = editor.page.locator(".subject-stages output")
+    assert editor.run(DISABLED, stages) == ["tau2"]
     editor.run(write, [stages, {"preset": "paper", "tau1": 0.5}])
     editor.page.locator(".subject-stages output.wrong").wait_for()
+    assert editor.run(DISABLED, stages) == []  # what is out of order can be mended
     assert "Stages out of order: tau1 is 0.5 and tau2 0.85" in text.inner_text()
     shown(editor, 0.95)
     editor.screenshot("stage-editor-wrong")

@@ -33,6 +33,14 @@ def test_the_schedule_of_a_preset():
     assert queued_stages(only, "2").reads == {"2": ["preset", "clock"]}
 
 
+def test_equal_thresholds_are_one_boundary_and_both_are_read():
+    equal = graph()
+    equal["2"]["inputs"]["tau2"] = equal["2"]["inputs"]["tau1"]
+    found = queued_stages(equal, "2")
+    assert [key.start.input for key in found.keyframes] == ["", "tau1"]
+    assert found.reads == {"2": ["preset", "clock", "tau1", "tau2"]}
+
+
 def test_a_chain_of_keyframes_takes_the_place_of_the_widgets():
     chained = graph(
         **{

@@ -125,14 +125,15 @@ class StageEditor {
         if (this.text.textContent !== text) this.text.textContent = text
     }
 
-    /** What is not read is greyed out: thresholds of the preset, or all where a schedule is connected. */
+    /** What is not read is greyed out: thresholds of the preset, or all where a schedule is connected; on an error none. */
     grey() {
         for (const [id, reads] of Object.entries(this.plan.reads)) {
             const node = nodeOf(this.node.graph, id)
             for (const name of SCHEDULE_WIDGETS) {
                 const widget = widgetOf(node, name)
-                if (!widget || !!widget.disabled === !reads.includes(name)) continue
-                widget.disabled = !reads.includes(name)
+                const disabled = !this.wrong && !reads.includes(name)
+                if (!widget || !!widget.disabled === disabled) continue
+                widget.disabled = disabled
                 widget.options.disabled = widget.disabled // what Nodes 2.0 of 1.32 reads,
                 node.widgets.push(node.widgets.pop()) // once the list of widgets changes
                 node.setDirtyCanvas(true, true)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.dtypes import DTYPES
-from ..common.untrusted_json import read_json
+from ..common.untrusted_json import JSONError, parse_json, read_json
 from .protocols import CLIP, VAE, Model
 
 # %s: a class of the host's
@@ -112,8 +112,10 @@ def answer_requests(path: str, answer: Callable[[Any], dict[str, Any]]) -> None:
 
     async def handle(request: Any) -> Any:
         try:
-            return web.json_response(answer(await request.json()))
-        except (ValueError, RecursionError) as error:
+            return web.json_response(answer(parse_json(await request.read(), expected=None)))
+        except JSONError as error:
+            return web.json_response({"error": f"The request {error}."}, status=400)
+        except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
 
     server.routes.post(path)(handle)

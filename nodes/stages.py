@@ -1,6 +1,7 @@
 """When the MLLM's tokens and the VAE's reference tokens are read: presets, keyframes, and a look at the plan."""
 
 import logging
+from numbers import Real
 
 from comfy_api.latest import io, ui
 
@@ -14,6 +15,7 @@ from .schema import Stages as StagesType
 
 log = logging.getLogger(__name__)
 
+NUMBERS = ("start", "mllm_strength", "vae_strength", "tau1", "tau2")  # of a Stage Keyframe, and of a preset
 STOCK_TIP = "Stock models (Qwen-Image-Edit, UNO, USO, Kontext, OmniGen2): semantics_first. See the help page for why."
 
 
@@ -72,11 +74,15 @@ def schedule_problem(node_id: str) -> bool | str:
 def _queued_stages(node_id: str) -> Stages | None:
     """The schedule that Stage Keyframe or the widgets of a preset make; None where it is known only when it runs."""
     given = queued_graph.queued(node_id)
-    names = ("start", "mllm_strength", "vae_strength", "blend") if "start" in given else ("preset",)
-    values = [given.get(name) for name in (*names, "clock", *(("tau1", "tau2") if "preset" in given else ()))]
+    keyframe = "start" in given
+    names = (*NUMBERS[:3], "blend", "clock") if keyframe else ("preset", "clock", *NUMBERS[3:])
+    values = [given.get(name) for name in names]
+    numbers = [value for name, value in zip(names, values) if name in NUMBERS]
     if any(value is None or isinstance(value, list | dict) for value in values):
         return None
-    if "preset" in given:
+    if not all(isinstance(value, Real) for value in numbers):  # typed by hand in a script: the host says so
+        return None
+    if not keyframe:
         return preset_stages(*values)
     previous, before = given.get("previous"), None
     if isinstance(previous, list) and previous:

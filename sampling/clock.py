@@ -157,5 +157,5 @@ def clock_named(clock: str | Clock) -> Clock:
     if isinstance(clock, Clock):
         return clock
     if clock not in CLOCKS:
-        raise ValueError(f"The stage schedule's clock is {clock!r}; it must be one of {', '.join(CLOCKS)}.")
+        raise ValueError(f"The stage schedule's clock is {clock!r:.100}; it must be one of {', '.join(CLOCKS)}.")
     return CLOCKS[clock]

@@ -8,6 +8,7 @@ from .stages import PRESETS, Keyframe, Stages, preset, with_keyframe
 
 PRESET_NODES, KEYFRAME_NODE = ("SubjectApplyStages", "SubjectStageSchedule"), "SubjectStageKeyframe"
 MOST_STEPS = 10_000  # the host's samplers take no more
+MOST_WHOLE = 2**53  # what a float holds
 
 
 class Number(NamedTuple):
@@ -158,6 +159,8 @@ def _number(graph: Graph, node: str, name: str) -> float:
     value = _value(graph, node, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} comes from a node that computes it when it runs.")
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise ValueError(f"{name} is out of range.")
     return value
 
 

@@ -54,7 +54,9 @@ class Stages:
                 if not (isfinite(value) and value >= 0):
                     raise ValueError(f"Keyframe {number} has {name} {value}, expected a finite number >= 0.")
             if key.blend not in BLENDS:
-                raise ValueError(f"Keyframe {number} blends by {key.blend!r}; it must be one of {', '.join(BLENDS)}.")
+                raise ValueError(
+                    f"Keyframe {number} blends by {key.blend!r:.100}; it must be one of {', '.join(BLENDS)}."
+                )
         for number, (before, after) in enumerate(zip(self.keyframes, self.keyframes[1:]), 2):
             if self.clock.order(after.start) <= self.clock.order(before.start):
                 raise ValueError(
@@ -164,7 +166,7 @@ def preset(name: str, clock: str | Clock = FLOW_TIME, tau1: float = 0.95, tau2: 
     Source of the defaults: the paper's flow times.
     """
     if name not in PRESETS:
-        raise ValueError(f"Unknown stage preset {name!r}; there are {', '.join(PRESETS)}.")
+        raise ValueError(f"Unknown stage preset {name!r:.100}; there are {', '.join(PRESETS)}.")
     clock, strengths = clock_named(clock), PRESETS[name].strengths
     for threshold, value in (("tau1", tau1), ("tau2", tau2))[: len(strengths) - 1]:
         if not 0 <= value <= 1:

@@ -84,6 +84,7 @@ def test_before_the_first_run_the_noise_levels_are_assumed_and_said():
         {"graph": graph(), "node": "17"}, {"graph": graph(), "node": "2", "last": 1},
         {"graph": graph(), "node": "2", "last": {"tokens": 0}},
         {"graph": graph(), "node": "2", "last": {"sigmas": [1.0, "0"]}},
+        {"graph": graph(), "node": "2", "last": {"tokens": 10**400}},
         {"graph": graph(), "node": "2", "last": {"sigmas": [float("nan")] * 2}},
         {"graph": graph(), "node": "2", "last": {"model_sampling": {"shift": -1}}},
         {"graph": graph(), "node": "2", "last": {"model_sampling": {"shift": 1, "path": "/etc"}}},
@@ -100,6 +101,7 @@ def test_a_malformed_request_is_refused_with_a_reason(server, wrong):
     [
         (graph(**{"2": {"class_type": "SubjectApplyStages", "inputs": [1]}}), "tau1 comes from a node"),
         (graph(**{"2": node("SubjectApplyStages", **WIDGETS | {"tau1": 0.6})}), "tau1 is 0.6 and tau2 0.7"),
+        (graph(**{"2": node("SubjectApplyStages", **WIDGETS | {"tau1": 10**400})}), "tau1 is out of range"),
         (graph(**{"2": node("SubjectApplyStages", stages=["1", 0], **WIDGETS)}), "comes from UNETLoader"),
     ],
 )
@@ -117,11 +119,18 @@ def test_the_route_answers(server):
     assert response.status == 200 and len(json.loads(response.text)["steps"]) == 8
 
 
+@pytest.mark.parametrize("sent", [b"{", b"", b"[" * 100_000, b'{"a": "\xff"}', b'{"a": 1, "a": 2}', b'{"a": NaN}'])
+def test_what_is_no_json_is_refused(server, sent):
+    answer_requests("/stages", answer)
+    response = ask(server, sent)
+    assert response.status == 400 and json.loads(response.text)["error"].startswith("The request ")
+
+
 def ask(server, request):
     async def body():
-        return request
+        return request if isinstance(request, bytes) else json.dumps(request).encode()
 
-    return asyncio.run(server.handlers["/stages"](SimpleNamespace(json=body)))
+    return asyncio.run(server.handlers["/stages"](SimpleNamespace(read=body)))
 
 
 def test_a_run_says_each_step_once_and_changes_nothing(model, server):  # noqa: F811

@@ -89,6 +89,12 @@ def test_what_ran_is_not_refused(values):
     assert errors("2", **staged(**values)) == []
 
 
+@pytest.mark.parametrize("value", ["abc", "", "0,5"])
+def test_what_is_no_number_is_the_hosts_to_say(value):
+    """Typed into a graph by hand; ours compared it with numbers, and said so in Python's words."""
+    assert errors("2", **staged(tau1=value)) == []
+
+
 def test_a_schedule_that_is_connected_takes_the_place_of_the_widgets():
     graph = staged(clock="steps")
     graph["2"][1]["stages"] = ["9", 0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.dtypes import DTYPES
 from ..common.safetensors_header import read_header
+from ..common.untrusted_json import parse_json
 from ..dla.aggregator import DualLayerAggregator
 from ..dla.checkpoint import read_config, save_dla
 from .dit.lora import LoRA
@@ -57,7 +58,7 @@ def _owner(path: Path) -> str | None:
     """Identity of the run that made a file; None for other files."""
     try:
         metadata = read_header(path).metadata
-        made = json.loads(metadata[RUN_KEY]) if RUN_KEY in metadata else read_config(path).provenance
+        made = parse_json(metadata[RUN_KEY]) if RUN_KEY in metadata else read_config(path).provenance
         return made.get("run")
     except (OSError, ValueError, AttributeError):  # damaged, or of another kind
         return None

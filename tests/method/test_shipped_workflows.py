@@ -32,6 +32,9 @@ def test_short_names_and_the_file_names_of_0_1_0_are_accepted(tmp_path, monkeypa
     assert workflow.read("paper.json") == {"mine": 1}
     with pytest.raises(WorkflowFileError, match="papers.json: there is no such workflow file"):
         workflow.read("papers.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(WorkflowFileError, match="deep.json: not JSON"):
+        workflow.read("deep.json")
 
 
 TITLE = 30  # px of a node's title, above its position

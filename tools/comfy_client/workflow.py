@@ -18,7 +18,7 @@ def read(path: Path) -> dict:
         workflow = json.loads(find(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WorkflowFileError(f"{path}: there is no such workflow file.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # NaN may be in it: pictures' prompts have some
         raise WorkflowFileError(f"{path}: not JSON ({error}). Save it from the editor again.") from error
     if not isinstance(workflow, dict):
         raise WorkflowFileError(f"{path}: expected a workflow saved from the editor, or exported in API format.")

@@ -1,4 +1,4 @@
-"""Hints where a node's inputs may not do what the user means: at the bottom of the node, and in the log."""
+"""Hints where a node's inputs may not do what the user means: on the node, as a message of the editor, in the log."""
 
 import logging
 import re
@@ -9,11 +9,12 @@ import folder_paths
 from PIL import Image
 from torch import Tensor
 
-from ..loaders.host import show_on_node
+from ..loaders.host import editor_of_run, show_on_node
 from . import queued_graph
 from .schema import Node, with_title
 
 log = logging.getLogger(__name__)
+HINT_EVENT = "subject_dla.hint"  # web/js/hints.js listens to it
 
 # "image 2", "picture 2", "<image2>", "图2", "图像 2", "图片2"
 NUMBERED = re.compile(r"(?:\b(?:image|picture)\s?|图[像片]?\s?)([1-9]\d?)(?![a-z\d])", re.IGNORECASE)
@@ -51,8 +52,11 @@ def image_count(sockets: dict[str, Tensor | None]) -> int:
 
 def show_hints(node: type[Node], hints: Iterable[str], text: str) -> None:
     """Shows `text` and the hints on the node; without the text, hints of an earlier run would stay."""
+    send = editor_of_run()
     for hint in (hints := list(hints)):
         log.warning("%s", with_title(node, hint))
+        if send is not None:
+            send(HINT_EVENT, {"title": node.define_schema().display_name, "text": hint})
     node_id = node.hidden.unique_id if node.hidden else None
     show_on_node("\n".join([text, *(f"Warning: {hint}" for hint in hints)]), node_id)
 

@@ -53,12 +53,12 @@ def test_a_mistake_is_marked_on_its_node(editor, case):
 
 
 def test_a_hint_is_written_on_its_node(editor):
-    """And in the log. Nodes 2.0 of 1.32 draws no text that a node, of whatever pack, writes while it runs."""
+    """And in a message and the log. Nodes 2.0 of 1.32 draws no text that a node, of any pack, writes as it runs."""
     drawn = editor.version > (1, 32) or editor.renderer == "classic"
     editor.load(workflow.read("demo"))
     editor.fit()
     words = "the prompt names image 2, but 1 image came in"
-    hint = editor.page.get_by_text(words).filter(visible=True).first
+    hint = editor.page.get_by_text(f"Warning: {words}").filter(visible=True).first
     said = editor.server.log.read_text().count(words)
     for attempt in range(3):  # the front end drops a text that comes before it has the run's first message
         prompt = f"the duck of image 2, for {editor.front_end} {editor.renderer}, {attempt}"  # the same would not run
@@ -72,6 +72,8 @@ def test_a_hint_is_written_on_its_node(editor):
                 raise
     editor.screenshot("hint")
     editor.picture()
+    message = editor.page.get_by_role("alert").filter(has_text=words).first
+    message.wait_for()  # it stays when the run has ended
     assert f"Encode Subject: {words}" in editor.server.log.read_text()
     assert editor.server.log.read_text().count(words) > said
     if not drawn:

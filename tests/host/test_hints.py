@@ -43,10 +43,12 @@ def test_a_cut_out_gets_a_hint_unless_its_mask_is_connected(tmp_path, monkeypatc
 
 
 def test_hints_are_shown_and_logged_by_the_display_name(monkeypatch, caplog):
-    sent = []
+    sent, events = [], []
     monkeypatch.setattr(hints, "show_on_node", lambda *text: sent.append(text))
+    monkeypatch.setattr(hints, "editor_of_run", lambda: lambda event, data: events.append((event, data["text"])))
     monkeypatch.setattr(SubjectEncode, "hidden", SimpleNamespace(prompt={}, unique_id="7"))
     hints.show_hints(SubjectEncode, ["one", "two"], "Images: 1")
     hints.show_hints(SubjectEncode, [], "Images: 2")
     assert sent == [("Images: 1\nWarning: one\nWarning: two", "7"), ("Images: 2", "7")]
+    assert events == [("subject_dla.hint", "one"), ("subject_dla.hint", "two")]
     assert "Encode Subject: one" in caplog.text

@@ -47,11 +47,15 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("nox -s hosts --", description=__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="ComfyUI checkouts; none: the registry's host")
-    parser.add_argument("--transformers", nargs="*", default=list(TRANSFORMERS), help="versions, such as '4.57.*'")
-    parser.add_argument("--flags", nargs="*", default=list(FLAGS), help="as --flags='--cache-none'; none: no flags")
+    parser.add_argument("--transformers", action="append", help="a version, such as '4.57.*'; may be given again")
+    parser.add_argument(
+        "--flags", action="append", help="as --flags='--cache-lru 10'; may be given again; --flags=: none"
+    )
     parser.add_argument("--tests", default="", help="pytest's arguments in place of the whole suite")
     options = parser.parse_args(arguments)
     options.tests = options.tests.split()
+    options.transformers = options.transformers or TRANSFORMERS
+    options.flags = FLAGS if options.flags is None else [one for one in options.flags if one]
     return options
 
 

@@ -111,6 +111,9 @@ def region_input(name: str, reference: str):
     )
 
 
+NO_LINE = "prompts has no line with text, expected at least one. Write one prompt per line."
+
+
 class SubjectPromptList(Node):
     @classmethod
     def define_schema(cls):
@@ -153,14 +156,20 @@ class SubjectPromptList(Node):
         )
 
     @classmethod
+    def validate_inputs(cls, prompts):
+        return prompts is None or bool(_lines(prompts)) or NO_LINE  # None: linked
+
+    @classmethod
     def execute(cls, prompts, prefix="") -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise ValueError(
-                "Prompt List: `prompts` has no line with text; expected at least one. Write one prompt per line."
-            )
+        if not (found := _lines(prompts)):
+            raise ValueError(NO_LINE)
         return io.NodeOutput(found, file_names(found, prefix))
+
+
+def _lines(prompts: str) -> list[str]:
+    """The lines that are prompts."""
+    lines = [line.strip() for line in prompts.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 class SubjectEncode(Node):

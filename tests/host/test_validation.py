@@ -176,6 +176,17 @@ def sampled(node="SubjectStagedGuider", clock="flow_time", **inputs) -> dict:
     }
 
 
+@pytest.mark.parametrize("prompts", ["", " \n\n", "# a fox\n#"])
+def test_a_list_without_a_prompt_is_refused_before_anything_is_loaded(prompts):
+    listed = {"1": ("SubjectPromptList", {"prompts": prompts, "prefix": "subject/"})}
+    listed["2"] = ("SaveImage", {"images": ["3", 0], "filename_prefix": ["1", 1]})
+    listed["3"] = ("EmptyImage", {"width": 16, "height": 16, "batch_size": 1, "color": 0})
+    (text,) = errors("1", **listed)
+    assert text.startswith("prompts - Prompt List: prompts has no line with text")
+    listed["1"][1]["prompts"] = "# a fox\na fox"
+    assert errors("1", **listed) == []
+
+
 def test_cfg_without_a_negative_is_refused():
     (text,) = errors("2", **sampled(cfg=2.5))
     assert text.startswith("cfg - Staged Guider: cfg is 2.5") and "negative" in text

@@ -12,6 +12,7 @@ from ..sampling.stages import preset as preset_stages
 from . import queued_graph
 from .schema import Node, schema, with_title
 from .schema import Stages as StagesType
+from .translation import translate
 
 log = logging.getLogger(__name__)
 
@@ -320,10 +321,12 @@ class SubjectStagePreview(Node):
 
 
 def draw_stages(request) -> dict:
-    """The server's answer to the stage editor."""
+    """The server's answer to the stage editor, its texts in the editor's language."""
     from ..sampling.stage_editor import answer
 
-    return answer(request)
+    found = answer(request)
+    notes = {"notes": [translate(note) for note in found["notes"]]} if "notes" in found else {}
+    return found | notes | {key: translate(found[key]) for key in ("text", "error") if key in found}
 
 
 NODES = [SubjectApplyStages, SubjectStageSchedule, SubjectStageKeyframe, SubjectStagePreview]

@@ -11,6 +11,8 @@ import comfy.samplers
 import pytest
 import torch
 from subject_dla.loaders.host import answer_requests
+from subject_dla.nodes import translation
+from subject_dla.nodes.stages import draw_stages
 from subject_dla.sampling.patch import apply_stages
 from subject_dla.sampling.queued_run import QueuedRun
 from subject_dla.sampling.sample import flow_sampling, run_sigmas
@@ -67,6 +69,20 @@ def test_the_answer_is_the_samplers_plan():
     assert all(tuple(strengths) == stages.strengths(position) for position, *strengths in found["curve"])
     assert found["run"]["node"] == "4" and not found["notes"]
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("clock, preset_, tau1", [
+    ("flow_time", "paper", 0.95), ("flow_time_resolution", "paper", 0.95), ("steps", "two_stage", 0.99),
+    ("steps", "semantics_first", 0.99), ("steps", "paper", 0.99),
+])  # fmt: skip
+def test_its_texts_are_in_the_editors_language(monkeypatch, clock, preset_, tau1):
+    monkeypatch.setattr(translation, "editor_language", lambda: "zh")
+    asked = graph()
+    asked["2"]["inputs"] |= {"clock": clock, "preset": preset_, "tau1": tau1}
+    found = [draw_stages({"graph": asked, "node": "2"}), draw_stages({"graph": {"2": asked["2"]}, "node": "2"})]
+    lines = [line for one in found for key in ("text", "error") for line in one.get(key, "").split("\n") if line]
+    lines += [note for one in found for note in one.get("notes", [])]
+    assert lines and all(re.search("[\u4e00-\u9fff]", line) for line in lines), lines
 
 
 def test_before_the_first_run_the_noise_levels_are_assumed_and_said():

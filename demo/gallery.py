@@ -28,7 +28,8 @@ HEAD = """# Gallery
 What each knob does, drawn by the demo's small family (`demo/models`, 112 px) of toys on wheels that it has never seen.
 It shows what a knob *does*, not how well a large model does it. Seed, steps and all that a row does not name are those
 of the workflow `02 Demo - first picture of a subject without a download`; no picture was chosen. Each is a file that
-brings its graph back when dropped into the editor. Made by `python common/bootstrap.py demo.gallery`.
+brings its graph back when dropped into the editor; to run it, choose its reference in *Load Image* (`demo/images/`,
+of which `toy-1.png` is in `input/` already). Made by `python common/bootstrap.py demo.gallery`.
 """
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..loaders.host import editor_of_run, show_on_node
 from . import queued_graph
 from .schema import Node, with_title
+from .translation import translate
 
 log = logging.getLogger(__name__)
 HINT_EVENT = "subject_dla.hint"  # web/js/hints.js listens to it
@@ -56,9 +57,9 @@ def show_hints(node: type[Node], hints: Iterable[str], text: str) -> None:
     for hint in (hints := list(hints)):
         log.warning("%s", with_title(node, hint))
         if send is not None:
-            send(HINT_EVENT, {"title": node.define_schema().display_name, "text": hint})
+            send(HINT_EVENT, {"title": node.define_schema().display_name, "text": translate(hint)})
     node_id = node.hidden.unique_id if node.hidden else None
-    show_on_node("\n".join([text, *(f"Warning: {hint}" for hint in hints)]), node_id)
+    show_on_node("\n".join([text, *(translate(f"Warning: {hint}") for hint in hints)]), node_id)
 
 
 def _cut_out(hidden: Any, socket: str) -> str:

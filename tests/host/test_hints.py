@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from subject_dla.nodes import hints
 from subject_dla.nodes.encode import SubjectAddIdentity, SubjectEncode
+from subject_dla.nodes.translation import translate
 
 ONE, TWO = torch.zeros(1, 32, 32, 3), torch.zeros(2, 32, 32, 3)
 
@@ -23,6 +24,7 @@ ONE, TWO = torch.zeros(1, 32, 32, 3), torch.zeros(2, 32, 32, 3)
 ])  # fmt: skip
 def test_images_that_the_prompt_names_without_being_there(prompt, sockets, named):
     found = hints.image_hints(SubjectEncode, prompt, sockets)
+    assert all("提示词" in translate(text, "zh") for text in found)
     assert [text.split("image ")[1].split(",")[0] for text in found] == named, found
 
 
@@ -36,6 +38,7 @@ def test_a_cut_out_gets_a_hint_unless_its_mask_is_connected(tmp_path, monkeypatc
     graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}}, "2": {"inputs": {"image": ["1", 0]}}}
     monkeypatch.setattr(SubjectAddIdentity, "hidden", SimpleNamespace(prompt=graph, unique_id="2"))
     found = hints.image_hints(SubjectAddIdentity, "", {"image": ONE, "mask": None})
+    assert all("抠图" in translate(text, "zh") for text in found)
     assert len(found) == cut_out and all("cat.png" in text and "InvertMask" in text for text in found)
     assert hints.image_hints(SubjectAddIdentity, "", {"image": ONE, "mask": ONE[..., 0]}) == []
     graph["1"]["inputs"]["image"] = "../none.png"

@@ -275,3 +275,23 @@ def test_a_run_shows_step_stage_strengths_and_time_left(editor):
     told = editor.run("() => window.told.observer.disconnect() ?? [...window.told]")
     assert len(told) == steps + 1 and len(set(told)) == len(told)  # each step once, and that it begins
     assert re.fullmatch(rf"step {steps - 1}/{steps}, stage \d: MLLM \d\.\d\d, VAE \d\.\d\d, \d+ s left", told[-2])
+
+
+@pytest.mark.parametrize("stop", ["interrupted", "sampler removed"])
+def test_the_time_left_goes_with_the_run(editor, stop):
+    editor.load(workflow.read("demo"))
+    change = """(app, _, [name, steps, seed]) => {
+        const sampler = app.graph._nodes.find((node) => node.type === "SubjectStagedSampler")
+        if (name === "removed") return app.graph.remove(sampler)
+        for (const widget of sampler.widgets) widget.value = {steps, seed}[widget.name] ?? widget.value
+    }"""
+    editor.run(change, ["changed", 120, 100 * len(editor.renderer) + len(stop)])
+    text = editor.page.locator(".subject-stages output")
+    editor.press_run()
+    text.filter(has_text=re.compile(r"^step \d+/120, .* left$")).wait_for(timeout=60_000)
+    if stop == "interrupted":
+        editor.run("() => window.comfyAPI.api.api.interrupt()")
+    else:
+        editor.run(change, ["removed", 0, 0])
+    text.filter(has_not_text="left").wait_for(timeout=120_000)
+    assert not text.inner_text().startswith("step ")

@@ -16,6 +16,7 @@ class StageEditor {
     constructor(node) {
         this.node = node
         this.now = null // position of the step that runs
+        this.running = false
         this.plan = null
         this.unused = "" // why its node does not run
         this.root = document.createElement("div")
@@ -229,9 +230,12 @@ class StageEditor {
         this.refresh()
     }
 
-    /** After a run that was stopped. */
+    /** After a run whose last step was not shown: it was stopped, or its sampler taken away. */
     end() {
+        if (!this.running) return
+        this.running = false
         this.now = null
+        this.live = ""
         this.draw()
     }
 
@@ -244,6 +248,7 @@ class StageEditor {
         const at = this.plan?.steps[step ?? 0]
         this.now = done < 1 && at ? at[0] : null
         this.live = text
+        this.running = done < 1
         this.draw()
         if (begin || done === 1) this.refresh()
     }
@@ -256,7 +261,7 @@ app.registerExtension({
         style.textContent = STYLE
         document.head.append(style)
         api.addEventListener("subject_dla.run", ({ detail }) => editors.forEach((editor) => editor.follow(detail)))
-        for (const name of ["execution_interrupted", "execution_error"])
+        for (const name of ["execution_interrupted", "execution_error", "execution_success"])
             api.addEventListener(name, () => editors.forEach((editor) => editor.end()))
         // values and links change in many ways, without an event that all front ends have
         setInterval(() => {

@@ -148,7 +148,7 @@ def titles() -> str:
 
 
 def table() -> str:
-    """The text encoders as a markdown table, for the help of MLLM from CLIP."""
+    """The text encoders as a markdown table, for docs/nodes.md."""
     rows = [("model and LLM", "type in Load CLIP", "reads images", "context without a DLA", "tokens")]
     for encoder in ENCODERS:
         stock = encoder.stock

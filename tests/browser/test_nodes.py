@@ -1,10 +1,12 @@
 """The pack's nodes in the search, their help pages and their looks."""
 
 import io
+import json
 from itertools import combinations
 
 import pytest
 from PIL import Image
+from subject_dla.common.bootstrap import ROOT
 
 SOCKETS = ["SubjectLoadMLLM", "SubjectEncode", "SubjectLoadDLA", "SubjectStageSchedule", "SubjectLoadOrientation"]
 # Where the dot of a node's first output is on the page.
@@ -24,6 +26,22 @@ DEAD = """async (element) => {
     const links = asked.map((address) => fetch(address).then((found) => found.ok ? [] : [address], () => [address]))
     return (await Promise.all([...pictures, ...links])).flat()
 }"""
+# Of the parts of an element, the first words of those that do not fit into its width.
+CUT = """(element) => {
+    const {right} = element.getBoundingClientRect()
+    const fits = (one) => one.getBoundingClientRect().right <= right + 1
+        && (getComputedStyle(one).display == "inline" || one.scrollWidth <= one.clientWidth + 1)
+    const parts = [element, ...element.querySelectorAll("*")]
+    return parts.filter((one) => !fits(one)).map((one) => one.innerText.slice(0, 40))
+}"""
+# How many times as high as what is seen of it an element is.
+SCREENS = """async (element) => {
+    await Promise.all([...element.querySelectorAll("img")].map((one) => one.decode()))
+    let panel = element
+    while (!["auto", "scroll"].includes(getComputedStyle(panel).overflowY)) panel = panel.parentElement
+    return element.scrollHeight / panel.clientHeight
+}"""
+CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -49,16 +67,21 @@ def test_the_search_finds_each_node(editor, ours, once):
     assert not {word: titles for word, titles in found.items() if not any("Add Identity" in title for title in titles)}
 
 
-def test_help(editor, ours, once):
-    """In the editor's panel: our page, its pictures loaded, its links alive."""
-    dead = {}
+@pytest.mark.parametrize("language", ["en", "zh-CN"])
+def test_help(editor, ours, once, language):
+    """In the editor's panel as it opens: our page, its pictures loaded, its links alive, nothing cut, two screens."""
+    dead, cut, screens = {}, {}, {}
     for number, (name, node) in enumerate(ours.items()):
         editor.run("(app) => app.graph.clear()")
         title = node["display_name"].split(" (")[0]  # without the words for a host's search
+        title = CHINESE[name]["display_name"] if language != "en" else title
         shown = editor.open_help(editor.add(name, 500 + 100 * (number % 2), 100), title)
-        dead[name] = shown.evaluate(DEAD)
-        editor.screenshot(f"help-{name}")
+        dead[name], cut[name] = shown.evaluate(DEAD), shown.evaluate(CUT)
+        screens[name] = shown.evaluate(SCREENS)
+        editor.screenshot(f"help-{name}-{language}")
     assert not any(dead.values()), dead
+    assert not any(cut.values()), {name: found for name, found in cut.items() if found}
+    assert max(screens.values()) <= 2, {name: found for name, found in screens.items() if found > 2}
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])

@@ -71,8 +71,8 @@ def test_settings_memory_and_families():
 
 
 def test_help_of_train_dla():
-    text = (ROOT / "web" / "docs" / "SubjectTrainDLA.md").read_text("utf-8")
-    assert backbones.titles(backbones.TRAINED) in text
+    text, help_page = ((ROOT / name).read_text("utf-8") for name in ("docs/nodes.md", "web/docs/SubjectTrainDLA.md"))
+    assert all(backbones.titles(backbones.TRAINED) in " ".join(page.split()) for page in (text, help_page))
     for backbone in backbones.TRAINED:
         steps = memory.steps_of(backbone, 512, 0)
         peak = " / ".join(f"{steps[weight, 'adamw', True].total / memory.GIB:.0f}" for weight in (2, 1))
@@ -108,7 +108,7 @@ def test_a_run_of_all_tests_finds_what_the_page_says(change, words):
 
 
 def test_text_encoders():
-    text = (ROOT / "web" / "docs" / "SubjectMLLMFromCLIP.md").read_text("utf-8")
+    text = (ROOT / "docs" / "nodes.md").read_text("utf-8")
     assert encoders.table() in text, f"this is missing or has changed:\n{encoders.table()}"
     assert re.search(r"\| Gemma 4 +\| any other +\| E2B, E4B +\|", text)  # larger ones read text alone
 

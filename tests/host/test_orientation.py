@@ -381,7 +381,7 @@ def test_the_nodes_give_overlay_table_and_lists(root, tiny, tmp_path, monkeypatc
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
     monkeypatch.setattr(SubjectOrientation, "hidden", SimpleNamespace(prompt=None, extra_pnginfo=None), raising=False)
     torch.save(tiny, root / "a.pt")
-    assert SubjectLoadOrientation.validate_inputs("a.pt") is True
+    assert SubjectLoadOrientation.validate_inputs(orientation="a.pt") is True
     (model,) = SubjectLoadOrientation.execute("a.pt", True).result
     assert (root / "a.safetensors").is_file()
     images = torch.rand(3, 80, 120, 3, generator=torch.Generator().manual_seed(7))

@@ -289,9 +289,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _comfyui() -> Path:
-    import comfy
+    import folder_paths
 
-    return Path(next(iter(comfy.__path__))).parent
+    return Path(folder_paths.__file__).parent
 
 
 @contextmanager

@@ -63,7 +63,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def browser(session: nox.Session) -> None:
-    """What a person sees and touches: two versions of the editor, each with both renderers, in a real browser."""
+    """What a person sees and touches: two versions of the editor, each with both renderers, in a real browser.
+
+    Tests that take long are run in two of these four; `nox -s browser -- --every-editor` runs all in all.
+    """
     found = prepare(session)
     environment.obtain_browser(found.python)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui), "OMP_NUM_THREADS": "1"}

@@ -17,6 +17,7 @@ runpy.run_path(str(ROOT / "common" / "bootstrap.py"))["import_pack"]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the tables of docs/ that tests make")
+    parser.addoption("--every-editor", action="store_true", help="browser tests: all in both renderers of both editors")
     parser.addoption("--host-title", help="name of a private host in the tables of docs/, in place of its version")
 
 

@@ -15,6 +15,7 @@ from subject_dla.tools.comfy_client.server import PACK, Server
 SCREENSHOTS = ROOT / "output" / "browser"
 FRONT_ENDS = {"own": None, "newest": environment.obtain_front_end}
 RENDERERS = {"classic": False, "nodes2": True}
+TWO_EDITORS = (("own", "classic"), ("newest", "nodes2"))  # each front end and each renderer once
 # Errors of the front end's own, by text or address.
 OF_THE_FRONT_END = re.compile(
     r"core workflow templates|/templates/"  # its templates are not installed
@@ -43,6 +44,19 @@ def pytest_xdist_make_scheduler(config, log):
             return re.search(r"\[(\w+)", nodeid).group(1)
 
     return ByFrontEnd(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the other two editors of tests that take long, unless all are asked for."""
+    if config.getoption("--every-editor"):
+        return
+    left = [item for item in items if item.get_closest_marker("two_editors") and not _is_one_of_two(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def _is_one_of_two(item: pytest.Item) -> bool:
+    return (item.callspec.params["front_end"], item.callspec.params["renderer"]) in TWO_EDITORS
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -166,6 +180,7 @@ class Editor:
             await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false).catch(() => {})  // not in 1.32
             app.clean()
             app.extensionManager.sidebarTab.activeSidebarTabId = null
+            app.extensionManager.toast.removeAll()  // messages cover nodes
             app.canvas.ds.scale = 1
             app.canvas.ds.offset = [80, 120]
             app.canvas.setDirty(true, true)

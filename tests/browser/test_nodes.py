@@ -67,6 +67,7 @@ def test_the_search_finds_each_node(editor, ours, once):
     assert not {word: titles for word, titles in found.items() if not any("Add Identity" in title for title in titles)}
 
 
+@pytest.mark.two_editors
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_help(editor, ours, once, language):
     """In the editor's panel as it opens: our page, its pictures loaded, its links alive, nothing cut, two screens."""

@@ -277,6 +277,7 @@ def test_a_run_shows_step_stage_strengths_and_time_left(editor):
     assert re.fullmatch(rf"step {steps - 1}/{steps}, stage \d: MLLM \d\.\d\d, VAE \d\.\d\d, \d+ s left", told[-2])
 
 
+@pytest.mark.two_editors
 @pytest.mark.parametrize("stop", ["interrupted", "sampler removed"])
 def test_the_time_left_goes_with_the_run(editor, stop):
     editor.load(workflow.read("demo"))

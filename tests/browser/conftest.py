@@ -180,7 +180,7 @@ class Editor:
             await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false).catch(() => {})  // not in 1.32
             app.clean()
             app.extensionManager.sidebarTab.activeSidebarTabId = null
-            app.extensionManager.toast.removeAll()  // messages cover nodes
+            app.extensionManager.toast.removeAll?.()  // messages cover nodes; not in 1.32
             app.canvas.ds.scale = 1
             app.canvas.ds.offset = [80, 120]
             app.canvas.setDirty(true, true)

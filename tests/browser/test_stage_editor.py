@@ -1,12 +1,14 @@
 """The stage editor of Apply Stages and Stage Schedule, and the colours of the pack's sockets."""
 
 import re
+from itertools import cycle
 
 import pytest
 from subject_dla.tests.small.prompts import of_type
 from subject_dla.tools.comfy_client import workflow
 
 OURS = ["MLLM", "MLLM_FEATURES", "DLA", "STAGES", "ORIENTATION_MODEL"]
+FREE = cycle((560, 640))  # px of empty canvas: two clicks at one place, of a short test and the next, open the search
 # A model, Apply Stages and a sampler in a row.
 ROW = """(app, LiteGraph) => {
     const [model, stages, sampler] = ["UNETLoader", "SubjectApplyStages", "KSampler"].map((kind, index) => {
@@ -59,7 +61,7 @@ def drag(editor, handle, across, down):
 def stages(editor) -> int:
     node = editor.run(ROW)
     slider(editor, "keyframe 2, start").wait_for()
-    editor.page.mouse.click(560, 720)  # the front end notes what the graph is, to undo changes to it
+    editor.page.mouse.click(next(FREE), 720)  # the front end notes what the graph is, to undo changes to it
     editor.page.wait_for_timeout(150)  # once more 50 ms later, in newer ones
     return node
 

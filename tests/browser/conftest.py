@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, TimeoutError
 from subject_dla.common.bootstrap import ROOT
 from subject_dla.tests.small.editor import LOAD, build_models, chromium, open_editor, small_server
 from subject_dla.tools import environment
@@ -248,8 +248,14 @@ class Editor:
 
     def search(self) -> Callable[[str], list[str]]:
         """Opens the search for nodes; a function from words to the titles that are found, best first."""
-        self.page.mouse.dblclick(800, 600)
         field = self.page.locator("input[role=combobox]:focus")
+        for _ in range(3):  # while a search is being closed, a double click opens none
+            self.page.mouse.dblclick(800, 600)
+            try:
+                field.wait_for(timeout=5_000)
+                break
+            except TimeoutError:
+                continue
 
         def titles(words: str) -> list[str]:
             field.fill(words)

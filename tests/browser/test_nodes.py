@@ -15,9 +15,8 @@ DOT = """(app, _, id) => {
     const box = document.querySelector(`[data-slot-key="${id}-out-0"]`)?.getBoundingClientRect()
     return box ? [box.x + box.width / 2, box.y + box.height / 2] : drawn()
 }"""
-# What users call a reference; the first ones find Add Identity on hosts without aliases too.
-WORDS = ["reference", "face", "uno"]
-ALIASES = ["ipadapter", "consistent character", "kontext", "pulid", "multi subject"]
+# What users call a reference: they find Add Identity on hosts without aliases too.
+WORDS = ["reference", "face", "uno", "ipadapter", "kontext", "pulid", "multi subject", "consistent character"]
 # Of the pictures and links of an element, the addresses of those that do not load. What the internet has is not asked.
 DEAD = """async (element) => {
     const pictures = [...element.querySelectorAll("img")].map((one) => one.decode().then(() => [], () => [one.src]))
@@ -60,11 +59,26 @@ def test_the_search_finds_each_node(editor, ours, once):
     find = editor.search()
     found = {node["display_name"]: find(node["display_name"]) for node in ours.values()}
     assert not {title: titles for title, titles in found.items() if title not in titles[:3]}
-    words = WORDS + (ALIASES if "search_aliases" in ours["SubjectAddIdentity"] else [])
-    found = {word: find(word) for word in words}
-    find(words[0])
+    found = {word: find(word) for word in WORDS}
+    find(WORDS[-1])
     editor.screenshot("search")
     assert not {word: titles for word, titles in found.items() if not any("Add Identity" in title for title in titles)}
+
+
+def test_what_the_search_finds_by_other_words_is_the_node_itself(editor, ours):
+    """Also where the host has no aliases: there the browser has more names for it."""
+    find = editor.search()
+    find("ipadapter")
+    editor.page.get_by_role("option").filter(has_text="Add").filter(has_text="Identity").first.click()
+    editor.page.mouse.click(900, 300)  # where it is put
+    state = "(app) => app.graph.nodes.map((node) => [node.type, node.title, node.comfyClass, node.widgets.length])"
+    expected = ["SubjectAddIdentity", ours["SubjectAddIdentity"]["display_name"], "SubjectAddIdentity"]
+    ((*added, widgets),) = editor.run(state)
+    assert added == expected and widgets >= 3
+    editor.screenshot("search-added")
+    saved = editor.run("(app) => app.graph.serialize()")
+    assert [node["type"] for node in saved["nodes"]] == ["SubjectAddIdentity"]
+    assert [node["class_type"] for node in editor.queued().values()] == ["SubjectAddIdentity"]
 
 
 @pytest.mark.two_editors

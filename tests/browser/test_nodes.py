@@ -83,7 +83,7 @@ def test_what_the_search_finds_by_other_words_is_the_node_itself(editor, ours):
 
 @pytest.mark.two_editors
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
-def test_help(editor, ours, once, language):
+def test_help(editor, ours, language):
     """In the editor's panel as it opens: our page, its pictures loaded, its links alive, nothing cut, two screens."""
     dead, cut, screens = {}, {}, {}
     for number, (name, node) in enumerate(ours.items()):

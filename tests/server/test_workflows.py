@@ -140,7 +140,7 @@ def needed(prompt, info):
 
 @pytest.mark.parametrize("path", FIRST_SHIPPED, ids=lambda path: f"{path.parts[-3]} {path.stem}")
 def test_workflows_as_first_shipped_run(small_server, path):
-    """Every node, input, choice and link that was saved then is one that the server has now, and a picture is made."""
+    """Every node, input, choice and link saved then is one that the server has now; with nodes of ours it runs."""
     info = small_server.client.object_info()
     saved = workflow.read(path)
     models = info["UNETLoader"]["input"]["required"]["unet_name"][0]
@@ -161,7 +161,8 @@ def test_workflows_as_first_shipped_run(small_server, path):
                 assert isinstance(kind, list) or made == kind or "*" in (made, kind), (key, name, made)
             elif choices and not options.get("image_upload"):
                 assert value in choices, (key, name)
-    check_result(small_server, prompt, path.stem)
+    if any(node["class_type"].startswith("Subject") for node in prompt.values()):  # else nothing of it is ours
+        check_result(small_server, prompt, path.stem)
 
 
 @pytest.mark.parametrize("path", FIRST_BLUEPRINTS, ids=lambda path: f"{path.parts[-3]} {path.stem}")

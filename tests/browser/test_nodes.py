@@ -103,7 +103,8 @@ def test_help(editor, ours, language):
 def test_the_dots_of_our_sockets_differ(editor, palette):
     """As they are drawn: from each other, from grey, and from the node that they are on."""
     editor.set(ColorPalette=palette)
-    nodes = [editor.add(kind, 100 + 450 * (place // 2), 60 + 330 * (place % 2)) for place, kind in enumerate(SOCKETS)]
+    places = [(100, 60), (100, 390), (550, 60), (550, 390), (1000, 390)]  # not where messages are shown
+    nodes = [editor.add(kind, *place) for place, kind in zip(places, SOCKETS, strict=True)]
     editor.page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(editor.screenshot(f"sockets-{palette}").read_bytes())).convert("RGB")
     editor.set(ColorPalette="dark")

@@ -1,12 +1,15 @@
 """The stage editor of Apply Stages and Stage Schedule, and the colours of the pack's sockets."""
 
 import re
+from contextlib import suppress
 from itertools import cycle
 
 import pytest
+from playwright.sync_api import TimeoutError
 from subject_dla.tests.small.prompts import of_type
 from subject_dla.tools.comfy_client import workflow
 
+APP = "window.app ?? window.comfyAPI.app.app"
 OURS = ["MLLM", "MLLM_FEATURES", "DLA", "STAGES", "ORIENTATION_MODEL"]
 FREE = cycle((560, 640))  # px of empty canvas: two clicks at one place, of a short test and the next, open the search
 # A model, Apply Stages and a sampler in a row.
@@ -171,10 +174,11 @@ def test_keyframes_are_undone_and_done_again(editor, stages):
         for nodes in wanted:
             for _ in range(1 + old):
                 editor.page.keyboard.press(keys)
-                editor.page.wait_for_timeout(700)
-                if editor.run(there) == nodes:
+                with suppress(TimeoutError):  # a step of the editor's own
+                    editor.page.wait_for_function(f"(count) => ({there})({APP}) === count", arg=nodes, timeout=2_500)
                     break
             assert editor.run(there) == nodes
+            editor.page.wait_for_timeout(500)
 
 
 def test_a_schedule_out_of_order_is_said(editor, stages):

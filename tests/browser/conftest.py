@@ -176,6 +176,9 @@ class Editor:
             if not self.page.get_by_role("dialog").count():
                 break
             self.page.wait_for_timeout(200)
+        close = self.page.get_by_role("dialog").get_by_role("button", name="Close")  # some do not heed the key
+        if close.count():
+            close.first.click()
         self.run("""async (app) => {
             await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false).catch(() => {})  // not in 1.32
             app.clean()
@@ -276,8 +279,14 @@ class Editor:
                 break
             cards.last.scroll_into_view_if_needed()
             self.page.wait_for_timeout(100)
-        card.click()
-        dialog.wait_for(state="hidden")
+        for patience in (5_000, 5_000, 20_000):  # a click while the list is drawn again is lost
+            card.click()
+            try:
+                dialog.wait_for(state="hidden", timeout=patience)
+                return
+            except TimeoutError:
+                if patience == 20_000:
+                    raise
 
     def screenshot(self, name: str) -> Path:
         path = SCREENSHOTS / f"{name}-{self.front_end}-{self.renderer}.png"

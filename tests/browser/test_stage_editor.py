@@ -271,6 +271,7 @@ def test_a_run_shows_step_stage_strengths_and_time_left(editor):
     }""",
         len(editor.renderer),
     )
+    editor.page.locator(".subject-stages output").filter(has_text="steps, clock").wait_for()  # it knows its sampler
     editor.page.get_by_role("button", name="Run", exact=True).click()
     editor.page.wait_for_function("() => window.told.length > 3", timeout=120_000)
     editor.screenshot("sampling")

@@ -65,7 +65,7 @@ def tests(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """What a person sees and touches: two versions of the editor, each with both renderers, in a real browser.
 
-    Tests that take long are run in two of these four; `nox -s browser -- --every-editor` runs all in all.
+    Most tests are run in two of these four: each front end and each renderer once; `-- --every-editor` runs all in all.
     """
     found = prepare(session)
     environment.obtain_browser(found.python)

@@ -47,16 +47,21 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the other two editors of tests that take long, unless all are asked for."""
+    """Leaves out the other two editors, unless a test is quick and on all of them, or all are asked for."""
     if config.getoption("--every-editor"):
         return
-    left = [item for item in items if item.get_closest_marker("two_editors") and not _is_one_of_two(item)]
+    left = [item for item in items if not (item.get_closest_marker("every_editor") or _is_one_of_two(item))]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
 
 
 def _is_one_of_two(item: pytest.Item) -> bool:
-    return (item.callspec.params["front_end"], item.callspec.params["renderer"]) in TWO_EDITORS
+    given = getattr(item, "callspec", None)
+    return (
+        not given
+        or "front_end" not in given.params
+        or (given.params["front_end"], given.params["renderer"]) in TWO_EDITORS
+    )
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -81,7 +81,6 @@ def test_what_the_search_finds_by_other_words_is_the_node_itself(editor, ours):
     assert [node["class_type"] for node in editor.queued().values()] == ["SubjectAddIdentity"]
 
 
-@pytest.mark.two_editors
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_help(editor, ours, language):
     """In the editor's panel as it opens: our page, its pictures loaded, its links alive, nothing cut, two screens."""
@@ -99,6 +98,7 @@ def test_help(editor, ours, language):
     assert max(screens.values()) <= 2, {name: found for name, found in screens.items() if found > 2}
 
 
+@pytest.mark.every_editor
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_the_dots_of_our_sockets_differ(editor, palette):
     """As they are drawn: from each other, from grey, and from the node that they are on."""

@@ -69,6 +69,7 @@ def stages(editor) -> int:
     return node
 
 
+@pytest.mark.every_editor
 def test_a_boundary_is_dragged_and_undone(editor, stages):
     boundary = slider(editor, "keyframe 2, start")
     assert boundary.get_attribute("aria-valuenow") == "0.95"
@@ -100,6 +101,7 @@ def test_the_keyboard_moves_a_boundary(editor, stages):
 DISABLED = """(app, _, id) => app.graph.getNodeById(id).widgets.filter((one) => one.disabled).map((one) => one.name)"""
 
 
+@pytest.mark.every_editor
 def test_what_a_preset_does_not_read_is_greyed_out(editor, stages):
     for preset, greyed, handles in [("paper", [], 2), ("both", ["tau1", "tau2"], 0), ("two_stage", ["tau2"], 1)]:
         editor.run(CHOOSE, [stages, "preset", preset])
@@ -230,6 +232,7 @@ def test_keyframes_are_added_edited_and_removed(editor, stages):
     assert prompt[queued(editor)["stages"][0]]["class_type"] == "SubjectStageSchedule"
 
 
+@pytest.mark.every_editor
 def test_our_sockets_have_colours_of_their_own(editor):
     """In dark and light palettes; a palette that names our types keeps its colours."""
     colours = """(app, _, types) => types.map((type) => [
@@ -284,7 +287,6 @@ def test_a_run_shows_step_stage_strengths_and_time_left(editor):
     assert re.fullmatch(rf"step {steps - 1}/{steps}, stage \d: MLLM \d\.\d\d, VAE \d\.\d\d, \d+ s left", told[-2])
 
 
-@pytest.mark.two_editors
 @pytest.mark.parametrize("stop", ["interrupted", "sampler removed"])
 def test_the_time_left_goes_with_the_run(editor, stop):
     editor.load(workflow.read("demo"))

@@ -35,7 +35,6 @@ def small_runs(editor):
     editor.page.unroute("**/api/prompt")
 
 
-@pytest.mark.two_editors
 @pytest.mark.parametrize("name", TITLES)
 def test_each_template_is_opened_and_run(editor, small_runs, name):
     """From the dialog: every node known, every link there, nothing reported; Run shows its pictures."""

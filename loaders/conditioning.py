@@ -51,8 +51,8 @@ class ContextWithImages(NamedTuple):
     instead_of: Tensor  # (b, m, c), the context in which the reference latents take the images' places
 
 
-# keys of the lists
 AS_LATENTS = "latents (b, c, h, w) as a VAE gives them. Another node has written it: remove that node."
+# keys of the lists
 SETTINGS = tuple(f"subject_reference_{name}" for name in ("strengths", "masks", "regions", "stages"))
 
 

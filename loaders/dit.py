@@ -16,6 +16,9 @@ from .weight_folders import check_finite
 # What the host raises for files that it does not check.
 UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError,
              MemoryError)  # fmt: skip
+BLOCK = re.compile(r"\.(\d{1,5})\.")  # a block's number in a key
+# What `unet_config` may set that has to be a size.
+SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
@@ -111,10 +114,6 @@ def declared_sizes(path: str) -> dict:
                 f"weights' ({most:,}). Fetch or make the file again."
             )
     return sizes
-
-
-BLOCK = re.compile(r"\.(\d{1,5})\.")
-SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
 
 
 def _is_size(value: Any, name: str, widest: int) -> bool:

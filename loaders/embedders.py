@@ -317,8 +317,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise EmbedderError(f"{folder} has weights of {needed:,} bytes, this machine has memory for {most:,}.")
         for path in dict.fromkeys(path for path, _ in headers.values()):
             tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-            state |= {key: tensor for key, tensor in tensors.items() if headers[key][0] == path}
-            check_finite(path, state)
+            tensors = {key: tensor for key, tensor in tensors.items() if headers[key][0] == path}
+            check_finite(path, tensors)
+            state |= tensors
     except ValueError as error:
         raise EmbedderError(f"{error}") from None
     return config, state

@@ -123,8 +123,7 @@ def check_latent(model: Model, shape: Sequence[int]) -> None:
 
 def _check_reference(latent: Tensor, backbone: Backbone, name: str) -> None:
     """Raises ValueError for a reference latent that the family cannot read."""
-    channels = latent.shape[1] if latent.ndim > 1 else 0
-    if latent.ndim not in (4, 5) or channels != backbone.latent_channels:
+    if latent.shape[1] != backbone.latent_channels:
         raise ValueError(
             f"The {name} condition has a reference latent of shape {tuple(latent.shape)}, but {backbone.title} reads "
             f"(batch, {backbone.latent_channels}, height, width). Encode the picture with the VAE of the model."

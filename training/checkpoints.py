@@ -142,7 +142,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError where there are checkpoints, and none can be read.
     """
-    return _first(folder, lambda checkpoint: read_state(checkpoint))
+    return _first(folder, read_state)
 
 
 def resume(folder: Path, check: Callable[[dict], object], *trained: Any) -> Resumed | None:

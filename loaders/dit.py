@@ -1,6 +1,8 @@
 """The DiT, loaded by the host, and what its file's header says."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +63,25 @@ def _file_header(path: str) -> SafetensorsHeader:
         raise ValueError(f"{path}: its header cannot be read ({error}). Fetch the file again.") from error
 
 
+@contextmanager
+def host_errors(problem: str, way_out: str = "") -> Iterator[None]:
+    """What the host raises inside for a file, but for no memory, becomes a ValueError that says the problem and why."""
+    import comfy.model_management
+
+    try:
+        yield
+    except UNCHECKED as error:
+        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
+            raise
+        raise ValueError(f"{problem} ({type(error).__name__}: {error!s:.300}).{way_out}") from error
+
+
 def load_dit(name: str, weight_dtype: str = "default") -> Model:
     """MODEL of a file under `models/diffusion_models`; names and dtypes are those of the host's Load Diffusion Model.
 
     A safetensors file whose metadata has `unet_config` (JSON) overrides sizes that the host's detection takes for
     granted, e.g. {"num_heads": 2} for the demo's small FLUX.1. Raises ValueError for another kind of file or dtype.
     """
-    import comfy.model_management
     import comfy.sd
     import comfy.utils
     import folder_paths
@@ -77,17 +91,11 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
     options = dict(DIT_OPTIONS[weight_dtype])
     sizes = declared_sizes(path)
-    try:
+    way_out = " Fetch the file again, or choose a diffusion model."
+    with host_errors(f"{path}: the host cannot load it as a diffusion model", way_out):
         if not sizes:
             return comfy.sd.load_diffusion_model(path, model_options=options)
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
-    except UNCHECKED as error:
-        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-            raise
-        raise ValueError(
-            f"{path}: the host cannot load it as a diffusion model ({type(error).__name__}: {error!s:.300}). Fetch the "
-            "file again, or choose a diffusion model."
-        ) from error
     check_finite(path, state_dict)
     return build_dit(state_dict, sizes, options, path)
 
@@ -131,14 +139,12 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     import comfy.utils
     from comfy import model_detection
 
-    unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`."
-    try:
+    unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`"
+    with host_errors(unknown):
         config = model_detection.detect_unet_config(state_dict, "")
         found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
-    except UNCHECKED as error:
-        raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     if found is None:
-        raise ValueError(unknown)
+        raise ValueError(f"{unknown}.")
     device, offload = management.get_torch_device(), management.unet_offload_device()
     dtype = options.get("dtype") or management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state_dict),
@@ -148,19 +154,13 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     found.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, found.supported_inference_dtypes))
     if options.get("fp8_optimizations"):
         found.optimizations["fp8"] = True
-    try:
+    with host_errors(unknown):
         model = found.get_model(state_dict, "")
-    except UNCHECKED as error:
-        if isinstance(error, management.OOM_EXCEPTION):
-            raise
-        raise ValueError(f"{unknown} ({type(error).__name__}: {error!s:.100})") from error
     patcher = make_patcher(model, device, offload)
     if not is_dynamic(patcher):
         check_keys(model, state_dict, path)
-    try:
+    with host_errors(unknown):  # shapes
         load_model_weights(patcher, state_dict)
-    except RuntimeError as error:  # shapes
-        raise ValueError(f"{unknown} ({error!s:.300})") from error
     return patcher
 
 

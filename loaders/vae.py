@@ -5,7 +5,7 @@ from pathlib import Path
 from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, read_header
 from . import host
-from .dit import UNCHECKED
+from .dit import host_errors
 from .protocols import VAE
 from .weight_folders import DataError, check_finite
 
@@ -15,7 +15,6 @@ def load_vae(name: str) -> VAE:
 
     Raises ValueError for a file that is no whole VAE, with its name.
     """
-    import comfy.model_management
     import folder_paths
 
     path = folder_paths.get_full_path("vae", name)
@@ -30,12 +29,8 @@ def load_vae(name: str) -> VAE:
             dtype = FILE_DTYPES.get(tensor.dtype)
             if key.endswith((".weight", ".bias")) and (dtype is None or not dtype.is_floating_point):
                 raise DataError(f"{path}: {key!r} is {tensor.dtype}, expected floating point. Download the VAE again.")
-    try:
+    with host_errors(f"{path}: the host cannot load it as a VAE", " Choose another file."):
         vae = host.load_vae(name)
-    except UNCHECKED as error:
-        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-            raise
-        raise DataError(f"{path}: the host cannot load it as a VAE ({error!s:.300}). Choose another file.") from error
     model = getattr(vae, "first_stage_model", None)
     if model is None:
         raise DataError(f"{path}: the host finds no VAE in this file. Choose another one.")

@@ -106,7 +106,7 @@ def pages(browser, server, front_end):
     def page(language: str) -> Editor:
         if language not in opened:
             new = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
-            new.set_default_timeout(20_000)
+            new.set_default_timeout(60_000)
             new.add_init_script(f"for (const key of {DISMISSED}) localStorage.setItem(key, true)")
             opened[language] = Editor(new, server, front_end)
             open_editor(new, server.address)
@@ -284,13 +284,14 @@ class Editor:
                 break
             cards.last.scroll_into_view_if_needed()
             self.page.wait_for_timeout(100)
-        for patience in (5_000, 5_000, 20_000):  # a click while the list is drawn again is lost
-            card.click()
+        for patience in (5_000, 5_000, 60_000):  # a click while the list is drawn again is lost
             try:
+                if dialog.is_visible():  # it closes late on a busy machine
+                    card.click(timeout=patience)
                 dialog.wait_for(state="hidden", timeout=patience)
                 return
             except TimeoutError:
-                if patience == 20_000:
+                if patience == 60_000:
                     raise
 
     def screenshot(self, name: str) -> Path:

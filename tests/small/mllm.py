@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from math import prod
 from pathlib import Path
 
 import torch
@@ -247,7 +248,9 @@ def _build(
 
 
 def _random(key, shape, generator):
-    noise = torch.randn(shape, generator=generator)
+    # a processor draws a thousand million normal numbers in half a minute: the tables of words repeat some
+    drawn = torch.randn(min(prod(shape), 2**20 + 7), generator=generator)
+    noise = drawn.repeat(-(-prod(shape) // max(drawn.numel(), 1)))[: prod(shape)].reshape(shape)
     if re.search(r"(norm\w*|ln_q)\.weight$", key):
         return 1 + 0.1 * noise
     if key.endswith(("lambda_1", "lambda_2")):

@@ -113,7 +113,10 @@ def taesd() -> dict[str, torch.Tensor]:
 
 
 def wan(**channels) -> dict[str, torch.Tensor]:
-    return random_like(host_shapes("comfy.ldm.wan.vae", "WanVAE", WAN_VAE | {"dim": 16} | channels), torch.float32)
+    from ..server import small_host
+
+    sizes = WAN_VAE | small_host.WAN_VAE | channels
+    return random_like(host_shapes("comfy.ldm.wan.vae", "WanVAE", sizes), torch.float32)
 
 
 def wan_21() -> dict[str, torch.Tensor]:

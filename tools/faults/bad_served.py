@@ -25,7 +25,7 @@ from ...tests.small.prompts import of_type
 from ..comfy_client.client import HostError, WorkflowError, failure
 from ._damage import OF_ANY, Damage, code_ran, damages
 from ._server import Settings, draw, graph, small_server, upload_pictures, wait
-from .injected import training
+from ._training import training
 
 SECONDS = 60  # of a prompt
 SAMPLE = 5  # of the many damages that fit a kind of file alone, one in so many: `bad_files` tries them all

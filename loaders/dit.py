@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import safe_open
+
 from ..common import safetensors_header
 from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, SafetensorsHeader
@@ -21,6 +23,7 @@ UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, 
 BLOCK = re.compile(r"\.(\d{1,5})\.")  # a block's number in a key
 # What `unet_config` may set that has to be a size.
 SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
+WEIGHTS = (".weight", ".bias")
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
@@ -91,13 +94,33 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
     options = dict(DIT_OPTIONS[weight_dtype])
     sizes = declared_sizes(path)
+    check_weights(path)
     way_out = " Fetch the file again, or choose a diffusion model."
     with host_errors(f"{path}: the host cannot load it as a diffusion model", way_out):
         if not sizes:
             return comfy.sd.load_diffusion_model(path, model_options=options)
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
-    check_finite(path, state_dict)
     return build_dit(state_dict, sizes, options, path)
+
+
+def check_weights(path: str) -> None:
+    """Raises ValueError for weights of a safetensors file that are NaN, infinite, or whole numbers without a scale.
+
+    One at a time, before the host maps the same pages of the file: it would make noise or a black picture of them.
+    """
+    tensors = _file_header(path).tensors
+    dtypes = {key: FILE_DTYPES[tensor.dtype] for key, tensor in tensors.items() if tensor.dtype in FILE_DTYPES}
+    quantised = {key.rpartition(".")[0].removesuffix(".weight") for key in tensors if not key.endswith(WEIGHTS)}
+    for key, dtype in dtypes.items():
+        if key.endswith(WEIGHTS) and not dtype.is_floating_point and key.rpartition(".")[0] not in quantised:
+            raise ValueError(
+                f"{path}: {key} is {tensors[key].dtype}, expected floating-point numbers, or a scale beside it as "
+                "quantised weights have. Fetch the file again."
+            )
+    if dtypes:
+        with safe_open(path, framework="pt") as file:
+            for key in (key for key, dtype in dtypes.items() if dtype.is_floating_point):
+                check_finite(path, {key: file.get_tensor(key)})
 
 
 def declared_sizes(path: str) -> dict:

@@ -35,5 +35,5 @@ def load_vae(name: str) -> VAE:
     if model is None:
         raise DataError(f"{path}: the host finds no VAE in this file. Choose another one.")
     state = model.state_dict()
-    check_finite(path, {key: value for key, value in state.items() if not value.is_meta and value.itemsize > 1})
+    check_finite(path, {key: value for key, value in state.items() if not value.is_meta})
     return vae

@@ -4,6 +4,7 @@ import json
 import pickle
 import zipfile
 
+import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -66,6 +67,36 @@ def test_the_demos_own_sizes_are_taken(small, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
     config = load_dit("good.safetensors").model.model_config.unet_config
     assert json.loads(metadata["unet_config"]).items() <= config.items()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [
+    (torch.float32, None), (torch.bfloat16, None), (torch.float8_e4m3fn, 0xFF), (torch.float8_e5m2, 0x7C),
+])  # fmt: skip
+def test_a_weight_that_is_no_number_is_named_before_the_host_loads_it(small, tmp_path, monkeypatch, dtype, bits):
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda path, **options: "loaded")
+    tensors = {key: tensor.to(dtype) for key, tensor in small[0].items()}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    assert load_dit("plain.safetensors") == "loaded"
+    key = "double_blocks.0.img_attn.qkv.weight"
+    last = tensors[key].view(-1)[-1:]
+    last.view(torch.uint8).fill_(bits) if bits else last.fill_(torch.inf)
+    save_file(tensors, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=f"plain.safetensors: '{key}' holds values that are NaN or infinite"):
+        load_dit("plain.safetensors")
+
+
+def test_whole_numbers_are_weights_where_a_scale_is_beside_them_alone(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda path, **options: "loaded")
+    key = "double_blocks.0.img_attn.qkv."
+    tensors = small[0] | {key + "weight": small[0][key + "weight"].to(torch.int8)}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=f"plain.safetensors: {key}weight is I8, expected floating-point numbers"):
+        load_dit("plain.safetensors")
+    for scale in ("weight_scale", "weight.absmax", "SCB"):
+        save_file(tensors | {key + scale: torch.ones(1)}, tmp_path / "plain.safetensors")
+        assert load_dit("plain.safetensors") == "loaded"
 
 
 def test_a_pt_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):

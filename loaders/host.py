@@ -22,6 +22,7 @@ IGNORES_REFERENCES = (
     "the diffusion model %s, as this ComfyUI runs it, does not read reference latents: they have no effect. Update "
     "ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
+NO_TAGS = str.maketrans("<>", "‹›")
 SETTINGS = "comfy.settings.json"  # of a user of the editor
 _request: ContextVar[Any] = ContextVar("request", default=None)  # to the server, that this task answers
 # What the host's loader calls the options of its Load Diffusion Model.
@@ -81,10 +82,13 @@ def _source(module: nn.Module) -> str:
 
 
 def show_on_node(text: str, node_id: str | None) -> None:
-    """Shows a text at the bottom of a node in the editor that queued it; without a server nothing happens."""
+    """Shows a text at the bottom of a node in the editor that queued it; without a server nothing happens.
+
+    The editor takes it for HTML, and file names of a workflow from elsewhere may be in it: no tag is left.
+    """
     server = _server()
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id, sid=server.client_id)
+        server.send_progress_text(text.translate(NO_TAGS), node_id, sid=server.client_id)
 
 
 def on_prompt(handler: Callable[[Any], Any]) -> None:

@@ -1,5 +1,6 @@
 """Hints on nodes: images that a prompt names but nobody connected, and cut-outs whose background comes along."""
 
+import sys
 from types import SimpleNamespace
 
 import folder_paths
@@ -55,3 +56,13 @@ def test_hints_are_shown_and_logged_by_the_display_name(monkeypatch, caplog):
     assert sent == [("Images: 1\nWarning: one\nWarning: two", "7"), ("Images: 2", "7")]
     assert events == [("subject_dla.hint", "one"), ("subject_dla.hint", "two")]
     assert "Encode Subject: one" in caplog.text
+
+
+def test_a_file_name_is_no_markup_on_a_node(monkeypatch):
+    """The editor puts such a text into its page as HTML."""
+    sent = []
+    server = SimpleNamespace(client_id=None, send_progress_text=lambda text, *_, **__: sent.append(text))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    monkeypatch.setattr(SubjectEncode, "hidden", SimpleNamespace(prompt={}, unique_id="7"))
+    hints.show_hints(SubjectEncode, ["<img src=x onerror=alert(1)>.png is cut out"], "Images: 1")
+    assert sent == ["Images: 1\nWarning: ‹img src=x onerror=alert(1)›.png is cut out"]

@@ -34,6 +34,10 @@ OTHER_PICTURES = (
     ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".tga", ".exr", ".hdr", ".ico", ".ppm", ".pgm",
     ".dng", ".cr2", ".cr3", ".nef", ".arw",
 )  # fmt: skip
+# What these names stand for. Pillow goes by content, and would start Ghostscript for an EPS of any name.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+LARGEST = 2 * 89_478_485  # pixels; Pillow's own limit, which other packs lift
+LARGE = 2**26  # pixels beyond which a picture is halved: a hundred million take 2 GB as floats
 PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_TEXT = 2**20  # bytes of a PNG's text; Pillow's own limit
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
@@ -54,18 +58,32 @@ def file_version(file: PictureFile) -> tuple[Path | str, int, int]:
 
 
 def load_picture(path: PictureFile) -> Tensor:
-    """(H, W, 3) float32 in 0..1: turned as EXIF says, transparency over white, 16 bits a channel reduced to 8."""
+    """(H, W, 3) float32 in 0..1: turned as EXIF says, transparency over white, 16 bits a channel reduced to 8.
+
+    One of more than LARGE pixels has half its sides.
+    """
     with _reading(path), whole_pictures(), _open(path) as file:
+        if halved := file.width * file.height > LARGE:
+            file.draft("RGB", (file.width // 2, file.height // 2))  # a JPEG, while it is decoded
         picture = ImageOps.exif_transpose(file)
-        if picture.mode == "F":
-            raise ImageError("it holds floating-point values, expected 8 or 16 bits a channel")
-        if picture.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
-            values = numpy.asarray(picture).astype(numpy.float64) / 257
-            picture = Image.fromarray(values.round().clip(0, 255).astype(numpy.uint8))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return torch.from_numpy(numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255)
+        if picture.mode.startswith("I"):
+            picture = _of_8_bits(picture)
+        mode = "RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB"
+        picture = picture if picture.mode == mode else picture.convert(mode)
+        if halved and picture.width * picture.height > LARGE:
+            picture = picture.reduce(2)
+        if mode == "RGBA":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return torch.from_numpy(numpy.array(picture)).float().div_(255)
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """Rounds a grey picture of 16 bits, which Pillow would clip at 255. Raises ImageError for one of more bits."""
+    values = numpy.asarray(picture)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"it holds numbers from {low} to {high}, expected 8 or 16 bits a channel")
+    return Image.fromarray((numpy.arange(65536) / 257).round().astype(numpy.uint8)[values])
 
 
 def shown_size(path: PictureFile, whole: bool = True) -> tuple[int, int]:
@@ -116,8 +134,18 @@ def _open(path: PictureFile) -> Iterator[Image.Image]:
     if isinstance(path, Path) and path.exists() and not path.is_file():
         raise OSError("it is no file")  # a pipe would wait for ever
     with path.open() if isinstance(path, TarMember) else open(path, "rb") as stream:
-        with Image.open(_without_long_texts(stream)) as picture:
+        with open_picture(_without_long_texts(stream)) as picture:
+            if picture.width * picture.height > LARGEST:
+                raise ImageError(f"it has {picture.width} x {picture.height} px, expected at most {LARGEST:,} in all")
+            if picture.mode == "F":
+                raise ImageError("it holds floating-point values, expected 8 or 16 bits a channel")
             yield picture
+
+
+def open_picture(file: IO[bytes] | Path) -> Image.Image:
+    """Pillow's picture of one of FORMATS, not decoded."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _without_long_texts(stream: IO[bytes]) -> IO[bytes]:

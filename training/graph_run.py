@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..common.drawing.palette import PAPER, WIDTH
 from ..common.drawing.sheet import contact_sheet, to_batch, to_tensor
+from ..common.picture_files import open_picture
 from ..loaders.dla import DLA, load_dla
 from .checkpoints import check_same_run, newest_state
 from .export import check_free
@@ -112,7 +113,7 @@ class Preview:
 def newest_samples(paths: RunPaths) -> Image.Image | None:
     """Opens the run's newest sample sheet."""
     newest = max(paths.samples.glob("step-*.jpg"), default=None)
-    return None if newest is None else Image.open(newest).convert("RGB")
+    return None if newest is None else open_picture(newest).convert("RGB")
 
 
 def _recipe(

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
-
 from ...common.files import DataError, file_problem, read_bytes, save_text
+from ...common.picture_files import open_picture
 from ...common.untrusted_json import parse_json, read_json
 from .sets import Case
 
@@ -118,7 +117,7 @@ def check_run(out: Path, facts: dict) -> None:
 def with_texts(data: bytes, texts: dict[str, str]) -> bytes:
     """The PNG with these texts where it has none of that name. Raises ValueError where it is no whole PNG."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with open_picture(io.BytesIO(data)) as picture:
             picture.load()
             kind, found = picture.format, getattr(picture, "text", {})
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
@@ -139,7 +138,7 @@ def read_mark(path: Path) -> dict | None:
     try:
         if file_problem(path):
             return None
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             picture.load()
             found = parse_json(picture.text[MARK])
     except Exception:  # missing, truncated, or somebody else's: it is generated again

@@ -19,7 +19,7 @@ from ..common.safetensors_header import read_header
 from ..common.untrusted_json import read_json
 from .orient_anything.network import resize_positions
 from .preprocessing import DINO, Preprocessing, clip_preprocessing, preprocess
-from .weight_folders import check_finite, check_plain, check_sizes, read_config, read_headers
+from .weight_folders import check_finite, check_plain, check_sizes, check_tokenizer, read_config, read_headers
 
 SIZES = {
     (12, 384): "ViT-S",
@@ -185,6 +185,10 @@ class FolderEmbedder(Embedder):
         """(D,) float32 on the CPU; of a prompt that is too long the beginning counts."""
         import transformers
 
+        try:
+            check_tokenizer(self.folder)
+        except ValueError as error:
+            raise EmbedderError(str(error)) from None
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(self.folder), local_files_only=True, trust_remote_code=False

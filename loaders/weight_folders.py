@@ -1,6 +1,7 @@
 """Hugging Face folders from elsewhere: config.json and headers, checked against each other before anything is built."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -32,6 +33,8 @@ SIZES = re.compile(
 MAY_BE_0 = re.compile(r"register|per_layer_input|global|mtp")
 # the largest finite number's bits without its sign
 LAST_FINITE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one
+TOKENIZER_PATHS = ("vocab_file", "merges_file", "tokenizer_file")  # in tokenizer_config.json
 HARMLESS_LAYERS, HARMLESS = 128, 4096  # sizes that take no time or memory worth speaking of, whatever they are of
 
 
@@ -52,6 +55,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(part, {}), dict):
             raise DataError(f"{folder / 'config.json'}: {part} is {config[part]!r:.60}, expected an object.")
     return _cleaned(config)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises DataError for a folder without a tokenizer (transformers 5 makes an empty one), or with another's."""
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise DataError(
+            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
+        )
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.is_file() else {}
+    for name in TOKENIZER_PATHS:  # transformers 4 opens what they name
+        value = values.get(name)
+        if isinstance(value, str) and os.path.exists(value) and Path(value).resolve().parent != folder.resolve():
+            raise DataError(f"{path}: {name} is {value!r:.100}, expected a file of its own folder. Remove that line.")
 
 
 def _cleaned(value: Any) -> Any:

@@ -137,9 +137,13 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
         def tokenize(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    else:
         from transformers import AutoTokenizer
 
+        try:
+            weight_folders.check_tokenizer(folder)
+        except ValueError as error:
+            raise MLLMError(str(error)) from None
         try:
             slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
@@ -148,10 +152,6 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
         def tokenize(text: str) -> list[int]:
             return slow(text, add_special_tokens=False)["input_ids"]
 
-    else:
-        raise MLLMError(
-            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
-        )
     placeholder, expected = family.placeholder, config.get("image_token_id", config.get("image_token_index"))
     for token in filter(None, (placeholder, family.start, *family.markers)):
         ids = tokenize(token)

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import struct
+from pathlib import Path
 
+import comfy
 import folder_paths
 import pytest
 import torch
@@ -13,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.mllm import build_qwen3vl, build_qwen25vl
 
+COMFYUI = Path(comfy.__path__[0]).parent
 DOWN = "model.layers.0.mlp.down_proj."
 
 
@@ -194,3 +198,32 @@ def test_a_damaged_folder_of_dino_or_clip_is_named(scorers, tmp_path, monkeypatc
         return
     with pytest.raises(EmbedderError, match=f"{kind}.*{problem}"):
         FolderEmbedder(kind, "clip" if kind == "clip" else "dino")
+
+
+@pytest.mark.parametrize(("file", "content", "problem"), [
+    ("vocab.json", None, "clip has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
+    ("tokenizer_config.json", {"vocab_file": __file__}, "vocab_file is .*, expected a file of its own folder"),
+    ("tokenizer_config.json", {"tokenizer_file": "/long/gone"}, None),  # of the machine that it was saved on
+])  # fmt: skip
+def test_clips_tokenizer_is_that_of_its_folder(tmp_path, monkeypatch, file, content, problem):
+    """Where there is none, transformers 5 makes an empty one: all prompts are alike. 4 reads what its config names."""
+    folder = build_measures(tmp_path, COMFYUI) / "clip_vision" / "clip"
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(folder.parent)])
+    good = FolderEmbedder("clip", "clip").text("a fox")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(json.dumps(content))
+    if problem is None:
+        assert torch.equal(FolderEmbedder("clip", "clip").text("a fox"), good)
+        return
+    with pytest.raises(EmbedderError, match=problem):
+        FolderEmbedder("clip", "clip").text("a fox")
+
+
+def test_an_mllms_tokenizer_is_that_of_its_folder(copy):
+    (copy / "tokenizer.json").rename(copy / "elsewhere.json")
+    for name in ("vocab.json", "merges.txt"):
+        (copy / name).write_text("{}")
+    (copy / "tokenizer_config.json").write_text(json.dumps({"vocab_file": __file__}))
+    with pytest.raises(MLLMError, match="tokenizer_config.json: vocab_file is .*, expected a file of its own folder"):
+        load_folder(copy)

@@ -21,25 +21,30 @@ def is_link(value: Any) -> TypeGuard[list]:
     return isinstance(value, list) and len(value) == 2
 
 
-def upstream(graph: Graph, node: Any) -> Iterator[str]:
-    """A node and those that it is made from, the nearest first, each once."""
-    return _reached(
-        str(node), lambda key: (str(value[0]) for value in inputs_of(graph, key).values() if is_link(value))
-    )
+def upstream(graph: Graph, *nodes: Any, inputs: Collection[str] | None = None) -> Iterator[str]:
+    """Nodes and those that they are made from, the nearest first, each once; with `inputs`, by these inputs alone."""
+    return _reached(nodes, lambda key: (str(link[0]) for link in _links(graph, key, inputs)))
 
 
 def downstream(graph: Graph, node: Any, inputs: Collection[str] | None = None) -> Iterator[str]:
     """A node and those that read it, the nearest first, each once; with `inputs`, by inputs of these names alone."""
     readers: dict[str, list[str]] = {}
     for key in graph:
-        for name, value in inputs_of(graph, key).items():
-            if is_link(value) and (inputs is None or name in inputs):
-                readers.setdefault(str(value[0]), []).append(key)
-    return _reached(str(node), lambda key: readers.get(key, ()))
+        for link in _links(graph, key, inputs):
+            readers.setdefault(str(link[0]), []).append(key)
+    return _reached([node], lambda key: readers.get(key, ()))
 
 
-def _reached(node: str, following: Callable[[str], Iterable[str]]) -> Iterator[str]:
-    found, wanted = {node}, [node]
+def _links(graph: Graph, node: str, inputs: Collection[str] | None) -> Iterator[list]:
+    """The links at a node's inputs, or at those of these names."""
+    for name, value in inputs_of(graph, node).items():
+        if is_link(value) and (inputs is None or name in inputs):
+            yield value
+
+
+def _reached(nodes: Iterable[Any], following: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    wanted = list(dict.fromkeys(map(str, nodes)))
+    found = set(wanted)
     for key in wanted:
         yield key
         for other in following(key):

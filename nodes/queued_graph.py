@@ -3,13 +3,16 @@
 Validation gets no graph from the host: there it is that of the request to queue it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
-from ..common.prompt_graph import downstream, inputs_of, is_link, upstream
+from ..common.prompt_graph import Graph, inputs_of, is_link, upstream
+from ..sampling.clock import OWN_STEPS
 
-_queued: ContextVar[dict | None] = ContextVar("queued_graph", default=None)  # of the request that this task answers
+T = TypeVar("T")
+# Of the request that this task answers: the graph, and what functions made of it.
+_queued: ContextVar[tuple[Graph, dict[Callable, Any]] | None] = ContextVar("queued_graph", default=None)
 MODEL_FILES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
@@ -38,28 +41,51 @@ def source(hidden: Any, socket: str, kind: str) -> Mapping[str, Any]:
 def remember(request: Any) -> Any:
     """The host's handler of requests to /prompt: keeps the graph for `queued` until the answer, and passes it on."""
     graph = request.get("prompt") if isinstance(request, dict) else None
-    _queued.set(graph if isinstance(graph, dict) else {})
+    _queued.set((graph if isinstance(graph, dict) else {}, {}))
     return request
+
+
+def once(make: Callable[[Graph], T]) -> T:
+    """What a function makes of the graph that is validated: made once for all its nodes, which come one by one."""
+    graph, made = _queued.get() or ({}, {})
+    if make not in made:
+        made[make] = make(graph)
+    return made[make]
 
 
 def queued(node_id: Any) -> Mapping[str, Any]:
     """The inputs of a node of the graph that is validated: values, and links as [node, output]; empty outside."""
-    return inputs_of(_queued.get() or {}, node_id)
+    return inputs_of(_graph(), node_id)
+
+
+def before(node_id: Any, name: str) -> Iterator[str]:
+    """A node of the graph that is validated and those before it by inputs of a name, the nearest first, each once."""
+    return upstream(_graph(), node_id, inputs=[name])
 
 
 def queued_of(kind: str) -> list[Mapping[str, Any]]:
     """The inputs of each node of a class in the graph that is validated."""
-    graph = _queued.get() or {}
+    graph = _graph()
     found = (key for key, node in graph.items() if isinstance(node, Mapping) and node.get("class_type") == kind)
     return [inputs_of(graph, key) for key in found]
 
 
-def samplers_behind(node_id: Any) -> Iterator[str]:
-    """Names of the sampler of a node and of those that its MODEL or GUIDER goes to, in the graph that is validated."""
-    graph = _queued.get() or {}
-    for node in downstream(graph, node_id, ("model", "guider")):
+def own_steps_behind(node_id: Any) -> str | None:
+    """The sampler of a node, or one that its MODEL or GUIDER goes to, if it chooses its own steps; else None."""
+    return once(_own_steps).get(str(node_id))
+
+
+def _own_steps(graph: Graph) -> dict[str, str]:
+    """The nodes before samplers that choose their own steps, and these themselves, each with the sampler's name."""
+    samplers: dict[str, list[str]] = {}
+    for node in graph:
         inputs = inputs_of(graph, node)
         sampler = inputs.get("sampler")  # Sampler Custom's, from KSampler Select
         name = (inputs_of(graph, sampler[0]) if is_link(sampler) else inputs).get("sampler_name")
-        if isinstance(name, str):
-            yield name
+        if name in OWN_STEPS:
+            samplers.setdefault(name, []).append(node)
+    return {key: name for name in samplers for key in upstream(graph, *samplers[name], inputs=("model", "guider"))}
+
+
+def _graph() -> Graph:
+    return (_queued.get() or ({}, {}))[0]

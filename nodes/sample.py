@@ -3,7 +3,6 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..sampling.clock import OWN_STEPS
 from . import queued_graph
 from .schema import Node, Stages, schema
 from .stages import own_steps
@@ -34,8 +33,8 @@ def _problem(node_id: str, cfg: float | None) -> bool | str:
         )
     stages = given.get("stages")
     clock = queued_graph.queued(stages[0]).get("clock") if isinstance(stages, list) and stages else None
-    own = [name for name in queued_graph.samplers_behind(node_id) if name in OWN_STEPS]
-    return own_steps(own[0]) if clock == "steps" and own else True
+    own = queued_graph.own_steps_behind(node_id)
+    return own_steps(own) if clock == "steps" and own else True
 
 
 def _cfg():

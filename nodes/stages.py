@@ -1,12 +1,15 @@
 """When the MLLM's tokens and the VAE's reference tokens are read: presets, keyframes, and a look at the plan."""
 
 import logging
-from numbers import Real
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..common.prompt_graph import Graph, is_link
 from ..loaders.host import show_on_node
-from ..sampling.clock import CLOCKS, OWN_STEPS
+from ..sampling.clock import CLOCKS
 from ..sampling.stages import BLENDS, PRESETS, Keyframe, Stages, flow_time_on_steps, with_keyframe
 from ..sampling.stages import preset as preset_stages
 from . import queued_graph
@@ -63,35 +66,53 @@ def schedule_problem(node_id: str) -> bool | str:
     linked = given.get("stages")
     if isinstance(linked, list) and linked:  # takes the place of the widgets
         given = queued_graph.queued(linked[0])
-    else:
+    elif isinstance(found := _queued_stages(node_id), Exception):
+        return str(found)
+    own = queued_graph.own_steps_behind(node_id)
+    return own_steps(own) if own and given.get("clock") == "steps" else True
+
+
+def _queued_stages(node_id: str) -> Stages | Exception | None:
+    """The schedule that Stage Keyframe or the widgets of a preset make, or why there is none; each node's once.
+
+    None where it is known only when it runs.
+    """
+    found = queued_graph.once(_no_schedules)
+    chain = takewhile(lambda node: node not in found, queued_graph.before(node_id, "previous"))
+    for node in reversed(list(chain)):
+        previous = queued_graph.queued(node).get("previous")
+        before = found.get(str(previous[0])) if is_link(previous) else None
         try:
-            _queued_stages(node_id)
+            # an error before it is on the node that makes it
+            found[node] = _schedule_of(queued_graph.queued(node), before if isinstance(before, Stages) else None)
         except (TypeError, ValueError) as error:
-            return str(error)
-    own = [name for name in queued_graph.samplers_behind(node_id) if name in OWN_STEPS]
-    return own_steps(own[0]) if own and given.get("clock") == "steps" else True
+            found[node] = error
+    return found[str(node_id)]
 
 
-def _queued_stages(node_id: str) -> Stages | None:
-    """The schedule that Stage Keyframe or the widgets of a preset make; None where it is known only when it runs."""
-    given = queued_graph.queued(node_id)
+def _no_schedules(_: Graph) -> dict[str, Stages | Exception | None]:
+    """Schedules by node of a graph, before any is known."""
+    return {}
+
+
+def _schedule_of(given: Mapping[str, Any], before: Stages | None) -> Stages | None:
+    """The schedule of a node with these inputs, behind another; None where it is known only when it runs."""
     keyframe = "start" in given
     names = (*NUMBERS[:3], "blend", "clock") if keyframe else ("preset", "clock", *NUMBERS[3:])
-    values = [given.get(name) for name in names]
-    numbers = [value for name, value in zip(names, values) if name in NUMBERS]
+    values = [_number(given.get(name)) if name in NUMBERS else given.get(name) for name in names]
     if any(value is None or isinstance(value, list | dict) for value in values):
-        return None
-    if not all(isinstance(value, Real) for value in numbers):  # typed by hand in a script: the host says so
         return None
     if not keyframe:
         return preset_stages(*values)
-    previous, before = given.get("previous"), None
-    if isinstance(previous, list) and previous:
-        try:
-            before = _queued_stages(previous[0])
-        except (TypeError, ValueError, RecursionError):  # an error on that node
-            before = None
     return with_keyframe(before, Keyframe(*values[:-1]), values[-1])
+
+
+def _number(value: Any) -> float | None:
+    """As the host will convert it; None where it cannot, which it says itself, and for a link."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def own_steps(sampler: str) -> str:

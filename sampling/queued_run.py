@@ -62,11 +62,11 @@ def queued_stages(graph: Graph, node: str) -> QueuedStages:
     Raises:
         ValueError: Where the schedule comes from another kind of node, or is none.
     """
-    chain: list[str] = []
+    chain: dict[str, None] = {}  # in order
     while True:
         if node in chain or node not in graph:
             raise ValueError("The schedule is connected to a node that is not in this graph, or to itself.")
-        chain.append(node)
+        chain[node] = None
         kind, inputs = graph[node].get("class_type"), inputs_of(graph, node)
         if kind not in (*PRESET_NODES, KEYFRAME_NODE):
             raise ValueError(f"The schedule comes from {kind}, which makes it when it runs.")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .clock import FLOW_TIME, REFERENCE_TOKENS, Clock, clock_named
 
 BLENDS = ("hold", "linear")
+MOST_KEYFRAMES = 256  # of a schedule; a run has some tens of steps
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Stages:
         """Raises ValueError naming the keyframe whose numbers are out of range or out of order."""
         if not self.keyframes:
             raise ValueError("The stage schedule has no keyframe. Choose a preset, or connect a Stage Keyframe.")
+        if len(self.keyframes) > MOST_KEYFRAMES:
+            raise ValueError(
+                f"The stage schedule has {len(self.keyframes)} keyframes, expected at most {MOST_KEYFRAMES}. Take some"
+                " out; one that blends linearly makes a whole slope."
+            )
         for number, key in enumerate(self.keyframes, 1):
             if not (isfinite(key.start) and 0 <= key.start <= 1):
                 raise ValueError(f"Keyframe {number} starts at {key.start}; a start is between 0 and 1 on every clock.")

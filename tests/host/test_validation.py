@@ -4,15 +4,18 @@ import asyncio
 import inspect
 import json
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import comfy_extras.nodes_custom_sampler as custom
 import execution
 import folder_paths
 import pytest
+from subject_dla.common import prompt_graph
 from subject_dla.loaders import folders as folder_names
 from subject_dla.loaders import host
 from subject_dla.nodes import SubjectExtension, queued_graph
+from subject_dla.nodes import stages as stage_nodes
 from subject_dla.nodes.schema import with_title
 from subject_dla.nodes.translation import translate
 from subject_dla.sampling.stages import preset
@@ -95,6 +98,11 @@ def test_what_is_no_number_is_the_hosts_to_say(value):
     assert errors("2", **staged(tau1=value)) == []
 
 
+def test_numbers_typed_as_text_are_judged_as_the_host_converts_them():
+    (text,) = errors("2", **staged(tau1="0.5"))
+    assert "tau1 is 0.5 and tau2 0.85" in text
+
+
 def test_a_schedule_that_is_connected_takes_the_place_of_the_widgets():
     graph = staged(clock="steps")
     graph["2"][1]["stages"] = ["9", 0]
@@ -157,6 +165,46 @@ def test_lists_of_a_sweep_are_refused_on_the_sweep(values, words):
     found = errors("9", **graph)
     assert len(found) == bool(words)
     assert all(text.startswith("tau1 - Threshold Sweep: ") and word in text for text in found for word in words), found
+
+
+def models(*values) -> dict:
+    """A chain of Apply Stages of (tau1, clock), m1 first, before the sampler."""
+    graph = staged()
+    for number, (start, clock) in enumerate(values, 1):
+        model = f"m{number - 1}" if number > 1 else "2"
+        graph[f"m{number}"] = ("SubjectApplyStages", {"model": [model, 0], **schedule(clock, start, start)})
+    graph["3"][1]["model"] = [f"m{len(values)}", 0]
+    return graph
+
+
+@pytest.mark.parametrize("chain", [keyframes, models])
+def test_a_chain_is_read_once_however_long_it_is(chain, monkeypatch):
+    """A chain of 1,500 keyframes kept the server's thread for a minute and a half, as each node read all before it."""
+    calls = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: calls.update([name]) or function(*given))
+
+    count(prompt_graph, "inputs_of")
+    count(queued_graph, "inputs_of")
+    count(stage_nodes, "with_keyframe")
+
+    def calls_of(length):
+        calls.clear()
+        assert errors("2", **chain(*((1 - n / 1000, "flow_time") for n in range(1, length + 1)))) == []
+        return Counter(calls)
+
+    few, many = calls_of(40), calls_of(160)
+    assert many["with_keyframe"] == (160 if chain is keyframes else 0)
+    assert few["inputs_of"] > 40 and many["inputs_of"] <= 4 * few["inputs_of"]
+
+
+def test_a_schedule_has_so_many_keyframes():
+    graph = keyframes(*((1 - n / 1000, "flow_time") for n in range(300)))
+    (text,) = errors("k257", **graph)
+    assert "Stage Keyframe: The stage schedule has 257 keyframes, expected at most 256." in text
+    assert errors("k256", **graph) == errors("k258", **graph) == []
 
 
 def test_equal_thresholds_mean_an_empty_middle_stage():

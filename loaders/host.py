@@ -132,6 +132,19 @@ def executing_node() -> str | None:
     return None if context is None else context.node_id
 
 
+def validated_node() -> str | None:
+    """Id of the node whose `validate_inputs` the host looks up; None elsewhere, and where that cannot be known.
+
+    The host calls `executing_node` of a node only after it has read which inputs that takes; its own function knows.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "validate_inputs" and "unique_id" in frame.f_locals:
+            return str(frame.f_locals["unique_id"])
+        frame = frame.f_back
+    return None
+
+
 def remember_requests() -> None:
     """Keeps each request to the server while it is answered, for `editor_language`; once."""
     middlewares = getattr(getattr(_server(), "app", None), "middlewares", None)

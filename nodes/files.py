@@ -1,10 +1,7 @@
 """Combos of files: what there is to choose, a clear word when the choice is gone, a fingerprint of what is on disk."""
 
 import textwrap
-from collections.abc import Callable
-from inspect import Parameter, Signature
 from pathlib import Path
-from types import MethodType
 from unicodedata import category
 
 import folder_paths
@@ -12,7 +9,8 @@ import folder_paths
 from ..common.files import path_problem, save_text
 from ..loaders import folders
 from . import queued_graph
-from .schema import NONE, Node, problem
+from .marks import Marks
+from .schema import NONE
 
 KINDS = {
     "mllm": "a Hugging Face folder (config.json, tokenizer and *.safetensors)",
@@ -37,32 +35,19 @@ def missing(kind: str, name: str | None) -> str | None:
     return f"models/{kind} has no {name!r:.100}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
 
 
-class Check:
+def check(**kinds: str) -> Marks:
     """The `validate_inputs` of a node whose inputs name files: each input whose file is missing is marked, with why.
-
-    The host marks all inputs that `validate_inputs` takes, and tries the others itself, so that it takes those alone
-    whose file is missing. It does not say of which node it asks, so that these are those of any of its class.
 
     Args:
         kinds: Of file, by input.
     """
 
-    def __init__(self, **kinds: str):
-        self.kinds = kinds
+    def absent(node_id: str) -> dict[str, str | None]:
+        given = queued_graph.queued(node_id)
+        names = {name: given.get(name) for name in kinds}
+        return {name: missing(kinds[name], None if value == NONE else value) for name, value in names.items()}
 
-    def __get__(self, _: object, node: type) -> Callable:
-        queued = queued_graph.queued_of(node.__name__)
-        absent = [name for name in self.kinds if any(self._missing(name, inputs.get(name)) for inputs in queued)]
-
-        def validate_inputs(cls: type[Node], **names: str | None) -> bool | str:
-            return problem(cls, [self._missing(name, value) for name, value in names.items()])
-
-        named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *absent)]
-        validate_inputs.__signature__ = Signature(named)  # type: ignore[attr-defined]  # what the host reads
-        return MethodType(validate_inputs, node)
-
-    def _missing(self, name: str, value: str | None) -> str | None:
-        return missing(self.kinds[name], None if value == NONE else value)
+    return Marks(absent)
 
 
 def require(**names: str | None) -> None:

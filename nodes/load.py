@@ -31,7 +31,7 @@ class SubjectLoadMLLM(Node):
             outputs=[MLLM.Output("MLLM", display_name="MLLM", tooltip="To Encode Subject.")],
         )
 
-    validate_inputs = files.Check(mllm="mllm")
+    validate_inputs = files.check(mllm="mllm")
 
     @classmethod
     def fingerprint_inputs(cls, mllm, **_):
@@ -98,7 +98,7 @@ class SubjectLoadDLA(Node):
             ],
         )
 
-    validate_inputs = files.Check(dla="dla")
+    validate_inputs = files.check(dla="dla")
 
     @classmethod
     def fingerprint_inputs(cls, dla, **_):
@@ -158,7 +158,7 @@ class SubjectLoadPipeline(Node):
             ],
         )
 
-    validate_inputs = files.Check(diffusion_model="diffusion_models", vae="vae", mllm="mllm", dla="dla")
+    validate_inputs = files.check(diffusion_model="diffusion_models", vae="vae", mllm="mllm", dla="dla")
 
     @classmethod
     def fingerprint_inputs(cls, diffusion_model, vae, mllm, dla, **_):

@@ -44,7 +44,7 @@ class SubjectLoadOrientation(Node):
             outputs=[output(Orientation, "ORIENTATION_MODEL", "To Subject Orientation.")],
         )
 
-    validate_inputs = files.Check(orientation="orientation")
+    validate_inputs = files.check(orientation="orientation")
 
     @classmethod
     def fingerprint_inputs(cls, orientation, **_):

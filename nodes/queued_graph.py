@@ -63,11 +63,9 @@ def before(node_id: Any, name: str) -> Iterator[str]:
     return upstream(_graph(), node_id, inputs=[name])
 
 
-def queued_of(kind: str) -> list[Mapping[str, Any]]:
-    """The inputs of each node of a class in the graph that is validated."""
-    graph = _graph()
-    found = (key for key, node in graph.items() if isinstance(node, Mapping) and node.get("class_type") == kind)
-    return [inputs_of(graph, key) for key in found]
+def nodes_of(kind: str) -> list[str]:
+    """The nodes of a class in the graph that is validated."""
+    return [key for key, node in _graph().items() if isinstance(node, Mapping) and node.get("class_type") == kind]
 
 
 def own_steps_behind(node_id: Any) -> str | None:

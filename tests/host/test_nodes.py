@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 from subject_dla.nodes import SubjectExtension
+from subject_dla.nodes.files import missing
 from subject_dla.training import inputs
 
 NODES = {node.__name__: node for node in asyncio.run(SubjectExtension().get_node_list())}
@@ -112,8 +113,8 @@ def test_every_node_has_a_help_page_of_two_screens_at_most_in_both_languages():
 def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypatch):
     (tmp_path / "there.safetensors").write_bytes(b"0")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "dla", ([str(tmp_path)], {".safetensors"}))
-    assert NODES["SubjectLoadDLA"].validate_inputs(dla="there.safetensors") is True
-    problem = NODES["SubjectLoadDLA"].validate_inputs(dla="gone.safetensors")
+    assert missing("dla", "there.safetensors") is None
+    problem = missing("dla", "gone.safetensors")
     assert "gone.safetensors" in problem and "there.safetensors" in problem and "models/dla" in problem
     before = NODES["SubjectLoadDLA"].fingerprint_inputs(dla="there.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"01")

@@ -1,12 +1,15 @@
 """Nodes from prompt and images to CONDITIONING: MLLM features, their aggregation, and reference latents."""
 
 import logging
+from typing import Any
 
 from comfy_api.latest import io
 
+from ..common.files import path_problem
 from .files import file_names
 from .hints import image_count, image_hints, show_hints
-from .queued_graph import model_files
+from .marks import Marks
+from .queued_graph import model_files, queued
 from .schema import DLA, MLLM, Features, Node, Stages, advanced, schema, with_title
 
 log = logging.getLogger(__name__)
@@ -155,14 +158,13 @@ class SubjectPromptList(Node):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, prompts):
-        return prompts is None or bool(_lines(prompts)) or NO_LINE  # None: linked
+    validate_inputs = Marks(lambda node_id: _problems(queued(node_id).get("prompts"), queued(node_id).get("prefix")))
 
     @classmethod
     def execute(cls, prompts, prefix="") -> io.NodeOutput:
-        if not (found := _lines(prompts)):
-            raise ValueError(NO_LINE)
+        if problems := [*filter(None, _problems(prompts, prefix).values())]:
+            raise ValueError("\n".join(problems))
+        found = _lines(prompts)
         return io.NodeOutput(found, file_names(found, prefix))
 
 
@@ -170,6 +172,19 @@ def _lines(prompts: str) -> list[str]:
     """The lines that are prompts."""
     lines = [line.strip() for line in prompts.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def _problems(prompts: Any, prefix: Any) -> dict[str, str | None]:
+    """What is wrong with a list of prompts and the beginning of its file names, by input; of links nothing is known."""
+    found = _lines(prompts) if isinstance(prompts, str) else None
+    names = file_names(found or [""], prefix) if isinstance(prefix, str) else []
+    bad = next(filter(None, map(path_problem, names)), None)  # Save Image would say so after sampling
+    return {
+        "prompts": NO_LINE if found == [] else None,
+        "prefix": bad
+        and f"prefix is {prefix!r:.100}, with which a file's name {bad}. Expected a name in ComfyUI's output folder,"
+        " with folders or without, such as subject/.",
+    }
 
 
 class SubjectEncode(Node):

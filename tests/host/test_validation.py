@@ -235,6 +235,26 @@ def test_a_list_without_a_prompt_is_refused_before_anything_is_loaded(prompts):
     assert errors("1", **listed) == []
 
 
+@pytest.mark.parametrize("prefix, words", [
+    ("../x", "leads out of its folder"), ("/tmp/x", "leads out of its folder"), ("C:\\x", "leads out of its folder"),
+    ("a\nb", "control characters"), ("x" * 199, "200 bytes a name"), ("aux.", "keeps for devices"),
+])  # fmt: skip
+def test_a_prefix_that_save_image_refuses_is_refused_before_anything_is_loaded(prefix, words):
+    listed = {"1": ("SubjectPromptList", {"prompts": "a fox", "prefix": prefix})}
+    listed["2"] = ("SaveImage", {"images": ["3", 0], "filename_prefix": ["1", 1]})
+    listed["3"] = ("EmptyImage", {"width": 16, "height": 16, "batch_size": 1, "color": 0})
+    (text,) = errors("1", **listed)
+    assert text.startswith(f"prefix - Prompt List: prefix is {prefix[:9]!r}"[:-1]) and words in text
+    listed["4"] = ("SubjectPromptList", {"prompts": "a fox"})
+    listed["1"][1]["prompts"] = ["4", 0]
+    assert [words in text for text in errors("1", **listed)] == [True]
+    listed["1"][1].update(prompts="# a fox")
+    assert [text.split(" - ")[0] for text in errors("1", **listed)] == ["prompts", "prefix"]
+    for fine in ("", "subject/", "a/b-", "%year%/", "aux"):
+        listed["1"][1].update(prompts="a fox", prefix=fine)
+        assert errors("1", **listed) == []
+
+
 def test_cfg_without_a_negative_is_refused():
     (text,) = errors("2", **sampled(cfg=2.5))
     assert text.startswith("cfg - Staged Guider: cfg is 2.5") and "negative" in text

@@ -23,7 +23,7 @@ OBJECTS = {
     "ORIENTATION_MODEL": (("estimate",), "an orientation model, from Load Orientation Model"),
 }
 EDGE = 0.01  # by which a mask may be outside 0..1
-EXPLAINED = {"placement"}  # choices that the node itself refuses, saying why
+EXPLAINED = {"placement", "start", "tau1"}  # values that the node itself refuses, saying why
 REMEDY = "Check the node that is connected there."
 SHOWN = 60  # characters of a value in a text
 

@@ -85,5 +85,13 @@ def _own_steps(graph: Graph) -> dict[str, str]:
     return {key: name for name in samplers for key in upstream(graph, *samplers[name], inputs=("model", "guider"))}
 
 
+def number(value: Any) -> float | None:
+    """A queued value as the host will convert it; None where it cannot, which it says itself, and for a link."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def _graph() -> Graph:
     return (_queued.get() or ({}, {}))[0]

@@ -1,11 +1,15 @@
 """Sampling with stages: a guider for the host's custom sampler, one node with KSampler's habits, image guidance."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import comfy.samplers
 from comfy_api.latest import io
 
 from . import queued_graph
+from .marks import Marks
 from .schema import Node, Stages, schema
-from .stages import own_steps
+from .stages import own_steps_problem
 
 MODEL_TIP = "The DiT, with LoRAs and patches of your choice."
 POSITIVE_TIP = "From Add Identity or Aggregate Layers."
@@ -21,20 +25,22 @@ CFG_TIP = (
 )
 
 
-def _problem(node_id: str, cfg: float | None) -> bool | str:
-    """The answer of `validate_inputs` of a node that samples with stages: True, or what does not go together."""
-    given = queued_graph.queued(node_id)
+def _problems(node_id: str, own_steps_at: str) -> dict[str, str | None]:
+    """What of a node that samples with stages does not go together, by input."""
+    return {"cfg": _cfg_problem(queued_graph.queued(node_id)), own_steps_at: own_steps_problem(node_id)}
+
+
+def _cfg_problem(given: Mapping[str, Any]) -> str | None:
+    """Why a cfg cannot be sampled with; None where nothing is wrong, or it is known only when the node runs."""
+    cfg = queued_graph.number(given.get("cfg"))
     if cfg is not None and not 0 <= cfg <= 100:
         return f"cfg is {cfg:g}, expected 0 to 100."
-    if given and cfg not in (None, 1.0) and "negative" not in given:
+    if cfg not in (None, 1.0) and "negative" not in given:
         return (
             f"cfg is {cfg:g}, which compares with a negative condition, but none is connected. Connect one (an empty"
             " prompt will do), or set cfg to 1."
         )
-    stages = given.get("stages")
-    clock = queued_graph.queued(stages[0]).get("clock") if isinstance(stages, list) and stages else None
-    own = queued_graph.own_steps_behind(node_id)
-    return own_steps(own) if clock == "steps" and own else True
+    return None
 
 
 def _cfg():
@@ -61,12 +67,9 @@ class SubjectStagedGuider(Node):
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE_TIP),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="To SamplerCustomAdvanced.")],
-            hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, cfg):
-        return _problem(cls.hidden.unique_id, cfg)
+    validate_inputs = Marks(lambda node_id: _problems(node_id, "stages"))  # the sampler is another node
 
     @classmethod
     def execute(cls, model, positive, stages, cfg, negative=None) -> io.NodeOutput:
@@ -128,12 +131,9 @@ class SubjectStagedSampler(Node):
                 ),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="To VAE Decode.")],
-            hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, cfg):
-        return _problem(cls.hidden.unique_id, cfg)
+    validate_inputs = Marks(lambda node_id: _problems(node_id, "sampler_name"))
 
     @classmethod
     def execute(

@@ -13,6 +13,7 @@ from ..sampling.clock import CLOCKS
 from ..sampling.stages import BLENDS, PRESETS, Keyframe, Stages, flow_time_on_steps, with_keyframe
 from ..sampling.stages import preset as preset_stages
 from . import queued_graph
+from .marks import Marks
 from .schema import Node, schema, with_title
 from .schema import Stages as StagesType
 from .translation import translate
@@ -60,16 +61,15 @@ def schedule_inputs() -> list:
     ]
 
 
-def schedule_problem(node_id: str) -> bool | str:
-    """The answer of `validate_inputs` of a node with a schedule: True, or what is wrong with it, as far as is known."""
+def _schedule_problems(node_id: str) -> dict[str, str | None]:
+    """What is wrong with the schedule of a node, by input, as far as is known."""
     given = queued_graph.queued(node_id)
-    linked = given.get("stages")
-    if isinstance(linked, list) and linked:  # takes the place of the widgets
-        given = queued_graph.queued(linked[0])
-    elif isinstance(found := _queued_stages(node_id), Exception):
-        return str(found)
-    own = queued_graph.own_steps_behind(node_id)
-    return own_steps(own) if own and given.get("clock") == "steps" else True
+    if is_link(given.get("stages")):  # takes the place of the widgets
+        return {"stages": own_steps_problem(node_id)}
+    found = _queued_stages(node_id)
+    if isinstance(found, Exception):
+        return {"start" if "start" in given else "tau1": str(found)}
+    return {"clock": own_steps_problem(node_id)}
 
 
 def _queued_stages(node_id: str) -> Stages | Exception | None:
@@ -99,7 +99,7 @@ def _schedule_of(given: Mapping[str, Any], before: Stages | None) -> Stages | No
     """The schedule of a node with these inputs, behind another; None where it is known only when it runs."""
     keyframe = "start" in given
     names = (*NUMBERS[:3], "blend", "clock") if keyframe else ("preset", "clock", *NUMBERS[3:])
-    values = [_number(given.get(name)) if name in NUMBERS else given.get(name) for name in names]
+    values = [queued_graph.number(given.get(name)) if name in NUMBERS else given.get(name) for name in names]
     if any(value is None or isinstance(value, list | dict) for value in values):
         return None
     if not keyframe:
@@ -107,16 +107,13 @@ def _schedule_of(given: Mapping[str, Any], before: Stages | None) -> Stages | No
     return with_keyframe(before, Keyframe(*values[:-1]), values[-1])
 
 
-def _number(value: Any) -> float | None:
-    """As the host will convert it; None where it cannot, which it says itself, and for a link."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
+def own_steps_problem(node_id: str) -> str | None:
+    """Why the sampler of a node, or one behind it, does not go with its schedule's clock; None where it does."""
+    given, sampler = queued_graph.queued(node_id), queued_graph.own_steps_behind(node_id)
+    linked = given.get("stages")
+    clock = (queued_graph.queued(linked[0]) if is_link(linked) else given).get("clock")
+    if sampler is None or clock != "steps":
         return None
-
-
-def own_steps(sampler: str) -> str:
-    """Why a sampler does not go with the clock steps."""
     return f"the clock is steps, but {sampler} chooses its own: choose the clock flow_time, or another sampler."
 
 
@@ -176,9 +173,7 @@ class SubjectApplyStages(Node):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, tau1):
-        return schedule_problem(cls.hidden.unique_id)
+    validate_inputs = Marks(_schedule_problems)
 
     @classmethod
     def execute(cls, model, preset, clock, tau1, tau2, stages=None, sigmas=None) -> io.NodeOutput:
@@ -211,9 +206,7 @@ class SubjectStageSchedule(Node):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, tau1):
-        return schedule_problem(cls.hidden.unique_id)
+    validate_inputs = Marks(_schedule_problems)
 
     @classmethod
     def execute(cls, preset, clock, tau1, tau2) -> io.NodeOutput:
@@ -273,12 +266,9 @@ class SubjectStageKeyframe(Node):
                     ),
                 )
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
-    def validate_inputs(cls, start):
-        return schedule_problem(cls.hidden.unique_id)
+    validate_inputs = Marks(_schedule_problems)
 
     @classmethod
     def execute(cls, start, mllm_strength, vae_strength, blend, clock, previous=None) -> io.NodeOutput:

@@ -7,16 +7,21 @@ from playwright.sync_api import TimeoutError
 from subject_dla.tools.comfy_client import workflow
 
 SCHEDULE, SAMPLER, PIPELINE = "SubjectStageSchedule", "SubjectStagedSampler", "SubjectLoadPipeline"
-CASES = {  # case: changed widgets by node, the node that is marked, words of the message
+PROMPTS = "SubjectPromptList"  # in a template of its own
+CASES = {  # case: changed widgets by node, the node that is marked, at which inputs, words of the message
     "flow times on the clock steps": (
-        {SCHEDULE: {"preset": "paper", "clock": "steps", "tau1": 0.95, "tau2": 0.85}}, SCHEDULE,
+        {SCHEDULE: {"preset": "paper", "clock": "steps", "tau1": 0.95, "tau2": 0.85}}, SCHEDULE, ["tau1"],
         "Stages out of order: tau1 is 0.95 and tau2 0.85"),
     "a sampler with steps of its own": (
         {SCHEDULE: {"preset": "paper", "clock": "steps", "tau1": 0.2, "tau2": 0.4},
-         SAMPLER: {"sampler_name": "dpm_adaptive"}}, SAMPLER, "the clock is steps, but dpm_adaptive chooses its own"),
-    "no negative": ({SAMPLER: {"cfg": 3, "negative": None}}, SAMPLER, "Staged Sampler: cfg is 3"),
+         SAMPLER: {"sampler_name": "dpm_adaptive"}}, SAMPLER, ["sampler_name"],
+        "the clock is steps, but dpm_adaptive chooses its own"),
+    "no negative": ({SAMPLER: {"cfg": 3, "negative": None}}, SAMPLER, ["cfg"], "Staged Sampler: cfg is 3"),
     "two missing files": (
-        {PIPELINE: {"mllm": "gone", "dla": "lost.safetensors"}}, PIPELINE, "models/dla has no 'lost.safetensors'"),
+        {PIPELINE: {"mllm": "gone", "dla": "lost.safetensors"}}, PIPELINE, ["mllm", "dla"],
+        "models/dla has no 'lost.safetensors'"),
+    "a prefix outside the output folder": (
+        {PROMPTS: {"prefix": "../x"}}, PROMPTS, ["prefix"], "prefix is '../x', with which a file's name leads out"),
 }  # fmt: skip
 CHANGE = """(app, _, changes) => {
     for (const [kind, values] of Object.entries(changes)) {
@@ -27,16 +32,17 @@ CHANGE = """(app, _, changes) => {
         }
     }
 }"""
-# The nodes that are marked, and what the server says of them.
+# The nodes that are marked, at which inputs, and what the server says of them.
 MARKED = """(app) => Object.entries(app.lastNodeErrors).map(([id, {errors}]) => [
-    app.graph.getNodeById(id).type, errors.map(({details}) => details).join("\\n")
+    app.graph.getNodeById(id).type, errors.map(({extra_info}) => extra_info.input_name),
+    errors.map(({details}) => details).join("\\n")
 ])"""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_marked_on_its_node(editor, case):
-    changes, node, words = CASES[case]
-    editor.load(workflow.read("demo"))
+    changes, node, inputs, words = CASES[case]
+    editor.load(workflow.read("batch_prompts" if PROMPTS in changes else "demo"))
     editor.run(CHANGE, changes)
     with editor.page.expect_response("**/prompt"):
         editor.press_run()
@@ -48,8 +54,8 @@ def test_a_mistake_is_marked_on_its_node(editor, case):
         editor.page.get_by_role("button", name=re.compile("^Info for ")).first.click()
     shown.wait_for()
     editor.screenshot(f"error-{case}".replace(" ", "-"))
-    ((marked, text),) = editor.run(MARKED)
-    assert marked == node and text.count(words) == 1
+    ((marked, at, text),) = editor.run(MARKED)
+    assert (marked, at) == (node, inputs) and text.count(words) == 1
 
 
 def test_a_hint_is_written_on_its_node(editor):

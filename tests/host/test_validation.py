@@ -81,7 +81,8 @@ def staged(sampler="euler", **values) -> dict:
 ])  # fmt: skip
 def test_thresholds_that_make_no_schedule_are_refused_by_their_names(values, words):
     (text,) = errors("2", **staged(**values))
-    assert text.startswith("tau1 - Apply Stages: ") and all(word in text for word in words), text
+    marked = "clock" if "sampler" in values else "tau1"
+    assert text.startswith(f"{marked} - Apply Stages: ") and all(word in text for word in words), text
 
 
 @pytest.mark.parametrize("values", [
@@ -114,7 +115,7 @@ def test_a_connected_schedule_on_steps_is_refused_with_samplers_that_choose_thei
     graph["2"][1]["stages"] = ["9", 0]
     graph["9"] = ("SubjectStageKeyframe", keyframe(0.2, "steps"))
     (text,) = errors("2", **graph)
-    assert text.startswith("tau1 - Apply Stages: ") and "dpm_fast" in text
+    assert text.startswith("stages - Apply Stages: ") and "dpm_fast" in text
     graph["9"] = ("SubjectStageKeyframe", keyframe(0.2, "flow_time"))
     assert errors("2", **graph) == errors("9", **graph) == []
 
@@ -269,7 +270,11 @@ def test_samplers_with_steps_of_their_own_are_refused_on_the_clock_steps(node):
     if node == "SubjectStagedSampler":  # it samples itself
         graph["4"] = ("VAEDecode", {"samples": ["2", 0], "vae": ["7", 0]})
     (text,) = errors("2", **graph)
-    assert "dpm_adaptive" in text and "flow_time" in text
+    marked = "stages" if node == "SubjectStagedGuider" else "sampler_name"
+    assert text.startswith(f"{marked} - Staged ") and "dpm_adaptive" in text and "flow_time" in text
+    graph["2"][1]["cfg"] = 3.0
+    assert {text.split(" - ")[0] for text in errors("2", **graph)} == {"cfg", marked}
+    graph["2"][1]["cfg"] = 1.0
     assert errors("2", **{**graph, "9": ("SubjectStageSchedule", schedule())}) == []
 
 

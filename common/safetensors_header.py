@@ -18,6 +18,9 @@ SIGNATURES = (
     (b"\x80\x02", "a pickle, probably a .pt or .ckpt that was renamed"),
     (b"GGUF", "a GGUF file that was renamed"),
     (b"version https://git-lfs", "a Git LFS pointer instead of the file itself"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"RIFF", "a WebP picture or a sound"),
     (b"<", "a web page, probably of a download that needed a login"),
 )
 
@@ -66,7 +69,9 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
         if not (start[8:9] == b"{" and length <= LONGEST):
             if kind := signature(start):
                 raise SafetensorsError(path, f"is {kind}, expected a .safetensors file. Download or save it again.")
-            raise SafetensorsError(path, f"is not a .safetensors file: it begins with {start[:8]!r}. Replace it.")
+            raise SafetensorsError(
+                path, f"is not a .safetensors file: it begins with {start[:8]!r}. Download or save it again."
+            )
         if 8 + length > size:
             raise SafetensorsError(
                 path, f"is cut off inside its header: {size} bytes, at least {8 + length} expected. Download it again."

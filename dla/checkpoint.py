@@ -160,4 +160,6 @@ def _guess_kind(keys: Iterable[str]) -> str:
         return "It looks like a diffusion model: put it into models/diffusion_models."
     if any(part in key for key in keys for part in ("embed_tokens.", "visual.", "lm_head.")):
         return "It looks like a language model: put it into models/mllm or models/text_encoders."
-    return f"Its first key is {next(iter(keys), None)!r}. If it is a DLA all the same, save it again with save_dla."
+    if any(part in key for key in keys for part in ("decoder.", "taesd_decoder")):
+        return "It looks like a VAE: put it into models/vae."
+    return f"Its first key is {next(iter(keys), None)!r}. Choose a file that Train DLA made, or save_dla."

@@ -44,7 +44,7 @@ class DLAConfig:
         expect(self.format_version == FORMAT_VERSION, "format_version", f"{FORMAT_VERSION}; a newer pack may read it")
         expect(isinstance(self.mllm, MLLMInfo), "mllm", "an MLLMInfo")
         expect(is_whole(self.context_width, 1, 65536), "context_width", "a whole number from 1 to 65536")
-        expect(isinstance(self.dit, str), "dit", 'a family name such as "flux", or "" for any')
+        expect(isinstance(self.dit, str) and len(self.dit) < 256, "dit", 'a family name such as "flux", or "" for any')
         expect(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
         expect(self.scores in SCORES, "scores", f"one of {', '.join(SCORES)}")
         expect(self.modalities in MODALITIES, "modalities", f"one of {', '.join(MODALITIES)}")

@@ -29,8 +29,8 @@ class MLLMInfo:
 
     def __post_init__(self) -> None:
         for field in ("name", "family"):
-            if not isinstance(getattr(self, field), str):
-                raise ValueError(f"MLLM {field} is {getattr(self, field)!r:.100}, expected text.")
+            if not isinstance(value := getattr(self, field), str) or len(value) > 255:  # messages hold it whole
+                raise ValueError(f"MLLM {field} is {value!r:.100}, expected text of at most 255 letters.")
         for field, top in (("layers", 1024), ("width", 65536)):
             if not is_whole(value := getattr(self, field), 1, top):
                 raise ValueError(f"MLLM {field} is {value!r:.100}, expected a whole number from 1 to {top}.")

@@ -109,12 +109,12 @@ def check_dit(
     width: of the context that the DiT reads, in channels; dit: its family. None and "" = not known, which passes.
     model: what the text calls the DiT.
     """
-    wanted = config.dit or f"any DiT with a context of {config.context_width}"
+    wanted = f"a {config.dit}" if config.dit else "a diffusion model"
     if width not in (None, config.context_width) or (config.dit and dit and config.dit != dit):
         raise ValueError(
-            f"DLA {name!r} makes tokens {config.context_width} wide for {wanted}; {model} is "
-            f"{dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load {wanted}, or a DLA "
-            "trained for this one."
+            f"DLA {name!r} makes tokens {config.context_width} wide for {config.dit or 'any family'}; {model} is "
+            f"{dit or 'of a family not known here'} and reads tokens {width or '?'} wide. Load {wanted} that reads "
+            f"tokens {config.context_width} wide, or a DLA trained for this one."
         )
 
 

@@ -143,4 +143,7 @@ def _what_is_it(keys: Mapping) -> str:
     for prefix in ("module.", "model.", "state_dict."):
         if any(key.startswith(prefix + BACKBONE) for key in keys):
             return f"its keys begin with {prefix!r}, since it was saved from inside another module. Take that off."
-    return f"its first key is {next(iter(keys), None)!r}, expected keys under {BACKBONE!r} and {HEAD!r}."
+    return (
+        f"its first key is {next(iter(keys), None)!r}, expected keys under {BACKBONE!r} and {HEAD!r}. Take one of the "
+        "published files."
+    )

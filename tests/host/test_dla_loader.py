@@ -177,7 +177,7 @@ def test_another_dit_is_refused(models):
     config = read_config("b.safetensors")
     for width, dit in ((48, "flux"), (None, ""), (48, ""), (None, "flux")):
         check_dit(config, "b.safetensors", width, dit)
-    refused = "'b.safetensors' makes tokens 48 wide for flux.*Load flux, or a DLA trained"
+    refused = "'b.safetensors' makes tokens 48 wide for flux.*Load a flux that reads tokens 48 wide, or a DLA trained"
     for width, dit in ((3584, "qwen_image"), (64, "flux"), (48, "flux2"), (64, "")):
         with pytest.raises(ValueError, match=refused):
             check_dit(config, "b.safetensors", width, dit)

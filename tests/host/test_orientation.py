@@ -291,7 +291,7 @@ def damaged(tiny):
         "wrapped": ("a.pt", {"module." + key: value for key, value in tiny.items()}, "keys begin with 'module.'"),
         "nested": ("a.pt", {"model": tiny, "epoch": 3}, "holds dict under 'model', expected tensors alone"),
         "list": ("a.pt", [tiny], "holds list, expected a state dict"),
-        "no key": ("a.safetensors", {"weight": torch.zeros(1)}, "its first key is 'weight'"),
+        "no key": ("a.safetensors", {"weight": torch.zeros(1)}, "its first key is 'weight'.* Take one of"),
         "empty": ("a.pt", b"", "is empty"),
         "login": ("a.pt", b"<!doctype html><p>log in", "is a web page"),
         "lfs": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),

@@ -152,16 +152,18 @@ DAMAGED = {
     "renamed .pt": (lambda path: torch.save({"state_dict": {"a": torch.zeros(1)}}, path), ["zip archive", ".pt"]),
     "renamed pickle": (write_bytes(pickle.dumps({"a": 1}, protocol=2)), ["a pickle", ".ckpt"]),
     "renamed gguf": (write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64)), ["GGUF"]),
-    "not safetensors": (write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)), ["not a .safetensors file", "PNG"]),
+    "a picture": (write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)), ["is a PNG picture, expected a .safetensors file"]),
+    "not safetensors": (write_bytes(b"\x07" * 64), ["not a .safetensors file", "Download or save it again"]),
     "header cut off": (edit(lambda content: content[:60]), ["cut off inside its header", "60 bytes"]),
     "header damaged": (write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2,'), ["damaged .safetensors header"]),
     "data cut off": (edit(lambda content: content[:-100]), ["is cut off: ", "expected"]),
     "data appended": (edit(lambda content: content + b"0"), ["bytes too many"]),
-    "no metadata": (metadata(None), ["no entry 'subject_dla'", "save_dla"]),
+    "no metadata": (metadata(None), ["no entry 'subject_dla'", "a file that Train DLA made"]),
     "a LoRA": (write_tensor("double_blocks.0.lora_A.weight"), ["looks like a LoRA", "models/loras"]),
     "a DiT": (
         write_tensor("double_blocks.0.img_attn.qkv.weight"), ["looks like a diffusion model", "models/diffusion_models"]
     ),
+    "a VAE": (write_tensor("decoder.conv_in.weight"), ["looks like a VAE", "models/vae"]),
     "an MLLM": (write_tensor("model.embed_tokens.weight"), ["looks like a language model"]),
     "metadata no JSON": (metadata({"subject_dla": "{'heads': 8}"}), ["is not JSON"]),
     "metadata no object": (metadata({"subject_dla": "[1, 2]"}), ["is [1, 2]", "expected a JSON object"]),
@@ -172,6 +174,10 @@ DAMAGED = {
     "missing entry": (config(context_width=...), ["'context_width' is missing"]),
     "no MLLM": (config(mllm="tiny"), ["mllm is 'tiny'"]),
     "MLLM without width": (config(mllm={"name": "a", "family": "b", "layers": 3}), ["mllm entry 'width' is missing"]),
+    "MLLM of an endless name": (
+        config(mllm={**CONFIG.to_dict()["mllm"], "name": "a" * 9999}), ["MLLM name is 'aaa", "at most 255 letters"]
+    ),
+    "DiT of an endless name": (config(dit="b" * 9999), ["dit is 'bbb", "expected a family name"]),
     "MLLM of no layers": (config(mllm={**CONFIG.to_dict()["mllm"], "layers": 0}), ["MLLM layers is 0"]),
     "subset out of range": (config(layer_subset=[0, 4]), ["layer_subset is [0, 4]", "from 0 to 3"]),
     "heads": (config(heads=5), ["heads is 5", "divisor", "16"]),

@@ -5,6 +5,7 @@ import re
 import stat
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
@@ -29,6 +30,12 @@ def file_problem(path: str | os.PathLike, expected: str = "a file") -> str:
     if stat.S_ISREG(mode):
         return "" if os.access(path, os.R_OK) else "cannot be read (permission denied)."
     return f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, expected {expected}."
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names for a message, the first `most` of them and how many more there are; "nothing" for none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "nothing"
 
 
 def path_problem(name: str) -> str:

@@ -15,6 +15,7 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
+from ..common.files import listed
 from ..common.safetensors_header import read_header
 from ..common.untrusted_json import read_json
 from .orient_anything.network import resize_positions
@@ -347,7 +348,7 @@ def _find_folder(name: str, kind: str) -> Path:
     """The folder of that name; raises EmbedderError where it is not one of `folder_names`, or no longer."""
     if name not in (there := folder_names(kind)):
         raise EmbedderError(
-            f"models/clip_vision has no {kind.upper()} folder {name!r}; it holds: {', '.join(there) or 'none'}. A"
+            f"models/clip_vision has no {kind.upper()} folder {name!r}; it holds: {listed(there)}. A"
             f" Hugging Face folder (config.json, model.safetensors) is expected, with model_type"
             f" {' or '.join(FOLDERS[kind])}."
         )

@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 import folder_paths
 
 from ..common.bootstrap import ROOT
+from ..common.files import listed
 
 EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}, "orientation": {".safetensors", ".pt"}}
 FILES = {"dla": "DLA", "orientation": "orientation"}  # kinds that are single files, and their names in messages
@@ -89,7 +90,7 @@ def find(kind: str, name: str) -> Path:
             return Path(root) / name
     there = files(kind) if kind in FILES else mllm_names()
     raise ValueError(
-        f"models/{kind} has no {name!r:.100}; it holds {', '.join(there) or 'nothing'}. "
+        f"models/{kind} has no {name!r:.100}; it holds {listed(there)}. "
         f"Put it into {' or '.join(roots(kind)) or 'a folder that register() makes known'} and refresh."
     )
 

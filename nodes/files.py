@@ -6,7 +6,7 @@ from unicodedata import category
 
 import folder_paths
 
-from ..common.files import path_problem, save_text
+from ..common.files import listed, path_problem, save_text
 from ..loaders import folders
 from . import queued_graph
 from .marks import Marks
@@ -31,7 +31,7 @@ def missing(kind: str, name: str | None) -> str | None:
     """None where `name` can be loaded, else what is wrong and what to do. A linked input is known only later."""
     if not isinstance(name, str) or name in (found := options(kind)):
         return None
-    there = ", ".join(found) if found else "nothing"
+    there = listed(found)
     return f"models/{kind} has no {name!r:.100}; it holds: {there}. Put {KINDS[kind]} there and press R to refresh."
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..common.files import path_problem
+from ..common.files import listed, path_problem
 from ..common.picture_files import PICTURES
 
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
@@ -98,7 +98,7 @@ def find_source(data: str | None) -> Path:
         return path
     if not (plain and len(parts) == 1 and path.is_dir()):
         found = list_sources()
-        there = ", ".join(found[:20]) + (" and more" if len(found) > 20 else "") if found else "nothing of the kind"
+        there = listed(found)
         chosen = "no data is chosen" if data in ("", NO_DATA) else f"no data {data!r:.100}"
         raise ValueError(
             f"Train DLA: {chosen} in ComfyUI's input folder; of folders and lists there is: {there}. Put a folder of "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.files import listed
 from ..loaders import folders
 from ..loaders.dit import load_dit
 from ..loaders.host import load_clip, load_dual_clip
@@ -65,6 +66,6 @@ def find_lora(name: str) -> Path:
 
     path = folder_paths.get_full_path("loras", name)
     if path is None:
-        there = ", ".join(folder_paths.get_filename_list("loras")) or "nothing"
+        there = listed(folder_paths.get_filename_list("loras"))
         raise ValueError(f"models/loras has no {name!r}; it holds: {there}. Put the LoRA there and press R to refresh.")
     return Path(path)

@@ -11,6 +11,8 @@ from subject_dla.dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo, 
 from subject_dla.dla import load_dla as load_torch_only
 from subject_dla.loaders import folders
 from subject_dla.loaders.dla import Operations, load_dla, read_config
+from subject_dla.nodes.files import missing
+from subject_dla.nodes.translation import translate
 from subject_dla.tests.small.features import random_features
 
 INFO = MLLMInfo("tiny", "internvl", layers=3, width=32)
@@ -168,6 +170,14 @@ def test_another_mllm_is_refused(models, change):
         dla.check_mllm(other)
     for part in ("'b.safetensors'", "belongs to tiny", "come from other", next(iter(change)), "Load tiny", "train one"):
         assert part in str(error.value)
+
+
+def test_of_many_files_the_first_are_named(models):
+    for number in range(300):
+        (models / "models" / "dla" / f"{number:03}.safetensors").touch()
+    for text in (missing("dla", "none"), str(pytest.raises(ValueError, load_dla, "none.safetensors").value)):
+        assert "'none" in text and "019.safetensors and 280 more. Put" in text and "020" not in text
+    assert "另有 280 个" in translate(missing("dla", "none"), "zh")
 
 
 def test_another_dit_is_refused(models):

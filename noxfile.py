@@ -55,9 +55,8 @@ def tests(session: nox.Session) -> None:
     environment.obtain_browser(found.python)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     arguments = session.posargs
-    if not arguments:  # all: two processes of a thread each, a file's tests in one of them, which has its fixtures once
-        arguments, environ["OMP_NUM_THREADS"] = ["--numprocesses=2", "--dist=loadfile", str(ROOT / "tests")], "1"
-        arguments.append(f"--ignore={ROOT / 'tests' / 'browser'}")
+    if not arguments:  # all: in two processes of a thread each
+        arguments, environ["OMP_NUM_THREADS"] = [*matrix.TOGETHER, *matrix.SUITE], "1"
     session.run(str(found.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
 
 

@@ -24,6 +24,9 @@ FLAGS = (
 )  # fmt: skip
 ACCELERATOR_ONLY = ("--lowvram", "--novram")  # the host takes neither together with --cpu
 WORKFLOWS = ("tests/server/test_workflows.py", "-k", "test_workflow or further_prompt or first_shipped")
+# A file's tests in one process, which has its fixtures once; files with long tests first, so that both end together.
+TOGETHER = ("--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder")
+SUITE = tuple(str(environment.ROOT / "tests" / folder) for folder in ("server", "host", "method"))
 COUNTS = ("passed", "failed", "error", "skipped")
 
 
@@ -71,8 +74,7 @@ def _run(transformers: str, flags: str, tests: Sequence[str]) -> dict:
         return {**row, "not_tried": "needs an accelerator", "seconds": 0}
     if flags and not _knows(found.comfyui, flags):
         return {**row, "not_tried": "not on this host", "seconds": 0}
-    command = [str(found.python), "-m", "pytest", "-q", "--numprocesses=2", "--dist=loadfile"]
-    command += [*(tests or ["tests", "--ignore=tests/browser"])]
+    command = [str(found.python), "-m", "pytest", "-q", *TOGETHER, *(tests or SUITE)]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     log = OUTPUT / re.sub(r"[^\w.-]+", "_", f"{row['host']}-{row['transformers']}-{flags or 'suite'}.log")
     started = time.monotonic()

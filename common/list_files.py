@@ -25,9 +25,11 @@ Size = tuple[int, int]  # (width, height) in px of a picture as shown
 # Names that need no look at the disk to know where they lead, but for symbolic links.
 PLAIN = re.compile(r"(?!\.\.?(?:/|$))[^/\\:\0]+(?:/(?!\.\.?(?:/|$))[^/\\:\0]+)*")
 DECODE = json.JSONDecoder().raw_decode
+NESTED = "is a folder inside a subject's, expected its pictures right in it: move them there"
 SPACE = re.compile(r"[ \t\n\r]*")
 CHUNK = 2**20  # characters of a .json that are read at a time
 BLOCK = 64  # pictures that a thread decodes at a time
+MOST_LEFT_OUT = 100_000  # entries of a list that cannot be used, where they are two of three
 LONGEST_TEXT = 2**20  # bytes of a caption, or a list of prompts
 LONGEST_ENTRY = 16 * CHUNK  # characters of an entry of a list
 LONGEST_LIST = 256 * 2**20  # bytes of a .json that is read whole; entry by entry there is no limit
@@ -80,7 +82,7 @@ class DataReader:
         """
         if names is None:
             names = ["", *(path.name for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != ".")]
-        listed = ((name, self._pictures(root / name)) for name in names)
+        listed = ((name, self._pictures(root / name, root)) for name in names)
         found = {root / name: files for name, files in listed if files or (name and files is not None)}
         self._decode(path for pictures in found.values() for path in pictures)
         for folder, pictures in found.items():
@@ -109,13 +111,20 @@ class DataReader:
             max_references: 0 = any number.
 
         Raises:
-            DataError: The file is no list.
+            DataError: The file is no list, or most of it cannot be used.
         """
-        for number, value in self._values(path):
+        left_out = 0
+        for read, (number, value) in enumerate(self._values(path)):
             try:
                 yield Entry(number, *self._parse(value, root, target, max_references))
             except DataError as error:
                 self.problem(f"{path.name} entry {number}", str(error))
+                left_out += 1
+                if left_out > max(MOST_LEFT_OUT, read * 2 / 3):
+                    raise DataError(
+                        f"{path}: {left_out:,} of its first {read + 1:,} entries cannot be used, such as entry "
+                        f"{number}, which {error}."
+                    ) from None
 
     def require(self, found: Collection, source: Path, purpose: str, expected: str) -> None:
         """Raises DataError with the first problems where nothing was found."""
@@ -124,7 +133,7 @@ class DataReader:
             raise DataError(f"{source}: nothing to {purpose}, {count} problem(s) found. Expected {expected}.{first}")
 
     def _values(self, path: Path) -> Iterator[tuple[int, object]]:
-        """(number from 1, value) of each entry; those of a .jsonl are its lines."""
+        """(number from 1, value or why there is none) of each entry; those of a .jsonl are its lines."""
         if path.suffix.lower() == ".json":
             yield from enumerate(_json_values(path), 1)
             return
@@ -133,10 +142,12 @@ class DataReader:
                 try:
                     yield number, json.loads(line.encode("utf-8", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    self.problem(f"{path.name} entry {number}", f"is not JSON ({error})")
+                    yield number, DataError(f"is not JSON ({error})")
 
     def _parse(self, value: object, root: Path, target: bool, most: int) -> tuple[str, str, tuple[str, ...]]:
         """Subject, prompt, and the paths of the target, if asked for, and of the references."""
+        if isinstance(value, DataError):
+            raise value
         if not isinstance(value, dict):
             raise DataError(f"is {type(value).__name__}, expected an object")
         prompt, subject = value.get("prompt"), value.get("subject")
@@ -174,11 +185,13 @@ class DataReader:
             return found.relative_to(base).as_posix()
         return path.relative_to(root).as_posix()
 
-    def _pictures(self, folder: Path) -> list[Path] | None:
+    def _pictures(self, folder: Path, root: Path) -> list[Path] | None:
         try:
             named = sorted(path for path in folder.iterdir() if path.name[0] != ".")
             for path in named:
                 problem = left_out(path.name)
+                if folder != root and path.is_dir():
+                    problem = NESTED
                 if not problem and path.suffix.lower() in PICTURES and not path.is_dir():
                     problem = file_problem(path)
                 if problem:

@@ -1,6 +1,7 @@
 """Files inside uncompressed .tar archives, read where they are: nothing is ever extracted."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import BinaryIO
 from .files import DataError
 
 BLOCK = 512  # bytes, of the format
-HEADER = 2**20  # most bytes of a member's header, which tarfile reads into memory
+HEADER = 2**16  # most bytes of a member's header, which tarfile reads into memory
+DIGITS = re.compile(rb"\d{256}")  # more than a name has; tarfile up to Python 3.11.9 takes time by their square
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +91,10 @@ class _Bounded(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= HEADER:
             raise DataError(f"{self.name}: a header is said to have {size} bytes, expected at most {HEADER:,}.")
-        return super().read(size)
+        found = super().read(size)
+        if size > BLOCK and DIGITS.search(found):
+            raise DataError(f"{self.name}: a header holds a number of over 255 digits. Pack it again.")
+        return found
 
 
 class _Slice(io.RawIOBase):

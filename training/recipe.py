@@ -25,6 +25,7 @@ BACKSLASH = (
     "In TOML a backslash in double quotes begins an escape, such as \\n for a new line. Write a Windows path as "
     '\'C:\\data\\cats\', "C:/data/cats" or "C:\\\\data\\\\cats".'
 )
+LONGEST = 2**15  # characters of TOML: dotted keys take time and memory by the square; every setting once has 8,000
 STEPS = {1: 25_000, 2: 10_000}  # the paper's
 
 
@@ -246,6 +247,8 @@ def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
     """Parses a TOML text into nested dictionaries. Raises RecipeError with `path`."""
     if not text.strip():
         return {}  # on Python 3.10 too
+    if len(text) > LONGEST:
+        raise RecipeError(f"{path}: has {len(text):,} characters, expected at most {LONGEST:,} of TOML.")
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -260,6 +263,8 @@ def read_toml(text: str, path: str = "recipe") -> dict[str, Any]:
         lines = ["", *text.splitlines(), ""]
         hint = f" {BACKSLASH}" if re.search(r'"[^"]*\\', lines[min(int(number), len(lines) - 1)]) else ""
         raise RecipeError(f"{path}: not TOML ({error}).{hint}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise RecipeError(f"{path}: not TOML that can be read ({error}).") from None
 
 
 def template() -> str:
@@ -289,4 +294,6 @@ def _check(section: str, item, value: Any) -> None:
         expected += f" from {bounds['low']:g}" + (f" to {top:g}" if top < float("inf") else " up")
         fits = bounds["low"] <= value <= top
     if not fits:
-        raise RecipeError(f"{section}.{item.name} is {value!r}, expected {expected} ({bounds['help']}).")
+        large = isinstance(value, int) and value.bit_length() > 128  # Python writes no thousands of digits
+        found = f"a number of {value.bit_length():,} bits" if large else repr(value)
+        raise RecipeError(f"{section}.{item.name} is {found}, expected {expected} ({bounds['help']}).")

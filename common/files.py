@@ -52,6 +52,11 @@ def path_problem(name: str) -> str:
     return ""
 
 
+def folded(name: str) -> str:
+    """A name without what some systems do not tell apart: its case, and how accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def read_bytes(path: str | os.PathLike, longest: int) -> bytes:
     """A regular file of at most `longest` bytes, whose size is checked before it is read. Raises DataError."""
     if problem := file_problem(path):

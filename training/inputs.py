@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..common.files import listed, path_problem
+from ..common.files import folded, listed, path_problem
 from ..common.picture_files import PICTURES
 
 TRAINING_STAGES = ["1: MLLM tokens", "2: MLLM and VAE tokens"]
@@ -61,12 +61,12 @@ def _read(folder: Path, changed: int, most: int) -> _Names:
         if entry.is_dir():
             folders.append(entry.name)
         elif suffix.lower() == ".txt":
-            captions.add(stem)
+            captions.add(folded(stem))
         elif suffix.lower() in PICTURES:
             pictures.append(stem)
         elif suffix.lower() in LISTS:
             lists.append(entry.name)
-    captioned = any(stem in captions for stem in pictures)
+    captioned = any(folded(stem) in captions for stem in pictures)
     if len(names) == most and not captioned:  # the rest is not read: these may come first, and their others later
         captioned = bool(captions) or any(
             (folder / f"{stem}{suffix}").is_file() for stem in pictures[:100] for suffix in (".txt", ".TXT")
@@ -77,7 +77,7 @@ def _read(folder: Path, changed: int, most: int) -> _Names:
 def _trains(folder: Path, most: int = NAMES) -> bool:
     """Whether shards, or pictures with captions, are in a folder; so many names of it and of its folders are read."""
     top = _look(folder, most)
-    if top.captioned or any(name.endswith(".tar") for name in top.lists):
+    if top.captioned or any(name.lower().endswith(".tar") for name in top.lists):
         return True
     inner = [folder / name for name in top.folders]
     some = inner[: most // 1000]  # with more, who knows

@@ -1,6 +1,8 @@
 """No picture or caption of training data and benchmarks is left out without a word."""
 
+import io
 import os
+import tarfile
 
 import pytest
 from PIL import Image
@@ -85,3 +87,51 @@ def test_a_pipe_as_a_list_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="a.jsonl is a pipe"):
         is_list(tmp_path / "a.jsonl")
+
+
+def test_folders_in_subjects_and_captions_of_others_are_named(tmp_path):
+    make(tmp_path / "fox", ["1.jpg", "2.jpg"])
+    make(tmp_path / "fox" / "more", ["3.jpg"])
+    for name in ("1.txt", "2.caption", "4.txt", "._1.txt"):
+        (tmp_path / "fox" / name).write_text(f"caption of {name}")
+    problems, reader = read_data(tmp_path, validation=0.0).problems, DataReader()
+    list(reader.subjects(tmp_path))
+    nested = "fox/more: is a folder inside a subject's, expected its pictures right in it: move them there"
+    assert problems == (
+        "fox/2.caption: is .caption, expected .txt: rename it", "fox/4.txt: has no picture of its name", nested
+    )  # fmt: skip
+    assert reader.problems == [nested]
+
+
+def test_captions_whose_names_other_systems_do_not_tell_apart_are_used(tmp_path):
+    make(tmp_path / "fox", ["IMG_1.JPG", "Caf\u00e9.jpg", "b.jpg"])
+    for name in ("img_1.txt", "Cafe\u0301.txt"):
+        (tmp_path / "fox" / name).write_text(f"caption of {name}")
+    data = read_data(tmp_path, validation=0.0)
+    assert not data.problems
+    assert {(e.target.name, e.prompt) for e in data.training} == {
+        ("IMG_1.JPG", "caption of img_1.txt"), ("Caf\u00e9.jpg", "caption of Cafe\u0301.txt")
+    }  # fmt: skip
+
+
+def shard(path, names):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = io.BytesIO()
+            if name.endswith(".txt"):
+                data.write(b"a fox")
+            else:
+                Image.new("RGB", (40, 40)).save(data, "JPEG")
+            info = tarfile.TarInfo(name)
+            info.size = data.tell()
+            data.seek(0)
+            tar.addfile(info, data)
+
+
+def test_every_shard_is_read_and_a_reference_of_another_kind_is_named(tmp_path):
+    shard(tmp_path / "a.tar", ["1.jpg", "1.txt", "1.ref0.jpg", "1.depth.png"])
+    shard(tmp_path / "b.TAR", ["2.jpg", "2.txt", "2.ref0.jpg"])
+    shard(tmp_path / "c.tar", ["fox/3.jpg", "fox/3.txt", "fox/3.ref0.heic", "fox/4.jpg", "fox/4.txt"])
+    data = read_data(tmp_path, validation=0.0)
+    assert [e.target.tar.name for e in data.training] == ["a.tar", "b.TAR"]
+    assert any(line.startswith("c.tar fox/3: has .ref0.heic, which is .heic, expected .jpg") for line in data.problems)

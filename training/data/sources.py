@@ -10,8 +10,9 @@ from pathlib import Path
 from posixpath import normpath
 from typing import NamedTuple
 
-from ...common.files import DataError, file_problem
+from ...common.files import DataError, file_problem, folded
 from ...common.list_files import (
+    NESTED,
     Confined,
     DataReader,
     digest,
@@ -20,14 +21,16 @@ from ...common.list_files import (
     read_text,
     size_or_problem,
 )
-from ...common.picture_files import PICTURES, left_out
+from ...common.picture_files import OTHER_PICTURES, PICTURES, left_out
 from ...common.tar_files import TarMember, tar_members
 from .index import Columns, Draft, Index, Say, load_columns
 
 TEXTS = 2**20  # most bytes of a caption
 EXTENSIONS = "|".join(suffix[1:] for suffix in PICTURES)
 REFERENCE = re.compile(rf"(?:ref|reference)s?[._-]?(\d*)\.(?:{EXTENSIONS})")  # extension of a sample's reference
+OTHER_CAPTIONS = (".caption", ".cap")  # by other trainers' programs
 TARGET = re.compile(rf"(?:target\.)?(?:{EXTENSIONS})")
+OTHERS = re.compile(rf"(?:(?:ref|reference)s?[._-]?\d*\.|target\.)?(?:{'|'.join(s[1:] for s in OTHER_PICTURES)})")
 BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -153,7 +156,8 @@ def _subjects(root: Path) -> Iterator[_Subject]:
         yield _Subject("", root.resolve().name, pictures, captions, others)
     for folder in folders:
         try:
-            pictures, captions, others, _ = _scan(root / folder)
+            pictures, captions, others, inner = _scan(root / folder)
+            others |= dict.fromkeys(inner, NESTED)
             yield _Subject(folder, folder, pictures, captions, others)
         except OSError as error:
             yield _Subject(
@@ -182,7 +186,27 @@ def _scan(folder: Path) -> tuple[list[str], dict[str, os.DirEntry], dict[str, st
                 pictures.append(entry.name)
             elif problem := left_out(entry.name):
                 others[entry.name] = problem
+            elif suffix.lower() in OTHER_CAPTIONS:
+                others[entry.name] = f"is {suffix.lower()}, expected .txt: rename it"
+    _match(pictures, captions, others)
     return sorted(pictures), captions, others, sorted(folders)
+
+
+def _match(pictures: list[str], captions: dict[str, os.DirEntry], others: dict[str, str]) -> None:
+    """Gives pictures the captions whose names differ in case or in how accents are written; names those of none."""
+    stems = {os.path.splitext(name)[0] for name in pictures}
+    alone = {name for name in captions if name[:-4] not in stems}
+    near: dict[str, list[str]] = {}
+    for name in sorted(alone):
+        near.setdefault(folded(name[:-4]), []).append(name)
+    for stem in sorted(stems):
+        if f"{stem}.txt" not in captions and (found := near.get(folded(stem))):
+            captions[f"{stem}.txt"] = captions[found[0]]
+            alone -= {*found[:1]}
+    for name in alone:
+        entry = captions.pop(name)
+        if entry.name[0] != ".":
+            others[entry.name] = "has no picture of its name"
 
 
 def _caption(reader: DataReader, subject: _Subject, picture: str) -> str:
@@ -230,7 +254,7 @@ def find_shards(source: Path) -> tuple[Path, list[str]] | None:
 
 
 def _tars(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar") and entry.is_file())
+    return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(".tar") and e.is_file())
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -293,8 +317,8 @@ def _sample(
         prompt, subject = _texts(by_extension)
         if len(by_extension) < len(members):
             problem = "has an extension twice, expected each once"
-        elif not targets and (others := [found for member in members if (found := left_out(member.member))]):
-            problem = others[0]
+        elif others := [member for extension, member in by_extension.items() if OTHERS.fullmatch(extension)]:
+            problem = f"has .{_key(others[0].member)[1]}, which {left_out(others[0].member)}"
         elif len(targets) != 1 and (prompt or targets or references):
             problem = f"has {len(targets)} pictures, expected one (.jpg, .png or .webp) with its .txt right behind it"
         elif len(references) > max_references:

@@ -173,7 +173,13 @@ def resume(folder: Path, check: Callable[[dict], object], *trained: Any) -> Resu
 
 def check_same_run(state: dict[str, Any], recipe: Recipe) -> None:
     """Raises RecipeError where a checkpoint's state is of a run with other FIXED settings."""
-    begun = Recipe.from_dict(state["recipe"]).to_dict()  # options that are newer than the run have their defaults
+    try:
+        begun = Recipe.from_dict(state["recipe"]).to_dict()  # options that are newer than the run have their defaults
+    except RecipeError as error:
+        raise RecipeError(
+            f"Run '{recipe.run.name}' was begun with settings that cannot be read ({error}) Resume it with the version "
+            "of this pack that began it, or choose another name to begin a new one."
+        ) from None
     given = recipe.to_dict()
     for values in (begun, given):
         del values["dla"]["scores"]  # 0.1.0 did not record them: see begun_scores
@@ -301,7 +307,7 @@ def _state_problem(checkpoint: Path, state: dict) -> str:
     if type(state["data"].get("fingerprint")) is not str:
         return "data has no fingerprint, expected text"
     for at, rows in state["validation"].items():
-        if not at.isdecimal() or not isinstance(rows, list) or not all(map(is_loss, rows)):
+        if not at.isdecimal() or len(at) > 9 or not isinstance(rows, list) or not all(map(is_loss, rows)):
             return f"validation has {reprlib.repr(rows)} at step {at:.20}, expected a list of losses"
     return ""
 
@@ -318,6 +324,12 @@ def _moments_problem(moments: dict, optimizer: Optimizer) -> str:
             entry, value = f"{index}/{name}", values.get(name)
             if value is None:
                 return f"{entry} is missing"
+            if isinstance(value, dict) and name not in needed:  # bitsandbytes nests what it quantises
+                if not _is_finite(value):
+                    return f"{entry} has values that are NaN or infinite"
+                continue
+            if not isinstance(value, (int, float, torch.Tensor)):
+                return f"{entry} is {reprlib.repr(value)}, expected a number"
             numbers = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             shape = tuple(parameter.shape)
             if name.startswith("exp_avg") and (tuple(numbers.shape) != shape or not numbers.is_floating_point()):
@@ -331,6 +343,12 @@ def _moments_problem(moments: dict, optimizer: Optimizer) -> str:
             ):
                 return f"{entry} is below 0 or no number"
     return ""
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())
 
 
 def _remove(checkpoint: Path) -> None:
@@ -370,5 +388,7 @@ def _unpack(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
         entry = state.setdefault(int(index), {})
         for name in names:
             entry = entry.setdefault(name, {})
+            if not isinstance(entry, dict):
+                raise ValueError(f"optimizer.safetensors: {path} is inside of {name}, which is a tensor")
         entry[last] = value
     return state

@@ -154,13 +154,13 @@ class _Run:
                     "Load that one to resume, or choose another run.name to begin a new one."
                 )
         for name in ("start_dla", "start_lora"):
-            before, new = state["recipe"]["run"][name], now["recipe"]["run"][name]
+            before, new = state["recipe"].get("run", {}).get(name, ""), now["recipe"]["run"][name]
             if before != new:
                 self._say(f"{name} is {new or 'none'} now, this run began from {before or 'none'}, and continues so.")
         if any(state["data"].get(name, given) != given for name in MARKS for given in [now["data"][name]]):
             self._say("The data have changed since this run began: it continues with the new ones.")
         for name, new in now["recipe"]["data"].items():
-            before = state["recipe"]["data"].get(name, new)
+            before = state["recipe"].get("data", {}).get(name, new)
             if before != new and name not in UNSEEN:
                 self._say(f"data.{name} is {new} now, this run had {before}: it continues with {new}.")
 

@@ -24,6 +24,7 @@ from subject_dla.tests.small.mllm import build_internvl, build_qwen25vl
 from subject_dla.tests.small.models import WAN_VAE, host_shapes, random_like, text_encoder_shapes
 from subject_dla.training.data.feature_cache import FIELDS, FeatureSource, stack
 from subject_dla.training.data.latent_cache import LatentCache, cut
+from subject_dla.training.data.shared import read_entry, record
 
 TIMES = count(1)
 SMALL = {"dim": 16}  # of the Wan VAE
@@ -247,6 +248,16 @@ def test_flipped_bits_exchanged_entries_and_replaced_pictures_are_noticed(vae, p
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+@pytest.mark.parametrize("recorded", [[[]], [[1]], {"a": 1}, [None], 5])
+def test_an_entry_whose_record_of_pictures_is_another_is_made_again(pictures, tmp_path, caplog, recorded):
+    tensors = {"latent": torch.zeros(4)}
+    facts = json.loads(record("key", pictures[:1], tensors, {}))
+    facts["entry"]["pictures"] = recorded
+    save_file(tensors, tmp_path / "entry.safetensors", {"latent": json.dumps(facts)})
+    assert read_entry(tmp_path / "entry.safetensors", "latent", "key", pictures[:1], lambda _: "") is None
+    assert "entry.safetensors" in caplog.text and "It is made again" in caplog.text
+
+
 def test_a_pipe_in_place_of_an_entry_is_replaced(vae, mllm, pictures, tmp_path):
     latent = LatentCache(vae, tmp_path).get(pictures[0], 64, 64)
     features = FeatureSource(mllm, folder=tmp_path).get(PROMPTS[0], (pictures[0],))

@@ -287,7 +287,9 @@ def load_columns(file: Path, mapped: Sequence[str] = ()) -> tuple[str, Columns] 
         with safe_open(file, framework="pt") as opened:
             columns = {name: opened.get_tensor(name).numpy() for name in opened.keys()}
         key = facts["key"]
-        if "check" in facts and facts["check"] != _check(key, columns):  # 0.1.0's files have none
+        if "check" not in facts:  # 0.1.0's: nothing shows whether it is whole
+            return None
+        if facts["check"] != _check(key, columns):
             log.warning("Subject DLA: %s was changed or damaged: its checksum is another one. It is made again.", file)
             return None
     except (SafetensorError, SafetensorsError, OSError, KeyError, TypeError, ValueError):

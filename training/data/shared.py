@@ -64,7 +64,7 @@ def read_entry(
             found = "was changed: its checksum is another one"
         elif len(entry["pictures"]) != len(pictures) or not all(map(_same, pictures, entry["pictures"])):
             found = "was made of another picture, which had the same size and time"
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found = f"cannot be read ({error})"
     if found:
         log.warning("Subject DLA: the cache entry %s %s. It is made again.", file, found)

@@ -186,22 +186,26 @@ class FolderEmbedder(Embedder):
         """(D,) float32 on the CPU; of a prompt that is too long the beginning counts."""
         import transformers
 
+        longest = self.model.config.text_config.max_position_embeddings
         try:
             check_tokenizer(self.folder)
         except ValueError as error:
             raise EmbedderError(str(error)) from None
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(self.folder), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
+            class_ = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
+            tokenizer = class_.from_pretrained(str(self.folder), local_files_only=True)  # no class that a file names
+            self.cut += len(tokenizer(prompt)["input_ids"]) > longest
+            tokens = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt")
+            if (last := int(tokens["input_ids"].max())) >= self.model.config.text_config.vocab_size:
+                raise ValueError(f"it gives the token {last}, the model has {self.model.config.text_config.vocab_size}")
+        except BaseException as error:  # also the tokenizer's own PanicException
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise EmbedderError(
                 f"{self.folder}: its tokenizer cannot be read ({type(error).__name__}: {error!s:.200}). Download the "
                 "whole folder again."
             ) from error
-        longest = self.model.config.text_config.max_position_embeddings
-        self.cut += len(tokenizer(prompt)["input_ids"]) > longest
-        tokens = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self._load())
+        tokens = tokens.to(self._load())
         pooled = self.model.text_model(**tokens).pooler_output
         return _finite(self.model.text_projection(pooled)[0], self.backbone)
 

@@ -20,7 +20,9 @@ TEXTS = 256 * 2**20  # bytes of a tokenizer's file at most; Gemma's has 33 MB
 # What a config.json may not choose: code, attention (it may name a repository of code), other folders.
 CHOSEN_HERE = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
                "_attn_implementation_autoset", "_name_or_path", "experts_implementation", "_experts_implementation",
-               "quantization_config", "compression_config", "kernel_config")  # fmt: skip
+               "quantization_config", "compression_config", "kernel_config",
+               # and what the library's classes would answer in another form, or of which they make as many entries
+               "num_labels", "id2label", "label2id", "return_dict", "torchscript")  # fmt: skip
 DTYPES = ("torch_dtype", "dtype")
 TOGETHER = "Weights and config.json do not belong together: download both from one repository."
 QUANTIZED = re.compile(r"scale|qweight|qzeros|absmax|quant_|g_idx|SCB|weight_(format|packed|shape|zero_point)")
@@ -35,6 +37,7 @@ MAY_BE_0 = re.compile(r"register|per_layer_input|global|mtp")
 LAST_FINITE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one
 TOKENIZER_PATHS = ("vocab_file", "merges_file", "tokenizer_file")  # in tokenizer_config.json
+MOST_LONGER = 64  # times that a tokenizer may make a text longer before it splits it
 HARMLESS_LAYERS, HARMLESS = 128, 4096  # sizes that take no time or memory worth speaking of, whatever they are of
 
 
@@ -58,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises DataError for a folder without a tokenizer (transformers 5 makes an empty one), or with another's."""
+    """Raises DataError for a folder without a tokenizer (transformers 5 makes an empty one), or with a hostile one."""
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise DataError(
             f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Download them."
@@ -69,6 +72,14 @@ def check_tokenizer(folder: Path) -> None:
         value = values.get(name)
         if isinstance(value, str) and os.path.exists(value) and Path(value).resolve().parent != folder.resolve():
             raise DataError(f"{path}: {name} is {value!r:.100}, expected a file of its own folder. Remove that line.")
+    file = folder / "tokenizer.json"
+    found = read_json(file, longest=TEXTS) if file.is_file() else {}
+    longer = _longer([found.get(part) for part in ("normalizer", "pre_tokenizer")])
+    if longer > MOST_LONGER:
+        raise DataError(
+            f"{file} makes a text up to {longer:.3g} times as long, expected at most {MOST_LONGER} times. Download it "
+            "again."
+        )
 
 
 def _cleaned(value: Any) -> Any:
@@ -143,9 +154,9 @@ def check_sizes(config: dict[str, Any], headers: Headers, where: Path, positions
     Raises:
         DataError: A size is no whole number from 1 on, or far larger than anything in the weights.
     """
-    numbers = (re.findall(r"\.(\d{1,7})(?=\.)", key) for key in headers)
-    layers = max((int(number) + 1 for found in numbers for number in found), default=0)
-    widest = max((size for _, header in headers.values() for size in header.shape), default=0)
+    held = {key: header.shape for key, (_, header) in headers.items() if 0 not in header.shape}  # which prove nothing
+    layers = len({number for key in held for number in re.findall(r"\.(\d{1,7})(?=\.)", key)})
+    widest = max((size for shape in held.values() for size in shape), default=0)
     for name, value in _fields(config):
         last = name.rpartition(".")[2]
         if LAYERS.search(last):
@@ -178,6 +189,22 @@ def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.") if name != "audio_config" else ()  # which is not built
         yield prefix + name, value
+
+
+def _longer(part: Any) -> float:
+    """How many times as long a part of a tokenizer.json may make a text."""
+    if isinstance(part, list):
+        return math.prod(map(_longer, part))
+    if not isinstance(part, dict):
+        return 1.0
+    kind, own = part.get("type"), 1.0
+    if kind in ("Replace", "Prepend"):
+        own += len(str(part.get("content", part.get("prepend"))))
+    elif kind == "ByteLevel":  # a letter of two bytes becomes two of two
+        own = 2.0
+    elif kind == "Precompiled":  # a table that no MLLM here has
+        own = math.inf
+    return own * math.prod(_longer(part.get(name)) for name in ("normalizers", "pretokenizers"))
 
 
 def check_finite(path: Path | str, tensors: dict[str, torch.Tensor]) -> None:

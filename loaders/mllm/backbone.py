@@ -37,6 +37,11 @@ class MLLMBackbone(nn.Module):
                         parameter = name in module._parameters
                         setattr(module, name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that have an embedding."""
+        return self.model.language_model.embed_tokens.num_embeddings
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings (B, T, C) of ids (B, T), in the compute dtype."""
         return self.model.language_model.embed_tokens(ids, out_dtype=self.compute_dtype)

@@ -122,6 +122,10 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
     tokenizer.json is read by the `tokenizers` library itself: transformers reads it differently between its releases.
     """
     fast = folder / "tokenizer.json"
+    try:
+        weight_folders.check_tokenizer(folder)
+    except ValueError as error:
+        raise MLLMError(str(error)) from None
     if fast.is_file():
         from tokenizers import Tokenizer
 
@@ -135,17 +139,18 @@ def read_tokenizer(folder: Path, config: dict, family: MLLMFamily) -> tuple[Call
         tokenizer.no_padding()
 
         def tokenize(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids
+            try:
+                return tokenizer.encode(text, add_special_tokens=False).ids
+            except BaseException as error:  # as above: a worker of the host would end by it
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                raise MLLMError(f"{fast} does not split this prompt ({error!s:.200}). Download it again.") from error
 
     else:
-        from transformers import AutoTokenizer
+        from transformers import Qwen2Tokenizer  # and no class that a file names
 
         try:
-            weight_folders.check_tokenizer(folder)
-        except ValueError as error:
-            raise MLLMError(str(error)) from None
-        try:
-            slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            slow = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
             raise MLLMError(f"{folder}: its tokenizer is damaged ({error!s:.200}). Download it again.") from error
 

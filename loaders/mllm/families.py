@@ -1,6 +1,7 @@
 """One record for each MLLM architecture; both back ends read it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...dla.features import MLLMInfo
 from ..preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
@@ -26,6 +27,8 @@ class MLLMFamily:
     keeps_prefix: bool = True
     start: str = ""  # token before every text; a CLIP's tokenizer adds its own
     markers: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # of the template, that a folder's tokenizer must know
+    # model types of the config's parts, where the library would build any: with tables, or code of further packages
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     transformers: str = "4.57"  # the release from which on it can load a folder
 
     def info(self, name: str, layers: int, width: int, drop_leading_template: bool = True) -> MLLMInfo:
@@ -40,7 +43,8 @@ FAMILIES = {
         MLLMFamily("qwen2_5_vl", QWEN_IMAGE, Vision(14, 2, CLIP_MEAN, CLIP_STD)),
         MLLMFamily("qwen3_vl", QWEN3_VL, Vision(16, 2, HALF, HALF)),
         MLLMFamily(
-            "internvl", INTERNVL, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), "<IMG_CONTEXT>", 448, True, mrope=False
+            "internvl", INTERNVL, Vision(14, 2, IMAGENET_MEAN, IMAGENET_STD), "<IMG_CONTEXT>", 448, True, mrope=False,
+            parts={"text_config": ("qwen2", "qwen3", "llama"), "vision_config": ("internvl_vision",)},
         ),
         MLLMFamily("qwen2_5", OMNIGEN2, None),
         MLLMFamily("qwen3", KLEIN, None),

@@ -59,6 +59,11 @@ class TransformersMLLM(MLLM):
             is_image = token == self._image_token and left > 0
             tokens.append(None if is_image else token)
             left -= is_image
+            if not 0 <= token < self.backbone.vocabulary:
+                raise MLLMError(
+                    f"{self.info.name}: its tokenizer gives the token {token}, expected one below "
+                    f"{self.backbone.vocabulary}, as many as the model has. Download the folder again."
+                )
         device, dtype, width = self.patcher.load_device, self.backbone.compute_dtype, self.info.width
         # States kept, and about as much again for one layer's working memory (our estimate).
         length = len(tokens) + len(images) * (size // 14) ** 2 * (tiles + 1)
@@ -236,6 +241,12 @@ def _build_model(folder: Path, raw: dict[str, Any], family: MLLMFamily, headers:
         ) from error
     if getattr(config.get_text_config(), "enable_moe_block", False):
         raise MLLMError(f"{folder / 'config.json'}: enable_moe_block is true, expected a model without experts.")
+    for part, kinds in family.parts.items():
+        found = getattr(getattr(config, part, None), "model_type", None)
+        if found not in kinds:
+            raise MLLMError(
+                f"{folder / 'config.json'}: {part}'s model_type is {found!r:.60}, expected {' or '.join(kinds)}."
+            )
     layer = getattr(config, "vision_feature_layer", -1)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     if layer != -1 or strategy != "default":

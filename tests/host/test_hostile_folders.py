@@ -16,7 +16,7 @@ from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
 from subject_dla.tests.small.measure import build_measures
-from subject_dla.tests.small.mllm import build_qwen3vl, build_qwen25vl
+from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
 
 COMFYUI = Path(comfy.__path__[0]).parent
 DOWN = "model.layers.0.mlp.down_proj."
@@ -108,6 +108,78 @@ def test_sizes_are_compared_before_anything_is_built(copy, name, value):
         load_folder(copy)
 
 
+@pytest.mark.parametrize(("key", "shape", "config"), [
+    ("model.layers.9999998.x", (0, 2), {"num_hidden_layers": 10**7}),  # would be built for days
+    ("extra.weight", (0, 10**9), {"vision_config__hidden_size": 10**9, "vision_config__num_heads": 1}),  # 3 GB
+])  # fmt: skip
+def test_a_tensor_of_nothing_proves_no_size(copy, key, shape, config):
+    changed_weights(copy, lambda tensors: tensors.update({key: torch.zeros(shape)}))
+    changed_config(copy, **config)
+    with pytest.raises(MLLMError, match="config.json: .*_(layers|size) is 10*, expected a whole number"):
+        load_folder(copy)
+
+
+def changed_tokenizer(folder, **parts):
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer.update(parts)
+    path.write_text(json.dumps(tokenizer))
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+@pytest.mark.parametrize("parts", [
+    {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [REPLACE] * 5}] * 8}},
+    {"normalizer": REPLACE | {"pattern": {"String": ""}, "content": "x" * 10**6}},
+    {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 40}},
+])  # fmt: skip
+def test_a_tokenizer_that_makes_texts_endless_is_refused(copy, parts):
+    changed_tokenizer(copy, **parts)
+    with pytest.raises(MLLMError, match="tokenizer.json makes a text up to .* times as long, expected at most 64"):
+        load_folder(copy)
+
+
+def test_a_tokenizer_that_panics_ends_a_prompt_alone(copy):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    changed_tokenizer(copy, pre_tokenizer=split)
+    mllm = load_folder(copy)
+    with pytest.raises(MLLMError, match="tokenizer.json does not split this prompt"):
+        mllm.encode("a" * 60 + "b")
+
+
+def test_a_token_that_the_model_has_not_is_named(copy):
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["x"] = 10**6
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(MLLMError, match="gives the token 1000000, expected one below 152064"):
+        load_folder(copy).encode("x")
+
+
+def test_labels_of_a_config_are_not_made(copy):
+    """A hundred million took 3 GB and half a minute."""
+    changed_config(copy, num_labels=10**8, return_dict=False, vision_config__num_labels=10**8)
+    assert load_folder(copy).encode("a fox", [torch.rand(56, 56, 3)]).hidden_states.isfinite().all()
+
+
+@pytest.mark.parametrize("part", [
+    {"text_config": {"model_type": "gpt2", "n_positions": 200_000}},  # a mask of 40 GB
+    {"text_config": {"model_type": "qwen2_moe", "num_experts": 10**6, "hidden_size": 64}},
+    {"vision_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:owner/repo"}},  # which timm would fetch
+])  # fmt: skip
+def test_a_folder_chooses_no_other_architecture_for_a_part(tmp_path, part):
+    folder = build_internvl(tmp_path / "internvl")
+    changed_config(folder, **part)
+    with pytest.raises(
+        MLLMError, match="config.json: (text|vision)_config's model_type is '.*', expected (qwen2|inter)"
+    ):
+        load_folder(folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(copy, value):
     changed_weights(copy, lambda tensors: tensors[DOWN + "weight"].flatten()[7:8].fill_(value))
@@ -129,7 +201,7 @@ DAMAGES = {
     "pipe beside": ("chat_template.json", os.mkfifo, "is a pipe"),
     "folder as tokenizer": ("tokenizer.json", os.mkdir, "is a folder"),
     "device as config": ("config.json", lambda path: path.symlink_to("/dev/zero"), "has no config.json"),
-    "tokenizer of a number": ("tokenizer.json", lambda path: path.write_text("7"), "tokenizer.json is damaged"),
+    "tokenizer of a number": ("tokenizer.json", lambda path: path.write_text("7"), "tokenizer.json is 7, exp"),
     "config of a list": ("config.json", lambda path: path.write_text("[]"), "config.json is .., expected a JSON ob"),
     "deep config": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json is nested too deeply"),
     "index of a list": ("model.safetensors.index.json", lambda path: path.write_text("[]"), "index.json is .., exp"),
@@ -227,3 +299,12 @@ def test_an_mllms_tokenizer_is_that_of_its_folder(copy):
     (copy / "tokenizer_config.json").write_text(json.dumps({"vocab_file": __file__}))
     with pytest.raises(MLLMError, match="tokenizer_config.json: vocab_file is .*, expected a file of its own folder"):
         load_folder(copy)
+
+
+def test_a_tokenizer_of_clip_is_checked_as_well(scorers, tmp_path, monkeypatch):
+    shutil.copytree(scorers / "clip", tmp_path / "clip")
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path)])
+    tokenizer = {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}}
+    (tmp_path / "clip" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(EmbedderError, match="clip/tokenizer.json makes a text up to .* times as long"):
+        FolderEmbedder("clip", "clip").text("a fox")

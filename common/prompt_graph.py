@@ -4,6 +4,7 @@ What is queued comes from elsewhere: a malformed node has no inputs here.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, TypeGuard
 
 Graph = Mapping[str, Any]  # node id -> class_type and inputs; a link is [node id, output number]
@@ -18,7 +19,7 @@ def inputs_of(graph: Graph, node: Any) -> Mapping[str, Any]:
 
 def is_link(value: Any) -> TypeGuard[list]:
     """Whether an input's value is a link: [node id, output number]."""
-    return isinstance(value, list) and len(value) == 2
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Real)
 
 
 def upstream(graph: Graph, *nodes: Any, inputs: Collection[str] | None = None) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ...common.untrusted_json import parse_json, read_json
 from .sets import Case
 
 MARK = "subject_benchmark"  # key of the case among a PNG's texts
+MOST_DAMAGED = 100_000  # lines that cannot be read: it is no ledger
 LONGEST, LONGEST_LINE = 2**30, 2**20  # bytes of a ledger, and of one of its lines
 LEDGER, RUN = "ledger.jsonl", "run.json"
 
@@ -44,6 +45,11 @@ class Ledger:
                     self.lines[entry["name"]] = entry
             except (ValueError, TypeError, KeyError):  # cut off by a full disk or a kill
                 self.damaged += 1
+                if self.damaged > MOST_DAMAGED:
+                    raise RunError(
+                        f"{self.path} has over {MOST_DAMAGED:,} lines that name no case, expected a run's. Remove it, "
+                        "or use another --out."
+                    ) from None
 
     def add(self, entry: dict) -> None:
         """Appends a line. Raises OSError where it was not written whole."""
@@ -103,8 +109,8 @@ def check_run(out: Path, facts: dict) -> None:
         found = read_json(path) if os.path.lexists(path) else facts
         if found["workflow_digest"] != facts["workflow_digest"]:
             raise RunError(
-                f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')}). Use "
-                f"another --out, or remove {path.name} if they may be mixed."
+                f"{out}: holds the pictures of another workflow or of other settings ({found.get('workflow')!s:.200})."
+                f" Use another --out, or remove {path.name} if they may be mixed."
             )
     except (DataError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error

@@ -9,6 +9,7 @@ gives a row for each, and files of one name that were measured by different ones
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan
@@ -141,8 +142,8 @@ def _csv_rows(text: str) -> list[dict]:
     """The rows of a table with names in its first line. Raises DataError."""
     reader = csv.DictReader(text.splitlines(), restkey="")
     names = [_plain(name) for name in reader.fieldnames or ()]
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise DataError(f"it has {names.count(twice[0])} columns of the name {twice[0]!r}, expected one")
+    if twice := [(name, count) for name, count in Counter(names).items() if name and count > 1]:
+        raise DataError(f"it has {twice[0][1]} columns of the name {twice[0][0]!r:.60}, expected one")
     rows = list(reader)
     for number, row in enumerate(rows, 2):
         if "" in row and row[""] and "" not in names:
@@ -175,7 +176,10 @@ def _read_row(row: object, where: str, system: System, seen: dict, pose_by: dict
     """Adds one picture's values; whether there were any. pose_by: what measured the angles, where it is recorded."""
     if not isinstance(row, dict):
         raise ScoreError(f"{where}: is {type(row).__name__}, expected columns with names.")
-    row = {_plain(key): value for key, value in row.items() if value not in (None, "")}
+    given = {key: value for key, value in row.items() if value not in (None, "")}
+    row = {_plain(key): value for key, value in given.items()}
+    if len(row) < len(given):
+        raise ScoreError(f"{where}: has two values of one name among {', '.join(map(str, given))[:200]}, expected one.")
     if row.get("set", "outputs") != "outputs":
         return True  # the floor of Copy-Paste Report
     found = False

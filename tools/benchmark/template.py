@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
+from ...common.prompt_graph import is_link
 from ..comfy_client import workflow
 from ..comfy_client.client import title
 from ..comfy_client.node_inputs import bypass_input, socket_type, sockets
@@ -84,7 +85,7 @@ def _seed_inputs(prompt: dict) -> list[tuple[str, str]]:
     for key, node in prompt.items():
         for name in ("seed", "noise_seed"):
             target, value = (key, name), node["inputs"].get(name)
-            if isinstance(value, list) and value[0] in prompt:
+            if is_link(value) and value[0] in prompt:
                 target = (value[0], "value")
                 value = prompt[value[0]]["inputs"].get("value")
             if isinstance(value, int) and not isinstance(value, bool):
@@ -99,7 +100,7 @@ def upstream(prompt: dict, starts: Iterable[str] | None = None) -> set[str]:
         key = wanted.pop()
         if key in prompt and key not in found:
             found.add(key)
-            links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list) and value]
+            links = [value for value in prompt[key]["inputs"].values() if is_link(value)]
             wanted += [link[0] for link in links if isinstance(link[0], str)]
     return found
 
@@ -115,10 +116,10 @@ def _bypass(prompt: dict, key: str, object_info: dict) -> None:
     info = object_info[node["class_type"]]
     inputs = sockets(info, node["inputs"])
     links = [node["inputs"].get(socket.name) for socket in inputs]
-    linked = [isinstance(link, list) and link[0] in prompt for link in links]
+    linked = [is_link(link) and link[0] in prompt for link in links]
     for other in list(prompt):
         for name, value in list(prompt.get(other, {"inputs": {}})["inputs"].items()):
-            if not isinstance(value, list) or value[0] != key:
+            if not is_link(value) or value[0] != key:
                 continue
             reader = object_info[prompt[other]["class_type"]]
             kind = next((s.type for s in sockets(reader, [name]) if s.name == name), "*")

@@ -16,6 +16,7 @@ ALWAYS, MUTED, BYPASSED = 0, 2, 4  # modes of a node
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
 EDITOR_ONLY = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 DEEPEST = 50  # subgraphs in subgraphs
+MOST = 100_000  # nodes, with those of subgraphs, which may hold each other twice and again
 REPAIR = "Open the file in the editor, mend this link and save the file again."
 FROM_INPUTS, TO_OUTPUTS = "-10", "-20"  # the ends of links inside a subgraph that are the subgraph's own
 
@@ -125,6 +126,8 @@ class _Flat:
         for saved in graph.nodes:
             node = _Node(f"{host.id}:{saved['id']}" if host else str(saved["id"]), saved, graph, host)
             self.nodes[node.id] = node
+            if len(self.nodes) > MOST:
+                raise WorkflowFileError(f"{node}: it has over {MOST:,} nodes with those of its subgraphs.")
             node.inside, info = self.subgraphs.get(node.type), self.info.get(node.type)
             given = saved.get("inputs") or []
             if node.inside:

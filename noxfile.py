@@ -129,6 +129,9 @@ def faults(session: nox.Session) -> None:
 
 def run_table(session: nox.Session, module: str) -> None:
     """Runs a folder of tools with a table; those that need the host find it by COMFYUI_PATH."""
+    if session.posargs in (["-h"], ["--help"]):  # needs no environment, which takes minutes to make
+        session.run(sys.executable, BOOTSTRAP, module, *session.posargs, **RUN)
+        return
     found = prepare(session)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     session.run(str(found.python), BOOTSTRAP, module, *session.posargs, env=environ, **RUN)

@@ -50,11 +50,17 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("nox -s hosts --", description=__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="ComfyUI checkouts; none: the registry's host")
-    parser.add_argument("--transformers", action="append", help="a version, such as '4.57.*'; may be given again")
     parser.add_argument(
-        "--flags", action="append", help="as --flags='--cache-lru 10'; may be given again; --flags=: none"
+        "--transformers",
+        action="append",
+        help="a version, such as '4.57.*'; may be given again; without it 4.57.* and the newest",
     )
-    parser.add_argument("--tests", default="", help="pytest's arguments in place of the whole suite")
+    parser.add_argument(
+        "--flags",
+        action="append",
+        help=f"as --flags='--cache-lru 10'; may be given again; --flags= tries none; without it {', '.join(FLAGS)}",
+    )
+    parser.add_argument("--tests", default="", help="pytest's arguments, in place of the whole suite")
     options = parser.parse_args(arguments)
     options.tests = options.tests.split()
     options.transformers = options.transformers or TRANSFORMERS

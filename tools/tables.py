@@ -3,6 +3,8 @@
 Used by `tools/perf` (`nox -s bench`) and `tools/faults` (`nox -s faults`), which each have a `_table.py`.
 """
 
+import argparse
+import ast
 import importlib
 import json
 import os
@@ -92,10 +94,10 @@ def main(table: Table, argv: Sequence[str]) -> None:
     """`nox -s SESSION -- NAME [options]`: runs one file; without a name those of the table. Ends the process."""
     if argv[:1] in (["-h"], ["--help"]):
         options = f"{', '.join(table.take)} or -- NAME [options]" if table.take else "NAME [options]"
-        print(
-            f"nox -s {table.session} [-- {options}]\n\nNames: {', '.join(table.names)}. Without one: the whole table."
-        )
-        print(f"Options of one: nox -s {table.session} -- NAME --help")
+        print(f"nox -s {table.session} [-- {options}]\n\nWithout a name: all of the table, which takes long. Names:\n")
+        for name in table.names:
+            print(f"  {name:20} {_first_line(table.folder / name)}")
+        print(f"\nOptions of one: nox -s {table.session} -- NAME --help")
         sys.exit()
     if not argv or argv[0].startswith("-"):
         sys.exit(run_all(table, list(argv)))
@@ -103,6 +105,27 @@ def main(table: Table, argv: Sequence[str]) -> None:
         sys.exit(f"Which {table.noun}? There are: {', '.join(table.names)}.")
     importlib.import_module(f"{table.package}.{argv[0]}").main(list(argv[1:]))
     sys.exit()
+
+
+def _first_line(file: Path) -> str:
+    """What a file of a table measures, by its docstring: importing it takes the host."""
+    text = ast.get_docstring(ast.parse(file.with_suffix(".py").read_text(encoding="utf-8"))) or ""
+    return text.split("\n")[0]
+
+
+def parser(session: str, module: str, text: str | None) -> argparse.ArgumentParser:
+    """The command line of one file of a table, whose help is all that the file's docstring says.
+
+    Args:
+        session: Name of the nox session.
+        module: The file's `__name__`.
+        text: Its `__doc__`.
+    """
+    return argparse.ArgumentParser(
+        prog=f"nox -s {session} -- {module.rpartition('.')[2]}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_all(table: Table, options: list[str]) -> int:

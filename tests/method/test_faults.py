@@ -1,5 +1,6 @@
 """The harness of `nox -s faults`: what it calls clear, and that its damages are damages."""
 
+import importlib
 import json
 import os
 import pickle
@@ -14,7 +15,9 @@ from subject_dla.common.safetensors_header import read_header
 from subject_dla.sampling.stages import preset
 from subject_dla.tools.faults._child import Case, run, try_all, unclear
 from subject_dla.tools.faults._damage import code_ran, damages, in_folder, malicious_pickle
+from subject_dla.tools.faults._table import TABLE
 from subject_dla.tools.faults.long_run import BLOCK, settings
+from subject_dla.tools.tables import main
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX alone")
 
@@ -56,7 +59,8 @@ def test_cases_are_counted(tmp_path):
     found = try_all([clear, clear._replace(name="odd", work=lambda: [][0])], "bad_files")
     assert (found["bad_files_tried"], found["bad_files_clear"]) == (2, 1)
     assert found["bad_files_unclear"][0].startswith("odd: bare IndexError")
-    assert try_all([clear], "bad_files", ["other"])["bad_files_tried"] == 0
+    with pytest.raises(SystemExit, match="No case's name holds other"):  # not 0 of 0 clear
+        try_all([clear], "bad_files", ["other"])
 
 
 def test_a_malicious_pickle_is_seen():
@@ -108,3 +112,16 @@ def test_a_folder_is_copied_with_one_file_damaged(weights, tmp_path):
         assert bad.parent == copy and (copy / "model.safetensors").read_bytes() == original
         found += 1
     assert found > 25 and not any((tmp_path / "out").iterdir()) and weights.read_bytes() == original
+
+
+@pytest.mark.parametrize("name", TABLE.names)
+def test_help_says_what_a_kind_of_fault_is_before_anything_starts(capsys, name):
+    file = importlib.import_module(f"subject_dla.tools.faults.{name}")
+    with pytest.raises(SystemExit) as ended:
+        file.main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith(f"usage: nox -s faults -- {name} ") and "[]" not in shown
+    assert file.__doc__.strip() in shown and "JSON object" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(TABLE, ["--help"])
+    assert ended.value.code is None and f"  {name:20} {file.__doc__.splitlines()[0]}" in capsys.readouterr().out

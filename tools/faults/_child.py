@@ -7,6 +7,7 @@ does not have. POSIX alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import select
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...common.console import say
+from ..tables import parser
 
 SECONDS, BYTES = 30.0, 2 * 2**30  # of a case: more is a fault
 # Errors that say nothing to the person who chose the file, whatever their text.
@@ -170,15 +172,24 @@ def unclear(case: Case, outcome: Outcome, seconds: float = SECONDS, memory: int 
     return ""
 
 
-def try_all(cases: Iterable[Case], prefix: str, argv: Sequence[str] = ()) -> dict[str, Any]:
+def options(module: str, text: str | None, argv: Sequence[str]) -> argparse.Namespace:
+    """`words`, `all` and `v` of a command line; `module` and `text` are `__name__` and `__doc__` of the file."""
+    parsed = parser("faults", module, text)
+    parsed.add_argument("words", nargs="*", metavar="WORD", help="to try a few: what a case's name has to hold one of")
+    parsed.add_argument("--all", action="store_true", help="all damages of each file, not a part of them")
+    parsed.add_argument("-v", action="store_true", help="shows how each case ended")
+    return parsed.parse_args(argv)
+
+
+def try_all(cases: Iterable[Case], prefix: str, words: Sequence[str] = (), every: bool = False) -> dict[str, Any]:
     """Tries every case; returns `{prefix}_tried`, `{prefix}_clear` and the list `{prefix}_unclear`.
 
     Args:
         cases: What is tried, one after the other; files may be made as they are drawn.
         prefix: Of the keys, "bad_files".
-        argv: Words of which a case's name must hold one, to try a few; "-v" shows each case's end.
+        words: Of which a case's name must hold one, to try a few. Where none does, the process ends and says so.
+        every: Shows how each case ended.
     """
-    words = [word for word in argv if word != "-v"]
     tried, problems = 0, []
     for case in cases:
         if words and not any(word in case.name for word in words):
@@ -189,6 +200,8 @@ def try_all(cases: Iterable[Case], prefix: str, argv: Sequence[str] = ()) -> dic
         if problem:
             problems.append(f"{case.name}: {problem}")
             say(f"{case.name}: {problem}\n{outcome.trace}")
-        elif "-v" in argv:
+        elif every:
             say(f"{case.name}: {outcome.end} {outcome.kind} {outcome.text[:300]} ({outcome.seconds:.1f} s)")
+    if words and not tried:
+        sys.exit(f"No case's name holds {' or '.join(words)}; -v shows them.")
     return {f"{prefix}_tried": tried, f"{prefix}_clear": tried - len(problems), f"{prefix}_unclear": problems}

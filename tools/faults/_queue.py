@@ -318,6 +318,8 @@ def queue(folder: Path) -> Iterator[Queue]:
         with patch.dict(execution.nodes.NODE_CLASS_MAPPINGS, classes):
             yield made
     finally:
+        _given.clear()  # models that end with the interpreter end in a traceback of the host's
+        _taken.clear()
         folder_paths.folder_names_and_paths.clear()
         folder_paths.folder_names_and_paths.update(listed)
         folder_paths.filename_list_cache.clear()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...common.bootstrap import ROOT, start_host
-from ._child import Case, try_all
+from ._child import Case, options, try_all
 from ._damage import Damage, damages
 
 DRAWN = 26  # damages that are tried of a file
@@ -30,11 +30,12 @@ DEMO = ROOT / "demo" / "models"
 
 def main(argv: list[str]) -> None:
     """Tries them and prints one JSON object. `argv`: the command line without this file's name."""
+    given = options(__name__, __doc__, argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start_host(os.environ["COMFYUI_PATH"])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = try_all(cases(Path(folder), "--all" in argv), "bad_files", [word for word in argv if word != "--all"])
+        found = try_all(cases(Path(folder), given.all), "bad_files", given.words, given.v)
     print(json.dumps(found))
 
 

@@ -10,7 +10,6 @@ host's own checks, or by an error of ours: raised by our own code, its text begu
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 from ...common.bootstrap import ROOT, start_host
 from ...common.console import say
+from ..tables import parser
 
 SECONDS, WAIT = 10.0, 60.0  # of a case, that it computes in and that pass; more is a fault
 MEMORY = 8 * 2**30  # bytes of address space beyond those at the start
@@ -46,13 +46,18 @@ FEW = {"SubjectTrainDLA": 0.5, "SubjectLoadPipeline": 0.5}  # share of the cases
 
 def main(argv: list[str]) -> None:
     """Tries all and prints one JSON object. `argv`: the command line without the file's name."""
-    parser = argparse.ArgumentParser(prog="nox -s faults -- bad_inputs", description=__doc__.split("\n")[0])
-    parser.add_argument("nodes", nargs="*", help="classes of nodes; none: all")
-    parser.add_argument("--times", type=float, default=1.0, help="how many times the usual number of cases")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-v", action="store_true", help="shows how each case ended")
-    options = parser.parse_args(argv)
+    parsed = parser("faults", __name__, __doc__)
+    parsed.add_argument("nodes", nargs="*", metavar="NODE", help="classes, such as SubjectEncode; none: all")
+    parsed.add_argument("--times", type=float, default=1.0, metavar="X", help="so many times the usual cases (1)")
+    parsed.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    parsed.add_argument("-v", action="store_true", help="shows how each case ended")
+    options = parsed.parse_args(argv)
     start_host(os.environ["COMFYUI_PATH"])
+    from ...nodes import TOPICS
+
+    known = [node.__name__ for topic in TOPICS for node in topic.NODES]
+    if unknown := sorted(set(options.nodes) - set(known)):
+        parsed.error(f"there is no node {', '.join(unknown)}; there are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         tried, problems = 0, []
         _limit_memory()

@@ -1,6 +1,6 @@
 """Damaged files through a real server: each ends its own prompt at most, and the same process draws the next one.
 
-    nox -s faults -- bad_served [words of which a case's name has to hold one]
+    nox -s faults -- bad_served [WORD ...]
 
 A DLA, an MLLM's weights, config and tokenizer, a DiT, a VAE, a picture, and a folder to train on are damaged one at a
 time, in each way of `_damage.py`; a prompt that loads the file is queued, then a good one, which must give its
@@ -8,10 +8,10 @@ picture. `server_restarts` counts servers that had to be started again: they die
 minute. Last line: one JSON object.
 """
 
-import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import urllib.error
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from ...common.console import say
 from ...demo.family.layout import MODELS, NAMES
 from ...tests.small.prompts import of_type
 from ..comfy_client.client import HostError, WorkflowError, failure
+from ..tables import parser
 from ._damage import OF_ANY, Damage, code_ran, damages
 from ._server import Settings, draw, graph, small_server, upload_pictures, wait
 from ._training import training
@@ -48,9 +49,9 @@ class Bad(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Tries them and prints one JSON object. `argv`: the command line without the file's name."""
-    parser = argparse.ArgumentParser(prog="nox -s faults -- bad_served", description=__doc__.split("\n")[0])
-    parser.add_argument("words", nargs="*")
-    words = parser.parse_args(argv).words
+    parsed = parser("faults", __name__, __doc__)
+    parsed.add_argument("words", nargs="*", metavar="WORD", help="to try a few: what a case's name has to hold one of")
+    words = parsed.parse_args(argv).words
     tried, restarts, unclear = 0, 0, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work, ExitStack() as stack:
         base = Path(work) / "server"
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> None:
             if problem:
                 unclear.append(f"{bad.name}: {problem}")
             say(f"{bad.name}: {problem or ('refused' if text else 'taken')}")
+    if words and not tried:
+        sys.exit(f"No case's name holds {' or '.join(words)}.")
     result = {"server_restarts": restarts, "served_tried": tried, "served_unclear": unclear, "device": "cpu"}
     print(json.dumps(result))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...common.bootstrap import start_host
-from ._child import Case, try_all
+from ._child import Case, options, try_all
 from ._damage import Damage, damages, hostile_tar
 
 DRAWN = 14  # damages that are tried of a file
@@ -51,12 +51,12 @@ class Target(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Tries them and prints one JSON object. `argv`: the command line without this file's name."""
+    given = options(__name__, __doc__, argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start_host(os.environ["COMFYUI_PATH"])
     torch.set_num_threads(1)
-    words = [word for word in argv if word != "--all"]
     with tempfile.TemporaryDirectory() as folder:
-        found = try_all(cases(Path(folder), "--all" in argv), "bad_files", words)
+        found = try_all(cases(Path(folder), given.all), "bad_files", given.words, given.v)
     counts = {f"training_files_{key}": found[f"bad_files_{key}"] for key in ("tried", "clear")}
     print(json.dumps({**found, **counts}))
 

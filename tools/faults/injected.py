@@ -7,13 +7,13 @@ gives to which nothing was done, and a training run must end, bit for bit, with 
 alone. Last line: one JSON object.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ...common.console import say
+from ..tables import parser
 from ._drawing import DRAWING, SECOND_WAYS, clients, leaks, lost_drawing, replaced
 from ._faults import Faults
 from ._training import TRAINING, disk, kills, lost_training, two_runs
@@ -25,9 +25,9 @@ def main(argv: list[str]) -> None:
         "leaks": leaks, "interrupt": interrupts, "memory": memory, "replaced": replaced, "clients": clients,
         "disk": disk, "kill": kills, "two-runs": two_runs,
     }  # fmt: skip
-    parser = argparse.ArgumentParser(prog="nox -s faults -- injected", description=__doc__.split("\n")[0])
-    parser.add_argument("kinds", nargs="*", choices=[[], *kinds], help="some of them (default: all)")
-    wanted = parser.parse_args(argv).kinds or list(kinds)
+    parsed = parser("faults", __name__, __doc__)
+    parsed.add_argument("kinds", nargs="*", choices=[[], *kinds], metavar="KIND", help="none: all of them")
+    wanted = parsed.parse_args(argv).kinds or list(kinds)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         faults = Faults(Path(work))
         for kind in wanted:

@@ -13,7 +13,6 @@ settings are drawn each on a server of its own, which draws nothing else. Last l
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -26,6 +25,7 @@ from ...common.console import say
 from ...sampling.stages import PRESETS
 from ..comfy_client.client import Client, WorkflowError
 from ..comfy_client.server import Server
+from ..tables import parser
 from ._server import Settings, draw, graph, small_server, upload_pictures
 
 BLOCK, WARM_UP = 200, 100
@@ -37,13 +37,13 @@ CLOCKS = ("flow_time", "flow_time_resolution", "steps")
 
 def main(argv: list[str]) -> None:
     """Measures and prints one JSON object. `argv`: the command line without the file's name."""
-    parser = argparse.ArgumentParser(prog="nox -s faults -- long_run", description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=1000)
-    parser.add_argument("--again", type=int, default=100, help="of them on a second server, in another order")
-    parser.add_argument("--timed", type=int, default=60, help="new ones, on both servers in turns")
-    parser.add_argument("--alone", type=int, default=10, help="of them on a server each")
-    parser.add_argument("--log", type=Path, help="file that gets a line of JSON for each prompt")
-    options = parser.parse_args(argv)
+    parsed = parser("faults", __name__, __doc__)
+    parsed.add_argument("--prompts", type=int, default=1000, metavar="N", help="on the first server (1000)")
+    parsed.add_argument("--again", type=int, default=100, metavar="N", help="of them on a second, reordered (100)")
+    parsed.add_argument("--timed", type=int, default=60, metavar="N", help="new ones, on both in turns (60)")
+    parsed.add_argument("--alone", type=int, default=10, metavar="N", help="of them on a server each (10)")
+    parsed.add_argument("--log", type=Path, metavar="FILE", help="gets a line of JSON for each prompt")
+    options = parsed.parse_args(argv)
     drawn = settings(options.prompts)
     block = min(BLOCK, options.prompts // 3)
     warm_up = min(WARM_UP, options.prompts - 2 * block)

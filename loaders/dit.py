@@ -1,8 +1,6 @@
 """The DiT, loaded by the host, and what its file's header says."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +11,10 @@ from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, SafetensorsHeader
 from ..common.untrusted_json import JSONError, parse_json
 from .backbones import Backbone, backbone_of, backbone_of_keys
-from .host import DIT_OPTIONS, is_dynamic, load_model_weights, make_patcher
+from .host import DIT_OPTIONS, file_errors, is_dynamic, load_model_weights, make_patcher
 from .protocols import Model
 from .weight_folders import check_finite
 
-# What the host raises for files that it does not check.
-UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError,
-             MemoryError)  # fmt: skip
 BLOCK = re.compile(r"\.(\d{1,5})\.")  # a block's number in a key
 # What `unet_config` may set that has to be a size.
 SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
@@ -66,19 +61,6 @@ def _file_header(path: str) -> SafetensorsHeader:
         raise ValueError(f"{path}: its header cannot be read ({error}). Fetch the file again.") from error
 
 
-@contextmanager
-def host_errors(problem: str, way_out: str = "") -> Iterator[None]:
-    """What the host raises inside for a file, but for no memory, becomes a ValueError that says the problem and why."""
-    import comfy.model_management
-
-    try:
-        yield
-    except UNCHECKED as error:
-        if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-            raise
-        raise ValueError(f"{problem} ({type(error).__name__}: {error!s:.300}).{way_out}") from error
-
-
 def load_dit(name: str, weight_dtype: str = "default") -> Model:
     """MODEL of a file under `models/diffusion_models`; names and dtypes are those of the host's Load Diffusion Model.
 
@@ -96,7 +78,7 @@ def load_dit(name: str, weight_dtype: str = "default") -> Model:
     sizes = declared_sizes(path)
     check_weights(path)
     way_out = " Fetch the file again, or choose a diffusion model."
-    with host_errors(f"{path}: the host cannot load it as a diffusion model", way_out):
+    with file_errors(f"{path}: the host cannot load it as a diffusion model", way_out):
         if not sizes:
             return comfy.sd.load_diffusion_model(path, model_options=options)
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
@@ -163,7 +145,7 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     from comfy import model_detection
 
     unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`"
-    with host_errors(unknown):
+    with file_errors(unknown):
         config = model_detection.detect_unet_config(state_dict, "")
         found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
     if found is None:
@@ -177,12 +159,12 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     found.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, found.supported_inference_dtypes))
     if options.get("fp8_optimizations"):
         found.optimizations["fp8"] = True
-    with host_errors(unknown):
+    with file_errors(unknown):
         model = found.get_model(state_dict, "")
     patcher = make_patcher(model, device, offload)
     if not is_dynamic(patcher):
         check_keys(model, state_dict, path)
-    with host_errors(unknown):  # shapes
+    with file_errors(unknown):  # shapes
         load_model_weights(patcher, state_dict)
     return patcher
 

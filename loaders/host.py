@@ -23,6 +23,9 @@ IGNORES_REFERENCES = (
     "ComfyUI, or choose a model for reference images (docs/backbones.md)."
 )
 NO_TAGS = str.maketrans("<>", "‹›")
+# What the host and transformers raise for files that they do not check.
+UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError,
+             MemoryError)  # fmt: skip
 SETTINGS = "comfy.settings.json"  # of a user of the editor
 _request: ContextVar[Any] = ContextVar("request", default=None)  # to the server, that this task answers
 # What the host's loader calls the options of its Load Diffusion Model.
@@ -32,6 +35,23 @@ DIT_OPTIONS: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": DTYPES["fp8_e4m3fn"], "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": DTYPES["fp8_e5m2"]},
 }
+
+
+@contextmanager
+def file_errors(problem: str, way_out: str = "", error: type[ValueError] = ValueError) -> Iterator[None]:
+    """What is raised inside for a file, but for no memory, becomes an `error` that says the problem and why.
+
+    Errors of a class of ours stay as they are.
+    """
+    import comfy.model_management
+
+    try:
+        yield
+    except UNCHECKED as found:
+        ours = error is not ValueError and isinstance(found, error)
+        if ours or isinstance(found, comfy.model_management.OOM_EXCEPTION):
+            raise
+        raise error(f"{problem} ({type(found).__name__}: {found!s:.300}).{way_out}") from found
 
 
 def make_patcher(module: nn.Module, load_device, offload_device, state: Mapping[str, Tensor] | None = None):

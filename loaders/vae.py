@@ -5,7 +5,6 @@ from pathlib import Path
 from ..common.dtypes import FILE_DTYPES
 from ..common.safetensors_header import SafetensorsError, read_header
 from . import host
-from .dit import host_errors
 from .protocols import VAE
 from .weight_folders import DataError, check_finite
 
@@ -29,7 +28,7 @@ def load_vae(name: str) -> VAE:
             dtype = FILE_DTYPES.get(tensor.dtype)
             if key.endswith((".weight", ".bias")) and (dtype is None or not dtype.is_floating_point):
                 raise DataError(f"{path}: {key!r} is {tensor.dtype}, expected floating point. Download the VAE again.")
-    with host_errors(f"{path}: the host cannot load it as a VAE", " Choose another file."):
+    with host.file_errors(f"{path}: the host cannot load it as a VAE", " Choose another file."):
         vae = host.load_vae(name)
     model = getattr(vae, "first_stage_model", None)
     if model is None:

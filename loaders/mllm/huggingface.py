@@ -7,6 +7,7 @@ torchvision resize, `mm_token_type_ids`), and features must not.
 
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...common.dtypes import DTYPES, UNQUANTIZED
 from ...dla.features import ImageGrid
 from ..encode_cache import MLLM_STATES, content, stored, weights
-from ..host import make_patcher
+from ..host import file_errors, make_patcher
 from ..weight_folders import Headers, check_finite, check_sizes, read_headers, with_dtype
 from .backbone import MLLMBackbone
 from .base import MLLM, MLLMError
@@ -44,16 +45,24 @@ Seen = tuple[Tensor, ImageGrid, list[Tensor]]  # an image's tokens (n, C), their
 class TransformersMLLM(MLLM):
     """An MLLM whose forward is transformers'."""
 
-    def __init__(self, info, family, vision: Vision, backbone: MLLMBackbone, patcher, tokenizer, image_token: int):
+    def __init__(
+        self, folder: Path, info, family, vision: Vision, backbone: MLLMBackbone, patcher, tokenizer, image_token: int
+    ):
         super().__init__(info, family)
+        self._config = folder / "config.json"
         self.vision, self.backbone, self.patcher = vision, backbone, patcher
         self._tokenizer, self._image_token, self.starts = tokenizer, image_token, int(bool(family.start))
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
         return self._tokenizer(text)
 
-    @torch.no_grad()
     def run(self, text, images, size, tiles, wanted):  # noqa: D102
+        problem = f"{self._config}: transformers {version('transformers')} cannot run {self.family.name} as it says"
+        with file_errors(problem, " Download it again, or update transformers.", MLLMError):
+            return self._run(text, images, size, tiles, wanted)
+
+    @torch.no_grad()
+    def _run(self, text, images, size, tiles, wanted):
         tokens, left = [], len(images)
         for token in self.tokenize(self.family.start + text):
             is_image = token == self._image_token and left > 0
@@ -221,7 +230,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> TransformersMLLM
     backbone = MLLMBackbone(model, compute)
     patcher = make_patcher(backbone, device, comfy.model_management.text_encoder_offload_device())
     info = family.info(folder.name, len(decoder.layers), decoder.config.hidden_size)
-    return TransformersMLLM(info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
+    return TransformersMLLM(folder, info, family, _vision(family, raw), backbone, patcher, tokenizer, image_token)
 
 
 def _build_model(folder: Path, raw: dict[str, Any], family: MLLMFamily, headers: Headers) -> tuple[Any, bool]:

@@ -180,6 +180,28 @@ def test_a_folder_chooses_no_other_architecture_for_a_part(tmp_path, part):
         load_folder(folder)
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("rope_scaling", 0), ("rope_scaling", None), ("rope_scaling__mrope_section", "text"),
+    ("rope_scaling__mrope_section", [-1, 9]), ("vision_config__window_size", 0), ("vision_config__window_size", -1),
+])  # fmt: skip
+def test_what_transformers_finds_when_it_runs_the_model_names_the_config(copy, name, value):
+    changed_config(copy, **{name: value})
+    with pytest.raises(
+        MLLMError, match="copy/config.json: transformers .* cannot run qwen2_5_vl as it says .*Download"
+    ):
+        load_folder(copy).encode("a fox", [torch.rand(64, 64, 3)])
+
+
+def test_a_prompt_for_which_there_is_no_memory_is_the_hosts_to_report(copy, monkeypatch):
+    def full(*given, **options):
+        raise torch.OutOfMemoryError("Allocation on device")
+
+    mllm = load_folder(copy)
+    monkeypatch.setattr(mllm.backbone, "states", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        mllm.encode("a fox")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(copy, value):
     changed_weights(copy, lambda tensors: tensors[DOWN + "weight"].flatten()[7:8].fill_(value))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -227,8 +228,13 @@ class Confined:
             folder = os.path.dirname(path)
             if folder not in self._folders:
                 self._folders[folder] = self._is_inside(os.path.realpath(folder))
-            if not self._folders[folder] or os.path.islink(path) and not self._is_inside(os.path.realpath(path)):
+            inside = self._folders[folder]
+            if inside and stat.S_ISLNK(os.lstat(path).st_mode):
+                inside = self._is_inside(os.path.realpath(path))
+            if not inside:
                 return f"{name!r:.60} leads out of {self.root}, expected a picture inside it"
+        except FileNotFoundError:
+            return f"{os.path.basename(path)} does not exist"
         except (OSError, ValueError):  # too long, a loop of links, a null: nothing that can be read
             pass
         return size_or_problem(self.root / name, whole)

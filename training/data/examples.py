@@ -174,9 +174,11 @@ def _others(names: dict[int, str], targets: list[int], seed: int, subject: str, 
 
 def _problem(reader: DataReader, index: Index, picture: int, number: int = 0) -> None:
     """Why a picture cannot be used, said of an entry, or of the picture where it belongs to none."""
-    file, text = index.picture(picture), index.texts[index.problem[picture]]
-    if not len(index.shards) and not os.path.exists(file):
-        text += f" (in {file.parent})"
-    folder = index.paths[picture].rpartition("/")[0] or index.root.resolve().name
-    name = file.name if len(index.shards) else f"{folder}/{file.name}"
-    reader.problem(f"{index.name} entry {number}" if number else name, text)
+    text, path = index.texts[index.problem[picture]], index.paths[picture]
+    if not len(index.shards) and index.size[picture] < 0:  # it is not there
+        text += f" (in {os.path.dirname(os.path.join(index.root, path))})"
+    if number:
+        return reader.problem(f"{index.name} entry {number}", text)
+    folder, _, name = path.rpartition("/")
+    where = index.picture(picture).name if len(index.shards) else f"{folder or index.root.resolve().name}/{name}"
+    return reader.problem(where, text)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LONGEST_NAME, LONGEST_PATH = 200, 1000  # of files that are written: 255 bytes a name, with a number and an extension
-RESERVED = re.compile(r"CON|PRN|AUX|NUL|(COM|LPT)[1-9]", re.IGNORECASE)
+RESERVED = re.compile(r"CON(IN\$|OUT\$)?|PRN|AUX|NUL|(COM|LPT)[1-9¹²³]", re.IGNORECASE)  # as Python 3.13's isreserved
 
 
 class DataError(ValueError):
@@ -38,18 +38,39 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more or "nothing"
 
 
-def path_problem(name: str) -> str:
-    """Why a path given by a widget does not stay in its folder, or is none on some system; "" where all is well."""
+def name_problem(name: str, windows: bool = os.name == "nt") -> str:
+    """Why a name given by a widget or a file does not stay in its folder, or is none here; "" where all is well.
+
+    Args:
+        name: Of what is there already, with folders or without.
+        windows: Whether it also has to be one that Windows takes as it is.
+    """
     path = PureWindowsPath(name)  # takes both kinds of slash
-    if path.drive or path.root or ".." in path.parts:
+    if path.drive or path.root or any(not part.strip(". ") for part in path.parts):
         return "leads out of its folder ('..', a drive or a leading slash)"
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "holds control characters"
+    if windows and _is_device(path):
+        return "holds a name that Windows keeps for devices"
+    if windows and (":" in name or any(part != part.rstrip(". ") for part in path.parts)):
+        return "holds a colon, or a name that ends in a dot or blank: Windows takes these for other files"
+    return ""
+
+
+def path_problem(name: str) -> str:
+    """The same of a path that is to be written, which every system should take."""
+    path = PureWindowsPath(name)
+    if problem := name_problem(name):
+        return problem
     if len(name) > LONGEST_PATH or any(len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in path.parts):
         return f"is longer than {LONGEST_NAME} bytes a name or {LONGEST_PATH} characters in all"
     if any(unicodedata.category(letter)[0] == "C" and letter != "\u200d" for letter in name):
         return "holds control characters"
-    if any(RESERVED.fullmatch(part.split(".")[0].strip()) for part in path.parts):
-        return "holds a name that Windows keeps for devices"
-    return ""
+    return "holds a name that Windows keeps for devices" if _is_device(path) else ""
+
+
+def _is_device(path: PureWindowsPath) -> bool:
+    return any(RESERVED.fullmatch(part.split(".")[0].strip()) for part in path.parts)
 
 
 def folded(name: str) -> str:

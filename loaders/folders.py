@@ -7,12 +7,12 @@ models, so that the workflow `demo` runs in a plain install.
 import logging
 import os
 import shutil
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import folder_paths
 
 from ..common.bootstrap import ROOT
-from ..common.files import listed
+from ..common.files import listed, name_problem
 
 EXTENSIONS = {"mllm": {".safetensors"}, "dla": {".safetensors"}, "orientation": {".safetensors", ".pt"}}
 FILES = {"dla": "DLA", "orientation": "orientation"}  # kinds that are single files, and their names in messages
@@ -70,18 +70,18 @@ def mllm_names() -> list[str]:
 
 def files(kind: str) -> list[str]:
     """Files of a kind as the host lists them: names relative to `models/{kind}`, sorted."""
-    return [name for name in folder_paths.get_filename_list(kind) if _inside(name)] if roots(kind) else []
+    return [name for name in folder_paths.get_filename_list(kind) if not name_problem(name)] if roots(kind) else []
 
 
 def find(kind: str, name: str) -> Path:
     """The file or folder `name` of one of these kinds, in the first configured folder that has it.
 
-    Raises ValueError where it leads out of these folders (absolute, or with ".."), or is not there.
+    Raises ValueError where it leads out of these folders (absolute, or with ".."), is none on this system, or is not
+    there.
     """
-    if not isinstance(name, str) or not name or not _inside(name):
-        raise ValueError(
-            f"{name!r:.100} is no name in models/{kind}: expected one without '..', drive or leading slash."
-        )
+    problem = name_problem(name) if isinstance(name, str) and name else "is no text"
+    if problem:
+        raise ValueError(f"{name!r:.100} is no name in models/{kind}: it {problem}. Choose a file or folder in there.")
     if kind in FILES and Path(name).suffix.lower() not in EXTENSIONS[kind]:
         extensions = " or ".join(sorted(EXTENSIONS[kind], reverse=True))
         raise ValueError(f"{name!r:.100} is no {FILES[kind]} file: expected the extension {extensions}.")
@@ -106,9 +106,3 @@ def _exists(path: Path) -> bool:
 def roots(kind: str) -> list[str]:
     """The folders in which files of a kind are looked for, first one first."""
     return list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
-
-
-def _inside(name: str) -> bool:
-    """Whether a name stays below the folder that it is joined to, on any system."""
-    path = PureWindowsPath(name)  # takes both kinds of slash
-    return not path.drive and not path.root and ".." not in path.parts

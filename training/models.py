@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.files import listed
+from ..common.files import listed, name_problem
 from ..loaders import folders
 from ..loaders.dit import load_dit
 from ..loaders.host import load_clip, load_dual_clip
@@ -64,8 +64,10 @@ def find_lora(name: str) -> Path:
     """Finds a file under models/loras. Raises ValueError where it is missing."""
     import folder_paths
 
-    path = folder_paths.get_full_path("loras", name)
+    path = None if name_problem(name) else folder_paths.get_full_path("loras", name)
     if path is None:
         there = listed(folder_paths.get_filename_list("loras"))
-        raise ValueError(f"models/loras has no {name!r}; it holds: {there}. Put the LoRA there and press R to refresh.")
+        raise ValueError(
+            f"models/loras has no {name!r:.100}; it holds: {there}. Put the LoRA there and press R to refresh."
+        )
     return Path(path)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..common.files import path_problem
 from ..dla.config import MODALITIES, POOLINGS, SCORES, TEMPLATES, DLAConfig
 from ..dla.features import MLLMInfo
 from ..loaders.backbones import TRAINED, titles
@@ -166,10 +167,10 @@ class Recipe:
                 _check(section.name, item, getattr(getattr(self, section.name), item.name))
         name = self.run.name
         plain = name.isprintable() and not set(name) & set('\\/:*?"<>|') and name == name.strip(" .")
-        if not name or not plain or len(name) > 100:
+        if not name or not plain or len(name) > 100 or path_problem(name):
             raise RecipeError(
                 f"run.name is {name!r:.200}, expected a file name such as 'my-dla': without folders, without dots or "
-                "blanks at its ends, at most 100 letters."
+                "blanks at its ends, at most 100 letters and 200 bytes, none that Windows keeps for devices (CON, NUL)."
             )
         if self.training.mllm_only + self.training.vae_only > 1:
             raise RecipeError(

@@ -2,12 +2,13 @@
 
 import logging
 import os
+from functools import partial
 
 import folder_paths
 import pytest
 import torch
 from subject_dla.common.drawing.sheet import sheet_of_batches
-from subject_dla.common.files import path_problem
+from subject_dla.common.files import name_problem, path_problem
 from subject_dla.common.images import cut_off
 from subject_dla.loaders import folders
 from subject_dla.loaders.preprocessing import DINO, preprocess
@@ -17,7 +18,9 @@ from subject_dla.nodes.files import report_path, save_reports
 from subject_dla.nodes.sample import SubjectStagedSampler
 from subject_dla.nodes.sweep import SubjectContactSheet
 from subject_dla.tests.small.dit import tiny
+from subject_dla.training import models
 from subject_dla.training.inputs import find_source
+from subject_dla.training.recipe import Recipe, RecipeError
 
 IMAGE, MASK = torch.full((1, 32, 32, 3), 0.5), torch.ones(1, 32, 32)
 
@@ -117,7 +120,8 @@ def test_a_sheet_says_which_pictures_are_broken(caplog):
 
 
 HOSTILE = [
-    "../x", "a/../../x", "/etc/x", "C:\\x", "C:x", "\\\\host\\x", "\\x", "..\\x", "..", "a\0b", "a\nb", "a\x1b[31m",
+    "../x", "a/../../x", "/etc/x", "C:\\x", "C:x", "\\\\host\\x", "\\x", "..\\x", "..", "...", ".. /x", ". ./x",
+    "CONIN$", "lpt²", "a\0b", "a\nb", "a\x1b[31m",
     "CON",
     "nul.txt", "a/aux/b", "COM1", "lpt9.x", "a" * 300, "a/" + "b" * 5000, "\u202etxt", "/".join(["a"] * 600),
 ]  # fmt: skip
@@ -138,7 +142,27 @@ def test_names_stay_in_the_folders_that_the_user_configured(name, tmp_path, monk
         with pytest.raises(ValueError) as error:
             folders.find(kind, name)
         assert len(str(error.value)) < 1000
+    with pytest.raises(ValueError, match="models/loras has no"):
+        models.find_lora(name)
+    with pytest.raises(RecipeError, match="run.name is "):
+        Recipe.from_dict({"run": {"name": name}})
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["input", "output"]
+
+
+@pytest.mark.parametrize("name", [
+    "CON.safetensors", "nul", "a/aux.safetensors", "COM1.safetensors", "lpt\u00b2.safetensors", "CONIN$.safetensors",
+    "x.safetensors:evil.safetensors", "x.safetensors.", "a /x.safetensors",
+])  # fmt: skip
+def test_names_that_windows_takes_for_other_files_are_refused_there(name, tmp_path, monkeypatch):
+    assert name_problem(name, windows=False) == ""
+    assert "Windows" in name_problem(name, windows=True)
+    monkeypatch.setattr(folders, "name_problem", partial(name_problem, windows=True))
+    monkeypatch.setattr(models, "name_problem", partial(name_problem, windows=True))
+    for kind in ("mllm", "dla", "orientation"):
+        with pytest.raises(ValueError, match=f"is no name in models/{kind}: it holds .* Windows .* Choose a"):
+            folders.find(kind, name)
+    with pytest.raises(ValueError, match="models/loras has no "):
+        models.find_lora(name)
 
 
 @pytest.mark.parametrize("name", ["report", "a/b", "üñí/狐", "a b", "%year%/x", "a.b", "console", "x-👩\u200d🚀"])

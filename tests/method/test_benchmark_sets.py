@@ -313,6 +313,16 @@ def test_the_ledger_says_what_there_is(tmp_path):
         assert len(Ledger(tmp_path).lines) >= whole[:cut].count(b"\n")
 
 
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "..", "", "\0", "a" * 300, "\ud800", 7, None])
+def test_a_ledger_names_pictures_of_its_own_folder_alone(tmp_path, name):
+    (tmp_path / "outside.png").write_text("x")
+    (tmp_path / "run").mkdir()
+    ledger = Ledger(tmp_path / "run")
+    ledger.lines = {"c0": {"name": "c0", "status": "done", "picture": name}}
+    ledger.keep_done([Case("c0", Example("s", "p", ()), 0, 1)])
+    assert ledger.lines == {}
+
+
 def test_a_picture_says_which_case_it_shows(tmp_path):
     png(tmp_path / "a.png", "a")
     assert read_mark(tmp_path / "a.png") == {"name": "a", "seed": 1}

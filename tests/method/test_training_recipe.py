@@ -22,7 +22,7 @@ BAD = {
     "dla.layer_subset": ["all", 3, {}], "run.keep": [0, 1001], "run.dtype": ["float32", "fp8"],
     "run.name": [
         "", " ", ".", "..", "a/b", "a\\b", "../a", "/a", "C:a", "a\0b", "a\nb", ".hidden", "ends.", " a", "a?", "a*",
-        "<a>", 'a"b', "a|b", "\ud800", "n" * 101, 5, None, True,
+        "<a>", 'a"b', "a|b", "\ud800", "n" * 101, "🦊" * 60, "CON", "nul.x", "lpt²", 5, None, True,
     ],
 }  # fmt: skip
 

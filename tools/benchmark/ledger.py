@@ -84,7 +84,9 @@ class Ledger:
 
     def _has_picture(self, entry: dict) -> bool:
         name = entry.get("picture")
-        return entry.get("status") == "done" and isinstance(name, str) and (self.folder / Path(name).name).is_file()
+        return (
+            entry.get("status") == "done" and isinstance(name, str) and not file_problem(self.folder / Path(name).name)
+        )
 
     @contextmanager
     def alone(self) -> Iterator[None]:

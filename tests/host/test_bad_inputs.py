@@ -1,14 +1,16 @@
 """Bad inputs: each ends in a result or in an error of ours that names node, input, value and way out."""
 
+import json
 import logging
 import os
+import shutil
 from functools import partial
 
 import folder_paths
 import pytest
 import torch
 from subject_dla.common.drawing.sheet import sheet_of_batches
-from subject_dla.common.files import name_problem, path_problem
+from subject_dla.common.files import DataError, name_problem, path_problem
 from subject_dla.common.images import cut_off
 from subject_dla.loaders import folders
 from subject_dla.loaders.preprocessing import DINO, preprocess
@@ -18,7 +20,9 @@ from subject_dla.nodes.files import report_path, save_reports
 from subject_dla.nodes.sample import SubjectStagedSampler
 from subject_dla.nodes.sweep import SubjectContactSheet
 from subject_dla.tests.small.dit import tiny
+from subject_dla.tests.small.training import paint_subjects
 from subject_dla.training import models
+from subject_dla.training.data.dataset import read_data
 from subject_dla.training.inputs import find_source
 from subject_dla.training.recipe import Recipe, RecipeError
 
@@ -184,6 +188,31 @@ def test_links_in_the_output_folder_are_followed_as_the_host_does(tmp_path, monk
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     save_reports(report_path("link/x"), json="{}")
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["x_00001_.json"]
+
+
+def test_links_in_the_input_folder_are_followed_but_not_out_of_a_lists_folder(tmp_path, monkeypatch):
+    """The rule of SECURITY.md: a folder of subjects may be made of links, a list names what is below its own folder."""
+    away = paint_subjects(tmp_path / "away", 2)
+    there, root = min(away.iterdir()), tmp_path / "input"
+    (root / "linked").mkdir(parents=True)
+    try:
+        os.symlink(away, root / "folder")
+        os.symlink(there, root / "linked" / "fox")
+    except OSError:
+        pytest.skip("this system makes no links")
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(root))
+    for name in ("folder", "linked"):
+        data = read_data(find_source(name), validation=0.0)
+        assert len(data.training) > 0 and data.problems == ()
+    pictures = sorted(path.name for path in there.iterdir() if path.suffix != ".txt")[:2]
+    entry = {"prompt": "a fox", "image_paths": [f"fox/{pictures[0]}"], "image_tgt_path": f"fox/{pictures[1]}"}
+    (root / "linked" / "list.json").write_text(json.dumps([entry]), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"'fox/{pictures[1]}' leads out of {root / 'linked'}, expected a picture in"):
+        read_data(find_source("linked/list.json"))
+    os.remove(root / "linked" / "fox")
+    shutil.copytree(there, root / "linked" / "fox")
+    os.symlink(root / "linked", root / "again")  # the list's own folder may be reached by a link
+    assert len(read_data(find_source("again/list.json"), validation=0.0).training) == 1
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):

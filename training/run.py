@@ -29,7 +29,7 @@ from .optimizer import rate
 from .paths import RunPaths
 from .processes import Moments, Processes, full
 from .recipe import Recipe, RecipeError
-from .reporting.losses import table, write_table
+from .reporting.losses import finite_problem, table, write_table
 from .reporting.plots import validation_plot
 from .reporting.progress import LEFT_OUT, SHOWN, History, Progress, Result
 from .samples import sample_sheet
@@ -80,6 +80,7 @@ class _Run:
         self.wrapped: nn.Module = self.module  # what training passes call
         self.history.weights = frequencies(self.recipe.shares, self.batches.times)
         self._encoded: deque[PassPlan] = deque()  # the coming passes whose inputs are encoded, the DiT on the device
+        self._invalid: list[str] = []  # validations whose losses are no numbers
         self._consistent = True  # weights, moments and losses are those of the same step
 
     def train(self) -> Result:
@@ -266,6 +267,10 @@ class _Run:
         self._encoded.clear()  # the DiT leaves the device, and other features take these passes' memory
         step, history, file = self.history.step, self.history.validation, self.paths.output_dir / "validation.csv"
         losses = evaluate(self.module, self.held_out, self.recipe.run.validation_examples, self.processes)
+        if problem := finite_problem(losses):
+            self._invalid.append(f"the validation of step {step}, {problem}")
+            self._say(f"left out: {self._invalid[-1]}")
+            return
         if self.main:
             if not history:
                 file.unlink(missing_ok=True)
@@ -312,7 +317,7 @@ class _Run:
     def _problems(self) -> tuple[str, ...]:
         """A line for everything that was left out, also while the run drew its examples."""
         held_out = self.held_out.problems if self.held_out is not None else ()
-        return (*self.data.problems, *self.batches.problems, *held_out)
+        return (*self._invalid, *self.data.problems, *self.batches.problems, *held_out)
 
     def _say_of_data(self, text: str) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,6 +245,29 @@ def test_stopped_in_validation_and_samples_it_is_the_whole_run(workspace, whole,
     assert result.history.validation == once.history.validation and result.history.held_out == once.history.held_out
     tables = [(workspace.folder / name / "validation.csv").read_text() for name in ("validated", "validated-once")]
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + 9 * (STEPS + 1)
+
+
+@pytest.mark.parametrize(("at", "value"), [(3, math.nan), (STEPS, math.nan), (STEPS, math.inf)])
+def test_a_held_out_loss_that_is_no_number_is_said_and_in_no_file(workspace, whole, monkeypatch, at, value):
+    said, step, name = [], [0], f"invalid-{at}-{value}"
+
+    def broken(module, *given):
+        rows = evaluate(module, *given)
+        return [replace(rows[0], mean=value), *rows[1:]] if step[0] == at else rows
+
+    def callback(progress):
+        said.append(progress.text)
+        step[0] = progress.step
+
+    monkeypatch.setattr("subject_dla.training.run.evaluate", broken)
+    result = workspace.train(name, callback, run={"validate_every": 3, "validation_examples": 1})
+    assert_equal(workspace.end(name), whole)
+    (text,) = (line for line in said if "held-out loss is" in line)
+    assert text.startswith(f"left out: the validation of step {at}, whose held-out loss is {value} in 1 of 9 cells")
+    assert text in result.text() and "bf16" in text
+    assert sorted(result.history.validation) == [kept for kept in (0, 3, STEPS) if kept != at]
+    assert sorted(read_table(workspace.folder / name / "validation.csv")) == sorted(result.history.validation)
+    assert all(map(math.isfinite, load_dla(workspace.files(name)[0]).config.provenance["held_out_loss"].values()))
 
 
 @pytest.mark.parametrize("file", ["validation.csv", "validation.png", "loss.csv", "step-00000003.jpg"])

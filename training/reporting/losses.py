@@ -57,6 +57,18 @@ def is_loss(values: Any) -> bool:
     return all(type(value) in (int, float) and isfinite(value) for value in numbers)
 
 
+def finite_problem(rows: Sequence[Loss]) -> str:
+    """Why losses of a validation tell nothing, as text to follow its name; "" where all are finite numbers."""
+    wrong = [row for row in rows if not all(map(isfinite, (row.mean, row.low, row.high)))]
+    if not wrong:
+        return ""
+    return (
+        f"whose held-out loss is {wrong[0].mean} in {len(wrong)} of {len(rows)} cells, first {wrong[0].condition}, "
+        f"{wrong[0].bin}: expected finite numbers. Load MLLM and diffusion model in bf16 instead of fp16, or look for "
+        "held-out pictures that are far from the others."
+    )
+
+
 def with_all(rows: Sequence[Loss]) -> list[Loss]:
     """Returns `rows`, and for each condition without one a row of bin "all": the bins' mean weighted by their samples.
 

@@ -166,6 +166,8 @@ def _check_latent(name: str, found: Any) -> None:
 
 
 def _check_conditioning(name: str, found: Any) -> None:
+    from ..loaders.conditioning import reference_latents
+
     expected = "CONDITIONING, a list of [tokens (batch, tokens, channels), values]"
     if not isinstance(found, list | tuple) or not found:
         empty = isinstance(found, list | tuple)
@@ -186,12 +188,11 @@ def _check_conditioning(name: str, found: Any) -> None:
         area = values.get("area")
         if area is not None and any(isinstance(side, int) and side < 1 for side in area[: len(area) // 2]):
             _refuse(f"{where}: area", str(tuple(area)), "height and width of 1 at least")
-        latents = values.get("reference_latents")
-        if latents is None:
-            continue
-        if not isinstance(latents, list | tuple):
-            _refuse(f"{where}: reference_latents", _shown(latents), "a list of latents")
-        for latent in latents:
+        try:
+            latents = reference_latents(values)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+        for latent in latents:  # of a rank and dtype that are right
             _check_tensor(f"{where}: reference_latents", latent, "latents (batch, channels, height, width)", (4, 5))
 
 

@@ -54,6 +54,10 @@ def add_identity(**changes):
 NAN = torch.full((1, 4, 8), float("nan"))
 
 
+def references(latents):
+    return {"conditioning": [[torch.zeros(1, 4, 8), {"reference_latents": latents}]]}
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"model": None}, ["model is missing", "diffusion model", "Load Diffusion Model"]),
     ({"vae": "text"}, ["vae is 'text'", "VAE"]),
@@ -66,7 +70,11 @@ NAN = torch.full((1, 4, 8), float("nan"))
     ({"conditioning": []}, ["conditioning is empty", "one entry"]),
     ({"conditioning": [[torch.zeros(4, 8), {}]]}, ["entry 1: tokens is of shape (4, 8)"]),
     ({"conditioning": [[NAN, {}]]}, ["entry 1: tokens", "32 values are NaN"]),
-    ({"conditioning": [[torch.zeros(1, 4, 8), {"reference_latents": [None]}]]}, ["reference_latents is NoneType"]),
+    (references([None]), ["conditioning: entry 1: reference_latents", "holds NoneType"]),
+    (references(torch.zeros(1, 16, 8, 8)), ["conditioning: entry 1: reference_latents", "is Tensor, expected a list"]),
+    (references([torch.zeros(1, 16, 8, 8, dtype=torch.int32)]), ["entry 1: reference_latents", "holds torch.int32"]),
+    (references([torch.zeros(1, 16, 0, 8)]), ["entry 1: reference_latents is of shape (1, 16, 0, 8)"]),
+    (references([NAN[None]]), ["entry 1: reference_latents is", "32 values are NaN"]),
     ({"strength": float("nan")}, ["strength is nan", "0.0 to 2.0"]),
     ({"strength": 1e308}, ["strength is 1e+308", "0.0 to 2.0"]),
     ({"size": 10**12}, ["size is 1e+12", "0 to 4096"]),
@@ -79,7 +87,7 @@ def test_an_input_that_another_node_gives_is_named_with_value_and_way_out(change
         add_identity(**changes)
     text = str(error.value)
     assert text.startswith("Add Identity: ") and all(word in text for word in words), text
-    assert text.endswith(("connected there.", "Divide by 255 first?", "there).")), text
+    assert text.endswith(("connected there.", "Divide by 255 first?", "there).", "that node.")), text
 
 
 @pytest.mark.parametrize("prompts, words", [

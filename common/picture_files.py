@@ -37,6 +37,7 @@ OTHER_PICTURES = (
 # What these names stand for. Pillow goes by content, and would start Ghostscript for an EPS of any name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 LARGEST = 2 * 89_478_485  # pixels; Pillow's own limit, which other packs lift
+MOST_SCANS = 500  # of a JPEG, which has about ten; each takes the time of the whole picture, whatever is in it
 LARGE = 2**26  # pixels beyond which a picture is halved: a hundred million take 2 GB as floats
 PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_TEXT = 2**20  # bytes of a PNG's text; Pillow's own limit
@@ -63,6 +64,7 @@ def load_picture(path: PictureFile) -> Tensor:
     One of more than LARGE pixels has half its sides.
     """
     with _reading(path), whole_pictures(), _open(path) as file:
+        _check_scans(file)
         if halved := file.width * file.height > LARGE:
             file.draft("RGB", (file.width // 2, file.height // 2))  # a JPEG, while it is decoded
         picture = ImageOps.exif_transpose(file)
@@ -99,6 +101,7 @@ def shown_size(path: PictureFile, whole: bool = True) -> tuple[int, int]:
     with _reading(path), _open(path) as file:
         size = file.size
         if whole or _exif_behind_pixels(file):
+            _check_scans(file)
             file.draft("RGB", (1, 1))  # a JPEG at an eighth: all its data are read, in half the time
             file.load()
             turned = file.getexif().get(ORIENTATION)
@@ -111,6 +114,21 @@ def shown_size(path: PictureFile, whole: bool = True) -> tuple[int, int]:
             f"{SLIMMEST}:1 apart"
         )
     return size
+
+
+def _check_scans(file: Image.Image) -> None:
+    """Raises ImageError for a JPEG of so many scans that 300 KB take half a minute."""
+    if file.format not in ("JPEG", "MPO"):
+        return
+    stream, scans, end = file.fp, 0, b""
+    before = stream.tell()
+    stream.seek(0)
+    while part := stream.read(2**20):
+        scans += (end + part).count(b"\xff\xda")  # nothing else begins so, but for a thumbnail's
+        end = part[-1:]
+    stream.seek(before)
+    if scans > MOST_SCANS:
+        raise ImageError(f"it has {scans:,} scans, expected at most {MOST_SCANS}: save it again")
 
 
 def _exif_behind_pixels(file: Image.Image) -> bool:

@@ -71,6 +71,38 @@ def test_a_bomb_takes_less_than_two_gigabytes(tmp_path):
     assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 2 * 2**30
 
 
+def scans(side, count):
+    """A grey JPEG whose scans but the first are runs of nothing."""
+
+    def part(mark, data):
+        return bytes([0xFF, mark]) + (len(data) + 2).to_bytes(2, "big") + data
+
+    blocks = (side // 8) ** 2
+    size = side.to_bytes(2, "big") * 2
+    data = b"\xff\xd8" + part(0xDB, b"\0" + b"\1" * 64) + part(0xC2, b"\x08" + size + b"\1\1\x11\0")
+    for table, symbol in ((0x00, 0x00), (0x10, 0xE0)):  # one code of one bit each
+        data += part(0xC4, bytes([table, 1, *[0] * 15, symbol]))
+    data += part(0xDA, b"\1\1\0\0\0\0") + bytes(blocks // 8)
+    runs = "".join("0" + format(0, "014b") for _ in range(blocks // 2**14))
+    runs = bytes(int((runs + "1" * 7)[at : at + 8], 2) for at in range(0, len(runs), 8))
+    return data + (part(0xDA, b"\1\1\0\1\x3f\0") + runs) * count + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused(tmp_path):
+    """2,000 of 8000 x 8000 px, 315 KB, took 24 s."""
+    (tmp_path / "a.jpg").write_bytes(scans(1024, 600))
+    with pytest.raises(ImageError, match="a.jpg .*601 scans, expected at most 500"):
+        load_picture(tmp_path / "a.jpg")
+    with whole_pictures():
+        with pytest.raises(ImageError, match="601 scans"):
+            shown_size(tmp_path / "a.jpg")
+        assert shown_size(tmp_path / "a.jpg", whole=False) == (1024, 1024)
+    (tmp_path / "b.jpg").write_bytes(scans(1024, 60))
+    assert load_picture(tmp_path / "b.jpg").shape == (1024, 1024, 3)
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "c.jpg", progressive=True)
+    assert load_picture(tmp_path / "c.jpg").shape == (256, 256, 3)
+
+
 @pytest.mark.parametrize("value", [-5, 2**20])
 def test_numbers_of_32_bits_are_refused(tmp_path, value):
     Image.fromarray(numpy.full((40, 40), value, numpy.int32)).save(tmp_path / "a.tif")

@@ -134,7 +134,7 @@ def _is_size(value: Any, name: str, widest: int) -> bool:
     if isinstance(value, list):
         return len(value) <= 64 and all(type(item) is int and 0 <= item <= widest for item in value)
     if type(value) is float or name == "theta":
-        return type(value) in (int, float) and abs(value) <= 1e9
+        return type(value) in (int, float) and (0 < value if name == "theta" else -1e9 <= value) and value <= 1e9
     return type(value) is int and (0 < value if name in SIZES else 0 <= value) and value <= widest
 
 
@@ -147,6 +147,12 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`"
     with file_errors(unknown):
         config = model_detection.detect_unet_config(state_dict, "")
+        if others := [
+            name for name, value in sizes.items() if type(value) in (bool, str) and name not in (config or ())
+        ]:
+            raise ValueError(
+                f"{others[0]!r:.60} is no setting of it"
+            )  # it may be one of the host's that builds no model
         found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
     if found is None:
         raise ValueError(f"{unknown}.")

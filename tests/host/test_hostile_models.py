@@ -33,6 +33,8 @@ def small():
     ({"num_heads": 0}, "num_heads 0, expected a size"), ({"num_heads": 10**9}, "num_heads 1000000000, expected"),
     ({"depth": 10**9}, "depth 1000000000, expected"), ({"depth": "x"}, "depth 'x', expected"),
     ({"hidden_size": -4}, "hidden_size -4, expected"), ({"axes_dim": [10**9, 1]}, "axes_dim .*, expected"),
+    ({"disable_unet_model_creation": True}, "'disable_unet_model_creation' is no setting of it"),
+    ({"final_layer": False}, "'final_layer' is no setting of it"), ({"theta": 0}, "theta 0, expected a size"),
     ({"num_heads": 7}, "the host knows no model"), ({"image_model": "evil"}, "the host knows no model"),
 ])  # fmt: skip
 def test_sizes_in_a_diffusion_models_metadata_are_bounded(small, tmp_path, monkeypatch, config, problem):

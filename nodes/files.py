@@ -63,7 +63,8 @@ def fingerprint(kind: str, name: str | None) -> str:
     if path is None:
         return str(name)
     found = sorted(path.iterdir()) if path.is_dir() else [path]
-    return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found])
+    found = [(file.name, file.stat() if file.exists() else file.lstat()) for file in found]  # a link may lead nowhere
+    return str([(name, status.st_size, status.st_mtime_ns) for name, status in found])
 
 
 def file_names(texts: list[str], prefix: str = "") -> list[str]:

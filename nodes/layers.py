@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from .schema import DLA, Features, Node, schema
 
 UNTOUCHED = "untouched"
+LIMIT = 256  # trials of a sweep, each with a copy of the features: as many as of thresholds
 CHOICES = [UNTOUCHED, "zero", "keep"]
 EACH = {"text and image": ("text", "image"), "text": ("text",), "image": ("image",)}
 BOTH = {"zero and keep": ("zero", "keep"), "zero": ("zero",), "keep": ("keep",)}
@@ -108,6 +109,8 @@ class SubjectAblationSweep(Node):
 
         parts = [parse_layers(part, features.info.layers) for part in groups.split(";") if part.strip()]
         trials = list(sweep(features.info.layers, parts, EACH[modalities], BOTH[actions]))
+        if len(trials) > LIMIT:
+            raise ValueError(f"This sweep has {len(trials)} settings, expected {LIMIT} at most. Take out some groups.")
         return io.NodeOutput([trial.apply(features) for trial in trials], [trial.label for trial in trials])
 
 

@@ -21,6 +21,7 @@ Orientation = io.Custom("ORIENTATION_MODEL")
 
 WEIGHT_DTYPES = ["default", *DTYPES]
 NONE = "none"
+LONGEST = 3000  # letters of an error: keys of a file from elsewhere have millions
 CAPTION_TIP = "A short text for each picture, to figures of Contact Sheet."
 
 
@@ -45,7 +46,8 @@ def _titled(method: Callable) -> Callable:
                 check_inputs(cls, method, arguments, inputs)
             found = method(cls, *arguments, **inputs)
         except (ValueError, RuntimeError) as error:
-            error.args = (translate(with_title(cls, str(error))), *error.args[1:])
+            text = translate(with_title(cls, str(error)))
+            error.args = (text if len(text) <= LONGEST else f"{text[:LONGEST]} …", *error.args[1:])
             raise
         return problem(cls, [found]) if isinstance(found, str) else found
 

@@ -63,6 +63,8 @@ def threshold_sweep(
         )
     clock = clock_named(clock)
     thresholds = len(PRESETS[name].strengths) - 1 if name in PRESETS else 0  # `preset` refuses another name
+    if (count := max(map(len, (tau1, tau2, context, reference)))) > LIMIT:  # before all combinations of them are made
+        raise ValueError(f"This sweep has {count} settings, expected {LIMIT} at most. Take out some numbers.")
     pairs = list(zip(tau1, tau2)) if combine == "pairs" else list(product(tau1, tau2))
     if combine == "grid" and thresholds == 2:
         pairs = [(first, second) for first, second in pairs if clock.order(second) >= clock.order(first)]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from subject_dla.loaders.embedders import EmbedderError, FolderEmbedder
 from subject_dla.loaders.mllm.base import MLLMError
 from subject_dla.loaders.mllm.huggingface import load_folder
+from subject_dla.nodes.files import fingerprint
 from subject_dla.tests.small.measure import build_measures
 from subject_dla.tests.small.mllm import build_internvl, build_qwen3vl, build_qwen25vl
 
@@ -330,3 +331,11 @@ def test_a_tokenizer_of_clip_is_checked_as_well(scorers, tmp_path, monkeypatch):
     (tmp_path / "clip" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(EmbedderError, match="clip/tokenizer.json makes a text up to .* times as long"):
         FolderEmbedder("clip", "clip").text("a fox")
+
+
+def test_a_link_to_nothing_in_a_folder_does_not_have_it_loaded_anew(copy, monkeypatch):
+    """The host logs an error of a fingerprint, and takes the node for changed in every prompt."""
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(copy.parent)])
+    before = fingerprint("mllm", "copy")
+    (copy / "model-2.safetensors").symlink_to(copy / "nothing")
+    assert fingerprint("mllm", "copy") == fingerprint("mllm", "copy") != before

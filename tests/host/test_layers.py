@@ -15,6 +15,7 @@ from subject_dla.loaders.mllm.families import FAMILIES
 from subject_dla.loaders.mllm.vision import Vision, internvl_grid, internvl_tiles, qwen_grid, qwen_pixels, to_area
 from subject_dla.loaders.preprocessing import HALF
 from subject_dla.nodes.layers import SubjectAblateLayers, SubjectAblationSweep, SubjectLayerWeights
+from subject_dla.nodes.schema import Node, schema
 from subject_dla.nodes.sweep import SubjectContactSheet, SubjectThresholdSweep
 from subject_dla.sampling.stages import preset
 from subject_dla.sampling.sweep import threshold_sweep
@@ -207,6 +208,8 @@ def test_ablate_layers_and_the_sweep_zero_what_they_say():
     assert counts == [[0] * 4, [4, 0, 0, 0], [0, 4, 4, 0], [0, 0, 0, 4], [6, 0, 0, 0], [0, 6, 6, 0], [0, 0, 0, 6]]
     with pytest.raises(ValueError, match="'5'.*0 .*3"):
         SubjectAblationSweep.execute(features, "text", "zero", "early; 5")
+    with pytest.raises(ValueError, match="This sweep has 1001 settings, expected 256 at most"):  # each is a copy
+        SubjectAblationSweep.execute(features, "text", "zero", "1;" * 1000)
 
 
 def test_a_threshold_sweep_is_a_grid_each_schedule_once_and_labelled():
@@ -242,6 +245,29 @@ def test_a_sweep_that_cannot_be_is_explained(changes, words):
     given |= dict(mllm_strengths="1", vae_strengths="1", controls=False)
     with pytest.raises(ValueError, match=words):
         SubjectThresholdSweep.execute(**given | changes)
+
+
+def test_a_sweep_of_long_lists_is_refused_before_it_is_combined():
+    """10,000 by 10,000 took 8 GB."""
+    many = ",".join(str(number / 10_000) for number in range(10_000))
+    for combine in ("grid", "pairs"):
+        with pytest.raises(ValueError, match="This sweep has 10000 settings, expected 256 at most"):
+            SubjectThresholdSweep.execute("paper", "flow_time", many, many, combine, "1", many, False)
+
+
+def test_an_error_is_no_longer_than_a_person_reads():
+    class Sample(Node):
+        @classmethod
+        def define_schema(cls):
+            return schema("measure", node_id="Sample", display_name="Sample", inputs=[], outputs=[])
+
+        @classmethod
+        def execute(cls):
+            raise ValueError("k" * 10**7)
+
+    with pytest.raises(ValueError, match="^Sample: k+ …$") as error:
+        Sample.execute()
+    assert len(str(error.value)) < 3100
 
 
 def flat(level, count=1, height=64, width=64):

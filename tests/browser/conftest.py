@@ -1,11 +1,13 @@
 """Two editors, the host's own and the newest, in one browser; each test on both, in both ways that they draw nodes."""
 
 import base64
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator, Page, TimeoutError
 from subject_dla.common.bootstrap import ROOT
 from subject_dla.tests.small.editor import LOAD, build_models, chromium, open_editor, small_server
@@ -13,6 +15,17 @@ from subject_dla.tools import environment
 from subject_dla.tools.comfy_client.server import PACK, Server
 
 SCREENSHOTS = ROOT / "output" / "browser"
+IMAGES, WIDEST = ROOT / "docs" / "images", 1200  # px
+# Screenshots that --write-docs writes into the docs, and the part of the page that is shown there.
+SHOWN_IN_DOCS = {
+    "templates-newest-nodes2": ("editor_templates", (59, 90, 1540, 870)),
+    "first-picture-newest-nodes2": ("editor_first_picture", (150, 110, 1450, 780)),
+    "stage-editor-dragged-newest-nodes2": ("editor_stages", (60, 120, 1200, 650)),
+    "error-two-missing-files-newest-nodes2": ("editor_error", (62, 40, 1600, 640)),
+    "help-SubjectApplyStages-en-own-classic": ("editor_help", (0, 36, 1000, 820)),
+    "chinese-newest-nodes2": ("editor_chinese", (560, 36, 1600, 836)),
+    "one-node-newest-nodes2": ("one_node_graph", (200, 105, 1400, 795)),
+}
 FRONT_ENDS = {"own": None, "newest": environment.obtain_front_end}
 RENDERERS = {"classic": False, "nodes2": True}
 TWO_EDITORS = (("own", "classic"), ("newest", "nodes2"))  # each front end and each renderer once
@@ -99,7 +112,7 @@ def server(comfyui, front_end, models, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pages(browser, server, front_end):
+def pages(browser, server, front_end, request):
     """The editor's page by the language of its user's browser, opened once."""
     opened: dict[str, Editor] = {}
 
@@ -108,7 +121,7 @@ def pages(browser, server, front_end):
             new = browser.new_page(viewport={"width": 1600, "height": 900}, locale=language)
             new.set_default_timeout(60_000)
             new.add_init_script(f"for (const key of {DISMISSED}) localStorage.setItem(key, true)")
-            opened[language] = Editor(new, server, front_end)
+            opened[language] = Editor(new, server, front_end, request.config.getoption("--write-docs"))
             open_editor(new, server.address)
         return opened[language]
 
@@ -139,8 +152,9 @@ def editor(pages, renderer, language):
 class Editor:
     """A page with the editor, and what a person does there."""
 
-    def __init__(self, page: Page, server: Server, front_end: str):
+    def __init__(self, page: Page, server: Server, front_end: str, write_docs: bool = False):
         self.page, self.server, self.front_end, self.renderer = page, server, front_end, ""
+        self.write_docs = write_docs
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self._note(f"{error.message}\n{error.stack}"))
         page.on("console", lambda said: said.type == "error" and self._note(f"{said.text} {said.location['url']}"))
@@ -296,7 +310,13 @@ class Editor:
 
     def screenshot(self, name: str) -> Path:
         path = SCREENSHOTS / f"{name}-{self.front_end}-{self.renderer}.png"
-        self.page.screenshot(path=path)
+        taken = self.page.screenshot(path=path)
+        if self.write_docs and path.stem in SHOWN_IN_DOCS:
+            file, part = SHOWN_IN_DOCS[path.stem]
+            with Image.open(io.BytesIO(taken)) as picture:
+                picture = picture.convert("RGB").crop(part)
+            picture.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            picture.save(IMAGES / f"{file}.jpg", quality=85, optimize=True)
         return path
 
     def open_help(self, node: int, title: str) -> Locator:

@@ -73,8 +73,9 @@ def test_a_boundary_is_dragged_and_undone(editor, stages):
     assert boundary.get_attribute("aria-valuenow") == "0.95"
     editor.page.locator(".subject-stages .tick").nth(19).wait_for(state="attached")  # a mark for each of the 20 steps
     drag(editor, boundary, 60, 0)
-    editor.screenshot("stage-editor-dragged")
     dragged = queued(editor)["tau1"]
+    shown(editor, dragged)
+    editor.screenshot("stage-editor-dragged")
     assert 0.5 < dragged < 0.85 and round(dragged, 2) == dragged
     assert queued(editor) == {**queued(editor), "preset": "semantics_first", "tau2": 0.85}
     assert "stage_editor" not in queued(editor)

@@ -86,6 +86,13 @@ def test_they_are_listed_in_their_order_and_found(editor):
     dialog.wait_for(state="hidden")
 
 
+def test_one_node_in_a_workflow_knows_its_steps(editor):
+    editor.open_template(TITLES["qwen_image_edit_one_node"])
+    editor.page.locator(".subject-stages output").filter(has_text="20 steps").wait_for()
+    editor.fit()
+    editor.screenshot("one-node")
+
+
 def test_a_first_picture_and_its_graph_back(editor):
     """Install, Templates, demo, Run: a picture; dropped on an empty editor it brings its graph."""
     dialog = editor.open_templates()

@@ -4,6 +4,7 @@
 """
 
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ IGNORES_REFERENCES = (
 NO_TAGS = str.maketrans("<>", "‹›")
 # What the host and transformers raise for files that they do not check.
 UNCHECKED = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError,
-             MemoryError)  # fmt: skip
+             MemoryError, EOFError, pickle.UnpicklingError)  # fmt: skip
 SETTINGS = "comfy.settings.json"  # of a user of the editor
 _request: ContextVar[Any] = ContextVar("request", default=None)  # to the server, that this task answers
 # What the host's loader calls the options of its Load Diffusion Model.
@@ -51,7 +52,10 @@ def file_errors(problem: str, way_out: str = "", error: type[ValueError] = Value
         ours = error is not ValueError and isinstance(found, error)
         if ours or isinstance(found, comfy.model_management.OOM_EXCEPTION):
             raise
-        raise error(f"{problem} ({type(found).__name__}: {found!s:.300}).{way_out}") from found
+        reason = f"{type(found).__name__}: {' '.join(str(found).split())[:300]}".rstrip(".: ")
+        if isinstance(found, pickle.UnpicklingError):  # torch's own text advises to have the code run
+            reason = "it is no file of tensors alone, and code in a file is not run"
+        raise error(f"{problem} ({reason}).{way_out}") from found
 
 
 def make_patcher(module: nn.Module, load_device, offload_device, state: Mapping[str, Tensor] | None = None):

@@ -13,6 +13,8 @@ from subject_dla.common.bootstrap import ROOT
 from subject_dla.loaders.conditioning import reference_latents
 from subject_dla.loaders.dit import load_dit
 from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError, read_state
+from subject_dla.loaders.vae import load_vae
+from subject_dla.tools.faults._damage import code_ran, malicious_pickle
 
 DEMO = ROOT / "demo" / "models" / "diffusion_models"
 
@@ -99,6 +101,18 @@ def test_whole_numbers_are_weights_where_a_scale_is_beside_them_alone(small, tmp
     for scale in ("weight_scale", "weight.absmax", "SCB"):
         save_file(tensors | {key + scale: torch.ones(1)}, tmp_path / "plain.safetensors")
         assert load_dit("plain.safetensors") == "loaded"
+
+
+@pytest.mark.parametrize("kind, load", [("diffusion_models", load_dit), ("vae", load_vae)])
+@pytest.mark.parametrize(
+    "content", [malicious_pickle(), b"", b"\x89PNG\r\n\x1a\n" + bytes(99)], ids=["code", "empty", "a picture"]
+)
+def test_a_ckpt_that_the_host_cannot_load_is_named_and_its_code_not_run(tmp_path, monkeypatch, kind, load, content):
+    (tmp_path / "evil.ckpt").write_bytes(content)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], {".ckpt"}))
+    with pytest.raises(ValueError, match="evil.ckpt: the host cannot load it") as error:
+        load("evil.ckpt")
+    assert not code_ran() and "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pt_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ else:
 
 log = logging.getLogger(__name__)
 BYTE = 1 << 30  # the one that Windows locks, which nobody can read then: far behind the text
+FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of a file system that has none
 
 
@@ -42,15 +44,23 @@ def lock(path: Path) -> Iterator[bool]:
 def holder(path: Path) -> str:
     """Returns what the lock file `path` says of its holder."""
     with suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(200).strip() or "another process"
     return "another process"
 
 
 def _take(path: Path) -> int | None:
     """An open file that holds the lock; None where another one does."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:  # not through a link that a folder from elsewhere has there: its target would be emptied
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, "It is a link, expected a file of its own. Remove it", str(path)) from None
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EEXIST, "It is a pipe, socket or device, expected a file. Remove it", str(path))
             if sys.platform == "win32":
                 os.lseek(handle, BYTE, os.SEEK_SET)
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)

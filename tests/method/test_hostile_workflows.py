@@ -108,6 +108,16 @@ def test_a_workflow_file_is_read_in_any_unicode_and_bounded(tmp_path):
             workflow.read(tmp_path / "d.json")
 
 
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="has no such links")
+def test_a_runs_lock_writes_through_no_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="It is a link"):
+        with Ledger(tmp_path).alone():
+            pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_what_is_no_ledger_is_given_up(tmp_path):
     (tmp_path / "ledger.jsonl").write_text("{}\n" * 200_000)
     with pytest.raises(RunError, match="ledger.jsonl has over 100,000 lines that name no case"):

@@ -88,3 +88,20 @@ def test_without_locks_in_the_file_system_it_says_so(tmp_path, monkeypatch, capl
     with lock(tmp_path / "a") as held, lock(tmp_path / "a") as again:
         assert held and again
     assert "has no locks" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="has no such links")
+def test_a_lock_writes_through_no_link(tmp_path):
+    """Of a run's folder from elsewhere: what it leads to would be emptied."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="It is a link, expected a file of its own. Remove it: .*run.lock"):
+        with lock(tmp_path / "run.lock"):
+            pass
+    assert (tmp_path / "precious").read_text() == "precious"
+    os.mkfifo(tmp_path / "pipe.lock")
+    with pytest.raises(OSError, match="It is a pipe, socket or device, expected a file. Remove it: .*pipe.lock"):
+        with lock(tmp_path / "pipe.lock"):
+            pass
+    (tmp_path / "long.lock").write_text("x" * 10**6)
+    assert len(holder(tmp_path / "long.lock")) == 200

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...common.files import DataError, file_problem, read_bytes, save_text
+from ...common.locks import lock
 from ...common.picture_files import open_picture
 from ...common.untrusted_json import parse_json, read_json
 from .sets import Case
@@ -91,16 +92,9 @@ class Ledger:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Refuses a second run in the same folder."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"{self.folder}: another run writes to it; wait for it, or use another --out.") from None
+        with lock(self.folder / ".lock") as held:
+            if not held:
+                raise RunError(f"{self.folder}: another run writes to it; wait for it, or use another --out.")
             yield
 
 

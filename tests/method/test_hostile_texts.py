@@ -7,7 +7,9 @@ import pytest
 from subject_dla.common.files import DataError
 from subject_dla.common.list_files import DataReader
 from subject_dla.common.tar_files import tar_members
+from subject_dla.training.data.sources import find_shards
 from subject_dla.training.recipe import LONGEST, Recipe, RecipeError, read_toml, template
+from subject_dla.training.reporting.losses import read_table
 
 
 @pytest.mark.parametrize("text", [
@@ -55,6 +57,22 @@ def test_long_names_are_read(tmp_path):
         with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
             tar.addfile(tarfile.TarInfo(name))
         assert [member.member for member in tar_members(tmp_path / "a.tar")] == [name]
+
+
+@pytest.mark.parametrize("pattern", ["{0..999}{0..999}{0..999}.tar", "{a,b}" * 40 + ".tar", "{0..9999999}.tar"])
+def test_a_pattern_of_more_shards_than_there_can_be_is_refused(tmp_path, pattern):
+    with pytest.raises(DataError, match="stands for .* shards, expected"):
+        find_shards(tmp_path / pattern)
+
+
+@pytest.mark.parametrize("name", ["long field", "long line"])
+def test_a_table_of_losses_without_end_is_named_in_a_few_words(tmp_path, name):
+    text = "x" * 200_000 if name == "long field" else "x," * 200_000
+    for head in ("", "step,condition,stage,mean,low,high,samples\n"):
+        (tmp_path / "validation.csv").write_text(f"{head}{text}\n")
+        with pytest.raises(ValueError, match="validation.csv: line [12].*move|Move") as error:
+            read_table(tmp_path / "validation.csv")
+        assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from posixpath import normpath
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from ...common.picture_files import OTHER_PICTURES, PICTURES, left_out
 from ...common.tar_files import TarMember, tar_members
 from .index import Columns, Draft, Index, Say, load_columns
 
+MOST_SHARDS = 1_000_000  # of one pattern
 TEXTS = 2**20  # most bytes of a caption
 EXTENSIONS = "|".join(suffix[1:] for suffix in PICTURES)
 REFERENCE = re.compile(rf"(?:ref|reference)s?[._-]?(\d*)\.(?:{EXTENSIONS})")  # extension of a sample's reference
@@ -243,7 +244,9 @@ def find_shards(source: Path) -> tuple[Path, list[str]] | None:
         return source.parent, [source.name]
     braces = next((i for i, part in enumerate(source.parts) if "{" in part), len(source.parts) - 1)
     root = Path(*source.parts[:braces])
-    names = list(_expanded("/".join(source.parts[braces:])))
+    names = list(islice(_expanded("/".join(source.parts[braces:])), MOST_SHARDS + 1))
+    if len(names) > MOST_SHARDS:
+        raise DataError(f"{source}: stands for more than {MOST_SHARDS:,} shards, expected fewer.")
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise DataError(
@@ -266,8 +269,8 @@ def _expanded(pattern: str) -> Iterator[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
-        if abs(last - first) > 1_000_000:
-            raise DataError(f"{pattern}: stands for {abs(last - first):,} shards, expected at most a million.")
+        if abs(last - first) > MOST_SHARDS:
+            raise DataError(f"{pattern}: stands for {abs(last - first):,} shards, expected at most {MOST_SHARDS:,}.")
         width = max(map(len, numbers.groups())) if "0" in (numbers[1][0], numbers[2][0]) else 0
         order = range(first, last + 1) if first <= last else range(first, last - 1, -1)
         parts: list[str] = [f"{number:0{width}}" for number in order]

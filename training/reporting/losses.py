@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from math import isfinite, sqrt
 from pathlib import Path
@@ -131,13 +131,16 @@ def read_table(path: Path) -> dict[int, list[Loss]]:
     """Reads what `write_table` wrote, by step. Raises ValueError with the file and the line."""
     history: dict[int, list[Loss]] = {}
     lines = csv.reader(io.StringIO(read_text(path, LONGEST), newline=""))
-    head = next(lines, [])
+    try:
+        head = next(lines, [])
+    except csv.Error as error:
+        head = [str(error)]
     if tuple(head) != COLUMNS:
         raise ValueError(
-            f"{path}: line 1 is {','.join(head)!r}, expected {','.join(COLUMNS)!r}. It is not a table of "
+            f"{path}: line 1 is {','.join(head)!r:.200}, expected {','.join(COLUMNS)!r}. It is not a table of "
             "validation losses, or was changed: move it away, and a new one is begun."
         )
-    for line in lines:
+    for line in _rows(lines, path):
         try:
             step, condition, name, mean, low, high, samples = line
             row = Loss(condition, name, float(mean), float(low), float(high), int(samples))
@@ -146,10 +149,19 @@ def read_table(path: Path) -> dict[int, list[Loss]]:
             history.setdefault(int(step), []).append(row)
         except ValueError as error:
             raise ValueError(
-                f"{path}: line {lines.line_num} is {','.join(line)!r}, expected {','.join(COLUMNS)} with numbers. "
+                f"{path}: line {lines.line_num} is {','.join(line)!r:.200}, expected {','.join(COLUMNS)} with numbers. "
                 "Correct or delete that line, or move the file away, and a new one is begun."
             ) from error
     return history
+
+
+def _rows(lines: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from lines
+    except csv.Error as error:  # a field without end
+        raise ValueError(
+            f"{path}: line {lines.line_num}: {error}. Move the file away, and a new one is begun."
+        ) from None
 
 
 def _ordered(names: Iterable[str]) -> list[str]:

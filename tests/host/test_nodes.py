@@ -113,6 +113,7 @@ def test_every_node_has_a_help_page_of_two_screens_at_most_in_both_languages():
 def test_a_vanished_file_is_named_with_what_is_there_instead(tmp_path, monkeypatch):
     (tmp_path / "there.safetensors").write_bytes(b"0")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "dla", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # of a folder that is not there later
     assert missing("dla", "there.safetensors") is None
     problem = missing("dla", "gone.safetensors")
     assert "gone.safetensors" in problem and "there.safetensors" in problem and "models/dla" in problem

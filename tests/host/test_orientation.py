@@ -21,6 +21,7 @@ from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpoint
 from subject_dla.loaders.orient_anything.model import CHUNK, load_orientation
 from subject_dla.loaders.orient_anything.network import SIZES, Angles, decode
 from subject_dla.loaders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocess_subject
+from subject_dla.nodes.files import missing
 from subject_dla.nodes.orientation import SubjectLoadOrientation, SubjectOrientation
 from subject_dla.tests.small.measure import published_state
 from torch import nn
@@ -381,7 +382,7 @@ def test_the_nodes_give_overlay_table_and_lists(root, tiny, tmp_path, monkeypatc
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
     monkeypatch.setattr(SubjectOrientation, "hidden", SimpleNamespace(prompt=None, extra_pnginfo=None), raising=False)
     torch.save(tiny, root / "a.pt")
-    assert SubjectLoadOrientation.validate_inputs(orientation="a.pt") is True
+    assert missing("orientation", "a.pt") is None
     (model,) = SubjectLoadOrientation.execute("a.pt", True).result
     assert (root / "a.safetensors").is_file()
     images = torch.rand(3, 80, 120, 3, generator=torch.Generator().manual_seed(7))

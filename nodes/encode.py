@@ -114,6 +114,7 @@ def region_input(name: str, reference: str):
     )
 
 
+MOST_PROMPTS = 10_000  # of a list, whose names are made while the host validates: half a second
 NO_LINE = "prompts has no line with text, expected at least one. Write one prompt per line."
 
 
@@ -177,6 +178,11 @@ def _lines(prompts: str) -> list[str]:
 def _problems(prompts: Any, prefix: Any) -> dict[str, str | None]:
     """What is wrong with a list of prompts and the beginning of its file names, by input; of links nothing is known."""
     found = _lines(prompts) if isinstance(prompts, str) else None
+    if found and len(found) > MOST_PROMPTS:
+        text = (
+            f"prompts has {len(found)} lines with text, expected at most {MOST_PROMPTS}. Queue them in several lists."
+        )
+        return {"prompts": text, "prefix": None}
     names = file_names(found or [""], prefix) if isinstance(prefix, str) else []
     bad = next(filter(None, map(path_problem, names)), None)  # Save Image would say so after sampling
     return {

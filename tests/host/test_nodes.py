@@ -213,6 +213,8 @@ def test_prompt_list_keeps_lines_with_text():
     assert prompts == ["a cat", "a dog"]
     with pytest.raises(ValueError, match="one prompt per line"):
         NODES["SubjectPromptList"].execute("\n # only a remark")
+    with pytest.raises(ValueError, match="prompts has 500000 lines with text, expected at most 10000"):
+        NODES["SubjectPromptList"].execute("a\n" * 500_000)
 
 
 def test_file_names_have_number_and_words_of_the_prompt():

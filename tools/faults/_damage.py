@@ -133,6 +133,10 @@ def hostile_tar(names: tuple[str, ...] = ("../outside.png", "/tmp/outside.png"))
     return held.getvalue()
 
 
+# For which Pillow would start Ghostscript, whatever the file's name.
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%Page: 1 1\nshowpage\n%%EOF\n"
+
+
 def _gguf() -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, 10**6, 10**6) + bytes(100)
 
@@ -149,6 +153,7 @@ OF_ANY = (
     Damage("malicious .pt", _bytes(malicious_pt)),
     Damage("zip bomb", _bytes(lambda: zip_bomb(GIGABYTE // 10))),
     Damage("GGUF", _bytes(_gguf)),
+    Damage("EPS", _bytes(lambda: EPS)),
     Damage("folder", lambda good, bad: bad.mkdir()),
     Damage("named pipe", lambda good, bad: os.mkfifo(bad)),
     Damage("dangling link", lambda good, bad: bad.symlink_to(bad.with_name("nothing-here"))),
@@ -293,6 +298,8 @@ def of_safetensors(file: Path, seed: int = 0) -> Iterator[Damage]:
         yield Damage("an entry is null", _header(lambda h, d: ({**h, first: None}, d)))
         yield Damage("first tensor lost", _tensors(lambda t: {key: t[key] for key in sorted(t)[1:]}))
         yield Damage("last tensor lost", _tensors(lambda t: {key: t[key] for key in sorted(t)[:-1]}))
+        nothing = {"layers.9999998.weight": torch.zeros(0, 10**9)}  # which proves neither so many layers nor the width
+        yield Damage("tensor of nothing", _tensors(lambda t: {**t, **nothing}), True)
         yield Damage("tensor too many", _tensors(lambda t: {**t, "other.weight": torch.zeros(4)}), True)
         yield Damage("keys of another", _tensors(lambda t: {f"other.{key}": value for key, value in t.items()}))
     for key in [*dict.fromkeys([*matrices[:1], *floats[-1:]])]:
@@ -349,7 +356,13 @@ HOSTILE = {
     "attn_implementation": "owner/repo",
     "custom_pipeline": "owner/repo",
     "quantization_config": {"quant_method": "owner/repo"},
-}
+    "num_labels": 10**8,
+    # of a tokenizer.json: a text is doubled 40 times, or a regular expression gives up
+    "normalizer": {
+        "type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+    },
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(.*)*(.*)*x$"}, "behavior": "Isolated", "invert": False},
+}  # fmt: skip
 
 
 def of_json(value: Any) -> Iterator[Damage]:

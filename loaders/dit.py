@@ -15,6 +15,7 @@ from .host import DIT_OPTIONS, file_errors, is_dynamic, load_model_weights, make
 from .protocols import Model
 from .weight_folders import check_finite
 
+MOST_BLOCKS = 512  # of a DiT, or of experts in one; FLUX.1 has 57
 BLOCK = re.compile(r"\.(\d{1,5})\.")  # a block's number in a key
 # What `unet_config` may set that has to be a size.
 SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
@@ -116,8 +117,14 @@ def declared_sizes(path: str) -> dict:
     for key, tensor in header.tensors.items():
         if sizes and not (tensor.dtype in FILE_DTYPES and FILE_DTYPES[tensor.dtype].is_floating_point):
             raise ValueError(f"{path}: {key} is {tensor.dtype}, expected floating-point numbers. Fetch the file again.")
-    widest = max((size for tensor in header.tensors.values() for size in tensor.shape), default=0)
+    widest = max(
+        (size for tensor in header.tensors.values() if 0 not in tensor.shape for size in tensor.shape), default=0
+    )
     blocks = max((int(found[1]) + 1 for key in header.tensors if (found := BLOCK.search(key))), default=0)
+    if blocks > MOST_BLOCKS:  # the host would build each, whatever is in it
+        raise ValueError(
+            f"{path}: it has a block {blocks - 1}, expected less than {MOST_BLOCKS}. Fetch the file again."
+        )
     for name, value in sizes.items():
         most = blocks if "depth" in name or "layers" in name else widest
         plain = value is None or type(value) in (bool, str)

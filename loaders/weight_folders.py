@@ -38,6 +38,7 @@ LAST_FINITE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one
 TOKENIZER_PATHS = ("vocab_file", "merges_file", "tokenizer_file")  # in tokenizer_config.json
 MOST_LONGER = 64  # times that a tokenizer may make a text longer before it splits it
+MOST_LAYERS = 1024  # as in dla/features.py:MLLMInfo
 HARMLESS_LAYERS, HARMLESS = 128, 4096  # sizes that take no time or memory worth speaking of, whatever they are of
 
 
@@ -160,7 +161,7 @@ def check_sizes(config: dict[str, Any], headers: Headers, where: Path, positions
     for name, value in _fields(config):
         last = name.rpartition(".")[2]
         if LAYERS.search(last):
-            largest, found = max(layers, HARMLESS_LAYERS), f"the weights have {layers} layers"
+            largest, found = max(min(layers, MOST_LAYERS), HARMLESS_LAYERS), f"the weights have {layers} layers"
         elif SIZES.search(last) or (positions and last == "max_position_embeddings"):
             largest, found = max(widest, HARMLESS), f"no weight is wider than {widest:,}"
         elif last.endswith(("_act", "_activation")):

@@ -120,6 +120,14 @@ def test_a_tensor_of_nothing_proves_no_size(copy, key, shape, config):
         load_folder(copy)
 
 
+def test_layers_of_next_to_nothing_prove_no_more_than_an_mllm_can_have(copy):
+    more = {f"model.layers.{number}.x": torch.zeros(1) for number in range(20_000)}
+    changed_weights(copy, lambda tensors: tensors.update(more))
+    changed_config(copy, num_hidden_layers=20_000)
+    with pytest.raises(MLLMError, match="num_hidden_layers is 20000, expected a whole number from 1 to 1,024"):
+        load_folder(copy)
+
+
 def changed_tokenizer(folder, **parts):
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

@@ -126,3 +126,22 @@ def test_a_pt_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
     (tmp_path / "bomb.pt").write_bytes((tmp_path / "bomb.pt").read_bytes()[:-30] + bytes(30))
     with pytest.raises(OrientationCheckpointError, match="bomb.pt"):
         read_state(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("blocks", [["double_blocks.4999.x"], [f"single_blocks.{number}.x" for number in range(600)]])
+def test_blocks_of_nothing_are_not_built(small, tmp_path, monkeypatch, declared, blocks):
+    """20,000 of them, 2 MB, kept the host building for minutes."""
+    tensors, metadata = small
+    path = tmp_path / "evil.safetensors"
+    save_file({**tensors, **{key: torch.zeros(0) for key in blocks}}, path, metadata if declared else {})
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(path))
+    with pytest.raises(ValueError, match="evil.safetensors: it has a block (4999|599), expected less than 512"):
+        load_dit("evil.safetensors")
+
+
+def test_an_empty_mark_of_scaled_weights_is_taken(small, tmp_path, monkeypatch):
+    tensors, metadata = small
+    save_file({**tensors, "other": torch.zeros(0)}, tmp_path / "good.safetensors", metadata)
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
+    assert load_dit("good.safetensors")

@@ -78,7 +78,7 @@ def file_names(texts: list[str], prefix: str = "") -> list[str]:
 def report_path(prefix: str) -> Path:
     """Where the next report goes, without extension: in the host's output folder, numbered as its Save Image does.
 
-    Made before a node's work begins. Links in that folder are followed, as the host does.
+    Made before a node's work begins. Links in that folder are followed where the host does: older ones do.
 
     Raises:
         ValueError: For a prefix that leads out of the output folder, or is no path on every system.
@@ -91,8 +91,8 @@ def report_path(prefix: str) -> Path:
         )
     try:
         folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, str(root))
-    except OSError as error:
-        reason = error.strerror or error
+    except Exception as error:  # the host's own for a link that leads out, else the system's
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0].strip("* ")
         raise ValueError(f"filename_prefix is {prefix!r:.100}, where nothing can be written ({reason}).") from error
     return Path(folder) / f"{name}_{counter:05}_"
 

@@ -194,6 +194,10 @@ def test_links_in_the_output_folder_are_followed_as_the_host_does(tmp_path, monk
     except OSError:
         pytest.skip("this system makes no links")
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    if getattr(folder_paths, "is_within_directory", None):  # later hosts refuse them
+        with pytest.raises(ValueError, match="'link/x', where nothing can be written .*outside the output folder"):
+            report_path("link/x")
+        return
     save_reports(report_path("link/x"), json="{}")
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["x_00001_.json"]
 

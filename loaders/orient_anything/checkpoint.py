@@ -4,11 +4,14 @@ V2 is not read: see web/docs/SubjectLoadOrientation.md for why.
 """
 
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file
@@ -66,6 +69,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 f"unpacks to {unpacked:,} bytes from {path.stat().st_size:,}, expected a .pt file, which is not "
                 "compressed. Download the published file."
             )
+    if _shares_tuples(path):
+        raise fail("holds tuples in tuples, whose use as a key takes for ever. Download the published file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats
@@ -89,6 +94,34 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         )
     _check_keys(path, {key: (tuple(value.shape), value.dtype) for key, value in state.items()})
     return {key: value.clone().contiguous() for key, value in state.items()}  # tensors of a .pt may share memory
+
+
+def _shares_tuples(path: Path) -> bool:
+    """Whether a pickle takes a tuple a second time: sixty times in each other have 2^60 values to hash."""
+    try:
+        with ExitStack() as stack:
+            if zipfile.is_zipfile(path):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                files, pickles = [stack.enter_context(archive.open(name)) for name in names], 1
+            else:  # before PyTorch 1.6: a magic number, the version, the system, the state dict, the storages' names
+                files, pickles = [stack.enter_context(open(path, "rb"))], 5
+            return any(_shares_tuple(file) for file in files for _ in range(pickles))
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, EOFError):  # it is refused further on
+        return False
+
+
+def _shares_tuple(file: IO[bytes]) -> bool:
+    """The same of the next pickle in an open file."""
+    tuples, top = set(), False  # the tuples that are kept, and whether the top of the stack is one
+    for code, value, _ in pickletools.genops(file):
+        if "PUT" in code.name and top:
+            tuples.add(value)
+        elif "GET" in code.name and value in tuples:
+            return True
+        elif "PUT" not in code.name:
+            top = "TUPLE" in code.name
+    return False
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from subject_dla.common.bootstrap import ROOT
 from subject_dla.loaders.conditioning import reference_latents
 from subject_dla.loaders.dit import load_dit
-from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError, read_state
+from subject_dla.loaders.orient_anything.checkpoint import OrientationCheckpointError, _shares_tuples, read_state
 from subject_dla.loaders.vae import load_vae
 from subject_dla.tools.faults._damage import code_ran, malicious_pickle
 
@@ -145,3 +145,24 @@ def test_an_empty_mark_of_scaled_weights_is_taken(small, tmp_path, monkeypatch):
     save_file({**tensors, "other": torch.zeros(0)}, tmp_path / "good.safetensors", metadata)
     monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name))
     assert load_dit("good.safetensors")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tuples_in_tuples_are_not_hashed(tmp_path, packed):
+    """200 bytes of a .pt: a key of 2^60 values."""
+    nested = b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
+    data = b"\x80\x02}X\x01\0\0\0a\x85q\0" + nested + b"K\x01s."
+    (tmp_path / "a.pt").write_bytes(data)
+    if packed:
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3\n")
+    with pytest.raises(OrientationCheckpointError, match="a.pt.*holds tuples in tuples"):
+        read_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_writes_shares_no_tuples(tmp_path, zipped):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+    torch.save(module.state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    assert not _shares_tuples(tmp_path / "a.pt")

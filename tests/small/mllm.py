@@ -249,7 +249,7 @@ def _build(
 
 def _random(key, shape, generator):
     # a processor draws a thousand million normal numbers in half a minute: the tables of words repeat some
-    drawn = torch.randn(min(prod(shape), 2**20 + 7), generator=generator)
+    drawn = torch.randn(min(prod(shape), 2**24 + 7), generator=generator)  # small ones are those of 0.1.0
     noise = drawn.repeat(-(-prod(shape) // max(drawn.numel(), 1)))[: prod(shape)].reshape(shape)
     if re.search(r"(norm\w*|ln_q)\.weight$", key):
         return 1 + 0.1 * noise

@@ -195,9 +195,8 @@ def test_a_folder_chooses_no_other_architecture_for_a_part(tmp_path, part):
 ])  # fmt: skip
 def test_what_transformers_finds_when_it_runs_the_model_names_the_config(copy, name, value):
     changed_config(copy, **{name: value})
-    with pytest.raises(
-        MLLMError, match="copy/config.json: transformers .* cannot run qwen2_5_vl as it says .*Download"
-    ):
+    words = "(transformers .* cannot run qwen2_5_vl as it says .*Download|.* cannot be read by transformers 4)"
+    with pytest.raises(MLLMError, match=f"copy/config.json: {words}"):
         load_folder(copy).encode("a fox", [torch.rand(64, 64, 3)])
 
 

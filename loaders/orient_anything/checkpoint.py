@@ -42,8 +42,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise OrientationCheckpointError(path, "is not there or is a folder, expected one .pt or .safetensors file.")
     state = _read_pickle(path) if path.suffix.lower() == ".pt" else _read_safetensors(path)
     for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
+        if value.is_floating_point() and not bool((found := value.float().isfinite()).all()):  # in fp32 it computes
+            count = int((~found).sum())
             raise OrientationCheckpointError(
                 path, f"{key} has {count} of {value.numel()} values that are NaN or infinite. Download it again."
             )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ...common.files import save_tensors
 from ...common.safetensors_header import SafetensorsError, read_header
-from ...dla.checkpoint import check_finite
 from ...loaders.backbones import Backbone
 
 # Kohya's, PEFT's, diffusers' and the host's names of one linear map's tensors.
@@ -122,13 +121,18 @@ class LoRA(nn.Module):
                 )
         if more := [key for key in state if key not in expected]:
             raise ValueError(
-                f"LoRA file '{path.name}': has {more[0]} too, and {len(more) - 1} more that a LoRA on attention has "
-                "not, so it would be another one without them. Start from none, or from a LoRA trained here."
+                f"LoRA file '{path.name}': has {more[0]:.100} too, and {len(more) - 1} more that a LoRA on attention "
+                "has not, so it would be another one without them. Start from none, or from a LoRA trained here."
             )
         for key, value in state.items():
             if not value.is_floating_point() or value.element_size() < 2 and not key.endswith(".alpha"):
                 raise ValueError(f"LoRA file '{path.name}': {key} is {value.dtype}, expected fp16, bf16 or fp32.")
-        check_finite(path, state)
+            state[key] = value.float()  # in which it is kept: of fp64 it may be infinite
+            if not bool(state[key].isfinite().all()):
+                raise ValueError(
+                    f"LoRA file '{path.name}': {key} has values that are NaN or infinite in fp32, expected finite ones. "
+                    "Take another file."
+                )
         for key in expected:
             if key.endswith(".alpha") and float(state[key]) != self.alpha:
                 raise ValueError(

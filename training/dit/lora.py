@@ -130,7 +130,7 @@ class LoRA(nn.Module):
             state[key] = value.float()  # in which it is kept: of fp64 it may be infinite
             if not bool(state[key].isfinite().all()):
                 raise ValueError(
-                    f"LoRA file '{path.name}': {key} has values that are NaN or infinite in fp32, expected finite ones. "
+                    f"LoRA file '{path.name}': {key} has values that are NaN or infinite in fp32, expected others. "
                     "Take another file."
                 )
         for key in expected:

@@ -279,6 +279,10 @@ FAULTS = {
     "other shape": (lambda d: changed_weights(d, lambda t: t.update({first(t): torch.ones(3, 5)})), "transformers"),
     "layers": (lambda d: changed_config(d, num_hidden_layers=10**9, vision_config={"depth": 10**9}), "config.json: "),
     "heads": (lambda d: changed_config(d, num_attention_heads=0, projection_dim=0), "config.json: "),
+    "patches": (
+        lambda d: changed_config(d, image_size=4000, patch_size=1, vision_config={"image_size": 4000, "patch_size": 1}),
+        "config.json: image_size is 4000 and patch_size 1, 16,000,000 patches",
+    ),
     "text": (lambda d: changed_config(d, image_size="x", text_config="x"), "config.json: "),
     "activation": (lambda d: changed_config(d, hidden_act=7, text_config={"hidden_act": 7}), "config.json: "),
     "adapter": (lambda d: (d / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}'), None),

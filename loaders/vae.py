@@ -26,7 +26,8 @@ def load_vae(name: str) -> VAE:
             raise DataError(f"{path}: it {error.problem}") from None
         for key, tensor in tensors.items():
             dtype = FILE_DTYPES.get(tensor.dtype)
-            if key.endswith((".weight", ".bias")) and (dtype is None or not dtype.is_floating_point):
+            floats = dtype is not None and dtype.is_floating_point
+            if not floats and (key.endswith((".weight", ".bias")) or tensor.dtype.startswith("C")):  # C64: complex
                 raise DataError(f"{path}: {key!r} is {tensor.dtype}, expected floating point. Download the VAE again.")
     with host.file_errors(f"{path}: the host cannot load it as a VAE", " Choose another file."):
         vae = host.load_vae(name)

@@ -25,7 +25,7 @@ from ...tests.small.prompts import of_type
 from ..comfy_client.client import HostError, WorkflowError, failure
 from ..tables import parser
 from ._damage import OF_ANY, Damage, code_ran, damages
-from ._server import Settings, draw, graph, small_server, upload_pictures, wait
+from ._server import Settings, draw, graph, pictures, small_server, upload_pictures, wait
 from ._training import training
 
 SECONDS = 60  # of a prompt
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
                 text = str(error)
             except (TimeoutError, HostError, OSError, urllib.error.URLError) as error:
                 text, alive = str(error), False
-            if alive and not text and not bad.may_pass:
-                problem = "was taken without a word"
+            if alive and not text and not bad.may_pass and pictures(server.client, entry["outputs"]) != expected:
+                problem = "was taken without a word, and draws another picture"
             elif alive and text and not any(name in text for name in bad.names):
                 problem = f"names no file: {text[:300]}"
             try:

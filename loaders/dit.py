@@ -20,6 +20,7 @@ BLOCK = re.compile(r"\.(\d{1,5})\.")  # a block's number in a key
 # What `unet_config` may set that has to be a size.
 SIZES = ("num_heads", "hidden_size", "depth", "depth_single_blocks", "in_channels", "patch_size", "axes_dim", "theta")
 WEIGHTS = (".weight", ".bias")
+NOT_WHOLE = ("disable_unet_model_creation", "final_layer")  # the host's, by which it builds none, or a part of one
 # Prefixes under which checkpoints keep the DiT's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
@@ -154,12 +155,8 @@ def build_dit(state_dict: dict, sizes: dict, options: dict, path: str) -> Model:
     unknown = f"{path}: the host knows no model with these keys and the sizes {sizes!s:.200} in `unet_config`"
     with file_errors(unknown):
         config = model_detection.detect_unet_config(state_dict, "")
-        if others := [
-            name for name, value in sizes.items() if type(value) in (bool, str) and name not in (config or ())
-        ]:
-            raise ValueError(
-                f"{others[0]!r:.60} is no setting of it"
-            )  # it may be one of the host's that builds no model
+        if others := [name for name in NOT_WHOLE if name in sizes and name not in (config or ())]:
+            raise ValueError(f"{others[0]!r} is no setting of it")
         found = model_detection.model_config_from_unet_config({**config, **sizes}, state_dict) if config else None
     if found is None:
         raise ValueError(f"{unknown}.")

@@ -184,7 +184,7 @@ def check_sizes(config: dict[str, Any], headers: Headers, where: Path, positions
                 )
     for part in (config, config.get("text_config"), config.get("vision_config")):  # a table of positions
         given = (part.get("image_size"), part.get("patch_size")) if part else ()
-        sides = [value[0] if isinstance(value, list) and value else value for value in given]
+        sides: list[Any] = [value[0] if isinstance(value, list) and value else value for value in given]
         if all(sides) and sides and (count := (sides[0] // sides[1]) ** 2) > max(widest, HARMLESS):
             raise DataError(
                 f"{where}: image_size is {sides[0]} and patch_size {sides[1]}, {count:,} patches, expected at most "

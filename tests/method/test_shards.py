@@ -153,7 +153,7 @@ def test_how_shards_are_named(tmp_path):
         read_data(tmp_path / "d" / "s-{008..011}.tar")
     with pytest.raises(DataError, match="1 of 1 shards are not there"):
         read_data(tmp_path / "none.tar")
-    with pytest.raises(DataError, match="expected at most a million"):
+    with pytest.raises(DataError, match="expected at most 1,000,000"):
         read_data(tmp_path / "s-{0..99999999999}.tar")
 
 

@@ -3,6 +3,7 @@
     nox -s demo                     the main job on a real ComfyUI server: pictures in output/
     nox -s demo -- --serve          the same, then leaves the editor open (all options: nox -s demo -- --help)
     nox -s tests                    the tests (arguments after -- go to pytest: -m method for those without ComfyUI)
+    nox -s tests -- --long          all of them: also the long ones of what shorter ones test too
     nox -s browser                  the editor as a person uses it, in a real browser: screenshots in output/browser/
     nox -s lint                     ruff's rules and format, types, and whether the host has what the pack uses of it
     nox -s bench                    ratios against the host's own way in the same run (-- --full: on an accelerator)
@@ -26,6 +27,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).resolve().parent
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start a hundred processes that import the same modules
 sys.path.insert(0, str(ROOT))
 
 from tools import environment  # noqa: E402
@@ -55,8 +57,8 @@ def tests(session: nox.Session) -> None:
     environment.obtain_browser(found.python)
     environ = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
     arguments = session.posargs
-    if not arguments:  # all: in two processes of a thread each
-        arguments, environ["OMP_NUM_THREADS"] = [*matrix.TOGETHER, *matrix.SUITE], "1"
+    if not set(arguments) - {"--long"}:  # no choice: in two processes of a thread each
+        arguments, environ["OMP_NUM_THREADS"] = [*matrix.TOGETHER, *matrix.SUITE, *arguments], "1"
     session.run(str(found.python), "-m", "pytest", "--durations=25", *arguments, env=environ, **RUN)
 
 
@@ -64,7 +66,8 @@ def tests(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """What a person sees and touches: two versions of the editor, each with both renderers, in a real browser.
 
-    Most tests are run in two of these four: each front end and each renderer once; `-- --every-editor` runs all in all.
+    Most tests are run in two of these four, each front end and each renderer once, or in one of the two, in turns;
+    `-- --every-editor` runs all in all.
     """
     found = prepare(session)
     environment.obtain_browser(found.python)

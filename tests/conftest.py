@@ -17,6 +17,7 @@ runpy.run_path(str(ROOT / "common" / "bootstrap.py"))["import_pack"]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the tables of docs/ that tests make")
+    parser.addoption("--long", action="store_true", help="also the tests marked `long`")
     parser.addoption("--every-editor", action="store_true", help="browser tests: all in both renderers of both editors")
     parser.addoption("--host-title", help="name of a private host in the tables of docs/, in place of its version")
 
@@ -27,9 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(FamiliesTable(config))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])
+    if not config.getoption("--long") and not any("::" in argument for argument in config.args):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(scope="session")

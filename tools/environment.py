@@ -123,9 +123,11 @@ def _build_environment(comfyui: Path, transformers: str = "") -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     # virtualenv comes with nox and, unlike venv, needs no further system package on Debian.
     _run([sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(folder)])
-    _run([str(python), "-m", "pip", "install", "--quiet", *wanted])
+    # A module is compiled when it is first imported: most of the packages' never are.
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
+    _run([*install, *wanted])
     if audio:
-        _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", TORCHAUDIO])
+        _run([*install, "--no-deps", TORCHAUDIO])
     _remove_compiled_halves(python)
     stamp.write_text(recipe, encoding="utf-8")
     return python

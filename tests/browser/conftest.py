@@ -70,11 +70,12 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_one_of_two(item: pytest.Item) -> bool:
     given = getattr(item, "callspec", None)
-    return (
-        not given
-        or "front_end" not in given.params
-        or (given.params["front_end"], given.params["renderer"]) in TWO_EDITORS
-    )
+    if not given or "front_end" not in given.params:
+        return True
+    editors, turns = TWO_EDITORS, item.get_closest_marker("in_turns")
+    if turns:  # each value in one of the two, as they come
+        editors = (TWO_EDITORS[given.indices[turns.args[0]] % 2],)
+    return (given.params["front_end"], given.params["renderer"]) in editors
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -81,6 +81,7 @@ def test_what_the_search_finds_by_other_words_is_the_node_itself(editor, ours):
     assert [node["class_type"] for node in editor.queued().values()] == ["SubjectAddIdentity"]
 
 
+@pytest.mark.in_turns("language")
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_help(editor, ours, language):
     """In the editor's panel as it opens: our page, its pictures loaded, its links alive, nothing cut, two screens."""

@@ -235,7 +235,7 @@ def test_every_large_weight_is_a_leaf_the_host_can_move(loaded):
 
 
 @pytest.mark.parametrize("family, weight_dtype", [
-    *((family, "fp8_e4m3fn") for family in BUILD),
+    *(pytest.param(family, "fp8_e4m3fn", marks=[pytest.mark.long] * ("2_5" not in family)) for family in BUILD),
     *(("qwen2_5_vl", dtype) for dtype in ("bf16", "fp16", "fp32", "fp8_e5m2")),
 ])  # fmt: skip
 def test_storage_type(folders, family, weight_dtype):

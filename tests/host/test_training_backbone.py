@@ -87,6 +87,7 @@ def test_gradient_of_the_context(problem, checkpointing):
     assert (found - ours).norm() / found.norm() < 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [
     pytest.param(name, marks=pytest.mark.shows("trains", family="klein" if name == "flux2" else name))
     for name in FAMILIES

@@ -502,7 +502,7 @@ def contents(folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-@pytest.mark.parametrize("kind", ["latents", "features"])
+@pytest.mark.parametrize("kind", [pytest.param("latents", marks=pytest.mark.long), "features"])
 def test_several_processes_fill_one_cache_and_one_is_killed(tmp_path, pictures, kind):
     """What is there in the end is what one process writes, bit for bit, and nearly nothing is encoded twice."""
     for picture in pictures:

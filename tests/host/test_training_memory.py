@@ -99,7 +99,7 @@ def estimated(family, module, rank, checkpointing, tokens=TOKENS, side=SIDE, ref
     return memory.estimate(backbone, sizes=backbone.training.measure(module), **settings).parts
 
 
-@pytest.mark.parametrize("rank", [0, 512])
+@pytest.mark.parametrize("rank", [0, pytest.param(512, marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_count_of_activations_is_what_autograd_keeps(family, rank):
     module = build(family, () if rank else NARROW[family])  # full width once
@@ -126,7 +126,9 @@ def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=[pytest.mark.long] * (name == "flux2")) for name in FAMILIES
+])  # fmt: skip
 def test_peak_of_forward_and_backward_pass(family, checkpointing):
     module, shape = build(family, NARROW[family]), {"tokens": 128, "side": 24, "reference": 12}
     lora = LoRA(module, BACKBONES[family], 16)

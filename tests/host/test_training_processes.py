@@ -62,6 +62,7 @@ def test_what_is_sent_is_what_is_computed(found):
     assert found["bf16"]["gather"] < found["sharded"]["gather"]
 
 
+@pytest.mark.long
 def test_shards_within_a_machine_and_replicas_between_machines(found, tmp_path):
     several = run(tmp_path, 4, "replicas")["replicas"]
     assert several["gradients"] < 1e-5 and several["shards"] == 2

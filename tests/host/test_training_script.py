@@ -104,6 +104,7 @@ def two_machines(workspace: Path, *arguments: str) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.long
 def test_sharded_on_two_machines_it_is_the_same_run_and_resumes_as_another(workspace):
     """FSDP by accelerate's own switch; checkpoints are those of one process, before and behind it."""
     single = ["--set", "training.accumulate=2", "--set", "run.name='single'"]
@@ -154,10 +155,8 @@ def test_sharded_by_the_documented_command_a_run_saves_at_its_end_alone(workspac
 
 
 def test_bad_recipes_are_named(workspace):
-    changes = {"training.steps='many'": "training.steps", "models.vae='none.safetensors'": "none.safetensors"}
-    for change, name in changes.items():
-        _, err = finish(start(workspace, "--set", change), 1)
-        assert name in err and "Traceback" not in err
+    _, err = finish(start(workspace, "--set", "models.vae='none.safetensors'"), 1)
+    assert "none.safetensors" in err and "Traceback" not in err
     out, _ = finish(start(workspace, "--template"))
     assert "[training]" in out
 

@@ -328,13 +328,13 @@ def test_a_server_whose_answers_are_odd_costs_no_case(odd, start, tmp_path, caps
     bad.odd[part] = answer
     wanted(tmp_path, 1)
     (tmp_path / "list.json").write_text(
-        json.dumps([{"prompt": f"cat {n}", "image_paths": ["cat.png"]} for n in range(20)])
+        json.dumps([{"prompt": f"cat {n}", "image_paths": ["cat.png"]} for n in range(10)])
     )
     (tmp_path / "flow.json").write_text(json.dumps(GRAPH))
     command = ["run", str(tmp_path / "list.json"), "--workflow", str(tmp_path / "flow.json"), "--out"]
     assert main([*command, str(tmp_path / "out"), "--server", f"{good.address},{bad.address}", "--patience", "5"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["made"], result["failed"]) == (20, 0)
+    assert (result["made"], result["failed"]) == (10, 0)
     assert result["servers"][bad.address] == 0 or part in ("object_info", "system_stats")
 
 

@@ -270,6 +270,7 @@ def test_scores_in_the_workflow_become_the_table(own_server, small_workflow, que
     assert len(lines(out)) == pictures
 
 
+@pytest.mark.long
 def test_two_servers_of_which_one_is_killed_make_the_table_of_one(
     own_server, make_server, small_workflow, questions, tmp_path
 ):

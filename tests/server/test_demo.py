@@ -60,7 +60,9 @@ def test_ones_own_workflow_images_and_prompt(comfyui, small_workflow, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGKILL))
+])  # fmt: skip
 def test_interrupted_it_leaves_no_process(comfyui, number, tmp_path):
     """SIGKILL too: nothing of ours runs then, and the server ends all the same."""
     command = [*SCRIPT, "--comfyui", str(comfyui), "--out", str(tmp_path)]

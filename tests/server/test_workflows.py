@@ -26,6 +26,7 @@ WORKFLOWS = list(TITLES)
 FIRST_SHIPPED = sorted((ROOT / "tests" / "fixtures").glob("*/workflows/*.json"))  # never edited
 FIRST_BLUEPRINTS = sorted((ROOT / "tests" / "fixtures").glob("*/subgraphs/*.json"))
 QWEN_IMAGE_21, CACHE_21 = "qwen_image_2_1_staged", "QwenImage21Cache"
+LONG = ("system_qwen_image_edit", "train_dla_klein")  # to run; `nox -s browser` does
 DREAMO = Path(__file__).with_name("dreamo")  # stand-ins, see there
 TEMPLATES = Path(find_spec("comfyui_workflow_templates_json").origin).with_name("templates")
 # Of the front end's own: with bypassed and nested subgraphs, reroutes, primitives, widgets shown outside.
@@ -55,7 +56,7 @@ def page(small_server):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflow(small_server, page, name):
+def test_workflow(small_server, page, name, pytestconfig):
     saved = workflow.read(name)
     models = small_server.client.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
     if name == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in models:
@@ -80,7 +81,8 @@ def test_workflow(small_server, page, name):
     ours, shown = ({k: (n["class_type"], n["inputs"]) for k, n in prompt.items()} for prompt in (ours, theirs))
     assert ours == shown
 
-    check_result(small_server, theirs, name)
+    if name not in LONG or pytestconfig.getoption("--long"):
+        check_result(small_server, theirs, name)
 
 
 def check_result(small_server, prompt, name):

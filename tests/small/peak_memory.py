@@ -11,7 +11,7 @@ import torch
 from ...dla import DLAConfig, DualLayerAggregator, Features, MLLMInfo
 
 INFO = MLLMInfo("peak", "internvl", 28, 512)
-CHUNK = 8 * 2**20
+CHUNK = 4 * 2**20
 
 
 def features(tokens: int) -> Features:
@@ -29,7 +29,7 @@ def main(pooling: str) -> None:
     form = {"pooling": "softmax"} if pooling == "heads" else {"pooling": pooling, "scores": "states"}
     dla = DualLayerAggregator(DLAConfig(INFO, 512, **form), dtype=torch.bfloat16).requires_grad_(False)
     dla(features(16), max_chunk_bytes=CHUNK)  # kernels, thread pools
-    given = features(2048)
+    given = features(1024)
     before = peak()
     dla(given, max_chunk_bytes=CHUNK)
     print((peak() - before - CHUNK) / given.hidden_states.nbytes)

@@ -19,9 +19,11 @@ def two_references(object_info: dict) -> dict:
 
 def shrink(prompt: dict) -> None:
     """Sizes and step counts for a processor: same nodes, same links."""
+    # whose references stay at a megapixel
+    steps = 1 if any(node["class_type"] == "TextEncodeQwenImageEditPlus" for node in prompt.values()) else 4
     for node in prompt.values():
         inputs = node["inputs"]
-        for name, small in (("width", 128), ("height", 128), ("steps", 4)):
+        for name, small in (("width", 128), ("height", 128), ("steps", steps)):
             if isinstance(inputs.get(name), int):
                 inputs[name] = small
         if node["class_type"] in ("SubjectAddIdentity", "SubjectConditioning"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from playwright.sync_api import Locator, Page, TimeoutError
 from subject_dla.common.bootstrap import ROOT
@@ -94,8 +95,12 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def models(comfyui, tmp_path_factory):
-    return build_models(comfyui, tmp_path_factory.mktemp("models"))
+def models(comfyui, tmp_path_factory, worker_id):
+    """Made once for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "models"
+    with FileLock(f"{folder}.lock"):
+        return folder if folder.is_dir() else build_models(comfyui, folder)
 
 
 @pytest.fixture(scope="session", params=FRONT_ENDS)

@@ -289,10 +289,10 @@ def test_the_time_left_goes_with_the_run(editor, stop):
         if (name === "removed") return app.graph.remove(sampler)
         for (const widget of sampler.widgets) widget.value = {steps, seed}[widget.name] ?? widget.value
     }"""
-    editor.run(change, ["changed", 120, 100 * len(editor.renderer) + len(stop)])
+    editor.run(change, ["changed", 60, 100 * len(editor.renderer) + len(stop)])
     text = editor.page.locator(".subject-stages output")
     editor.press_run()
-    text.filter(has_text=re.compile(r"^step \d+/120, .* left$")).wait_for(timeout=60_000)
+    text.filter(has_text=re.compile(r"^step \d+/60, .* left$")).wait_for(timeout=60_000)
     if stop == "interrupted":
         editor.run("() => window.comfyAPI.api.api.interrupt()")
     else:

@@ -127,7 +127,7 @@ def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", [
-    pytest.param(name, marks=[pytest.mark.long] * (name == "flux2")) for name in FAMILIES
+    pytest.param(name, marks=[pytest.mark.long] * (name in ("flux", "flux2"))) for name in FAMILIES
 ])  # fmt: skip
 def test_peak_of_forward_and_backward_pass(family, checkpointing):
     module, shape = build(family, NARROW[family]), {"tokens": 128, "side": 24, "reference": 12}

@@ -139,7 +139,9 @@ def stop_at(*steps):
     return callback
 
 
-@pytest.mark.parametrize("backbone", TRAINED, ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("backbone", [
+    pytest.param(one, marks=[pytest.mark.long] * (one.name in ("qwen_image", "omnigen2"))) for one in TRAINED
+], ids=lambda backbone: backbone.name)  # fmt: skip
 def test_a_run_of_each_family(workspace, monkeypatch, backbone):
     """With held-out losses and sample pictures, stopped and resumed as if it had not been; prompts differ in length."""
     skip_what_the_host_lacks(backbone.name)
@@ -270,7 +272,10 @@ def test_a_held_out_loss_that_is_no_number_is_said_and_in_no_file(workspace, who
     assert all(map(math.isfinite, load_dla(workspace.files(name)[0]).config.provenance["held_out_loss"].values()))
 
 
-@pytest.mark.parametrize("file", ["validation.csv", "validation.png", "loss.csv", "step-00000003.jpg"])
+@pytest.mark.parametrize("file", [
+    "validation.csv", *(pytest.param(name, marks=pytest.mark.long) for name in ("validation.png", "loss.csv")),
+    "step-00000003.jpg",
+])  # fmt: skip
 def test_a_report_that_is_cut_off_comes_again(workspace, whole, monkeypatch, file):
     """A disk that is full, or a process that is killed, while one of a run's reports is written."""
     watch = {"validate_every": 3, "validation_examples": 1, "sample_every": 3, "samples": 1, "sample_steps": 1}

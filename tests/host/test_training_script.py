@@ -143,6 +143,7 @@ def test_sharded_on_two_machines_it_is_the_same_run_and_resumes_as_another(works
     assert all(value.isfinite().all() for file in files for value in load_file(last / f"{file}.safetensors").values())
 
 
+@pytest.mark.long
 def test_sharded_by_the_documented_command_a_run_saves_at_its_end_alone(workspace):
     """On processors, too, each process knows of the others; `save_every = 0` saves once."""
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2")

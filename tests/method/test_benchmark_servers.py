@@ -324,7 +324,7 @@ def test_a_server_whose_answers_are_odd_costs_no_case(odd, start, tmp_path, caps
     """Whatever it says, the other one draws what it does not, and no case is taken for what ended it."""
     part, *answer = ODD[odd]
     parts = ("system_stats", "queue", "object_info")
-    good, bad = start(seconds=0.05, parts=parts), start(parts=parts)
+    good, bad = start(seconds=0.03, parts=parts), start(parts=parts)
     bad.odd[part] = answer
     wanted(tmp_path, 1)
     (tmp_path / "list.json").write_text(

@@ -88,7 +88,7 @@ class Server:
             folders = [self.base / "models", *self.models]  # its own first: trained models are written there
             paths.write_text("\n".join(_model_paths(folders)), encoding="utf-8")
             command += ["--extra-model-paths-config", str(paths)]
-        settings = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+        settings = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         # The keeper leads a process group of its own, so that Ctrl-C reaches us first, and ends when our pipe closes.
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

@@ -4,13 +4,14 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 
 from ..common.dtypes import UNQUANTIZED
-from ..common.files import DataError, file_problem
+from ..common.files import DataError, file_problem, read_bytes
 from ..common.safetensors_header import TensorHeader, read_header
 from ..common.untrusted_json import read_json
 
@@ -40,6 +41,7 @@ TOKENIZER_PATHS = ("vocab_file", "merges_file", "tokenizer_file")  # in tokenize
 MOST_LONGER = 64  # times that a tokenizer may make a text longer before it splits it
 MOST_LAYERS = 1024  # as in dla/features.py:MLLMInfo
 HARMLESS_LAYERS, HARMLESS = 128, 4096  # sizes that take no time or memory worth speaking of, whatever they are of
+_checked: set[bytes] = set()  # digests of tokenizer.json files without a fault
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,13 +76,16 @@ def check_tokenizer(folder: Path) -> None:
         if isinstance(value, str) and os.path.exists(value) and Path(value).resolve().parent != folder.resolve():
             raise DataError(f"{path}: {name} is {value!r:.100}, expected a file of its own folder. Remove that line.")
     file = folder / "tokenizer.json"
-    found = read_json(file, longest=TEXTS) if file.is_file() else {}
+    if not file.is_file() or (digest := sha256(read_bytes(file, TEXTS)).digest()) in _checked:
+        return  # read once: the published ones have 11 MB, which takes longer to parse than all else here
+    found = read_json(file, longest=TEXTS)
     longer = _longer([found.get(part) for part in ("normalizer", "pre_tokenizer")])
     if longer > MOST_LONGER:
         raise DataError(
             f"{file} makes a text up to {longer:.3g} times as long, expected at most {MOST_LONGER} times. Download it "
             "again."
         )
+    _checked.add(digest)
 
 
 def _cleaned(value: Any) -> Any:

@@ -226,6 +226,22 @@ def test_keyframes_are_added_edited_and_removed(editor, stages):
     assert prompt[queued(editor)["stages"][0]]["class_type"] == "SubjectStageSchedule"
 
 
+def test_a_keyframe_is_removed_while_the_server_answers(editor, stages):
+    """The answer still tells of it."""
+    page, held = editor.page, []
+    page.get_by_role("button", name="Add a keyframe").click()
+    handle = slider(editor, "keyframe 3, VAE tokens")
+    handle.wait_for()
+    page.route("**/subject_dla/stages", lambda route: held.append(route))
+    drag(editor, handle, 0, 25)
+    while not held:
+        page.wait_for_timeout(50)
+    page.get_by_role("button", name="Remove the last keyframe").first.click()
+    held[0].continue_()
+    page.unroute("**/subject_dla/stages")
+    page.wait_for_function("() => !document.querySelector('.subject-stages .handle.up')")
+
+
 @pytest.mark.every_editor
 def test_our_sockets_have_colours_of_their_own(editor):
     """In dark and light palettes; a palette that names our types keeps its colours."""

@@ -146,7 +146,8 @@ class StageEditor {
     handles(key, index) {
         const found = []
         const owner = nodeOf(this.node.graph, key.node)
-        const title = `${owner?.title ?? ""}, keyframe ${index + 1}`
+        if (!owner) return found // removed while the server answered, which is asked again
+        const title = `${owner.title}, keyframe ${index + 1}`
         if (key.start_input && index > 0) {
             const range = this.limits(index)
             found.push(this.handle(owner, key.start_input, `${title}, start`, key.start, range, "", this.drawing.bar(index)))

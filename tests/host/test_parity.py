@@ -209,9 +209,8 @@ def test_a_file_of_chroma_is_none_of_these():
 
 
 @pytest.mark.shows("detected", "parity both", "context off", "references off")
-@pytest.mark.parametrize("family", [
-    pytest.param(name, marks=[pytest.mark.long] * (name in ("flux", "flux2"))) for name in FAMILIES
-])  # fmt: skip
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
 def test_full_width(monkeypatch, family):
     """Once for each family, at the widths of a release: the two identities, and the context left out."""
     skip_what_the_host_lacks(family)

@@ -111,6 +111,7 @@ def test_count_of_activations_is_what_autograd_keeps(family, rank):
     assert 0.97 < estimated(family, module, rank, False)["activations"] / found < 1.1
 
 
+@pytest.mark.long
 def test_autograd_keeps_weights_that_are_cast_up_for_the_arithmetic():
     module = build("flux", dtype=torch.float8_e4m3fn, operations=comfy.ops.manual_cast)
     for part in module.modules():  # as the host loads them: norm scales stay in the dtype of the arithmetic

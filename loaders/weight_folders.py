@@ -13,7 +13,7 @@ import torch
 from ..common.dtypes import UNQUANTIZED
 from ..common.files import DataError, file_problem, read_bytes
 from ..common.safetensors_header import TensorHeader, read_header
-from ..common.untrusted_json import read_json
+from ..common.untrusted_json import JSONError, parse_json, read_json
 
 Headers = dict[str, tuple[Path, TensorHeader]]  # of every key: its file, its dtype and shape
 
@@ -76,9 +76,15 @@ def check_tokenizer(folder: Path) -> None:
         if isinstance(value, str) and os.path.exists(value) and Path(value).resolve().parent != folder.resolve():
             raise DataError(f"{path}: {name} is {value!r:.100}, expected a file of its own folder. Remove that line.")
     file = folder / "tokenizer.json"
-    if not file.is_file() or (digest := sha256(read_bytes(file, TEXTS)).digest()) in _checked:
-        return  # read once: the published ones have 11 MB, which takes longer to parse than all else here
-    found = read_json(file, longest=TEXTS)
+    if not file.is_file():
+        return
+    data = read_bytes(file, TEXTS)
+    if (digest := sha256(data).digest()) in _checked:
+        return  # the published ones have 11 MB, which takes longer to parse than all else here
+    try:
+        found = parse_json(data, longest=TEXTS)
+    except JSONError as error:
+        raise DataError(f"{file} {error}") from None
     longer = _longer([found.get(part) for part in ("normalizer", "pre_tokenizer")])
     if longer > MOST_LONGER:
         raise DataError(

@@ -80,7 +80,7 @@ def _run(transformers: str, flags: str, tests: Sequence[str]) -> dict:
         return {**row, "not_tried": "needs an accelerator", "seconds": 0}
     if flags and not _knows(found.comfyui, flags):
         return {**row, "not_tried": "not on this host", "seconds": 0}
-    command = [str(found.python), "-m", "pytest", "-q", *TOGETHER, *(tests or (*SUITE, "--long"))]
+    command = [str(found.python), "-m", "pytest", "-q", *TOGETHER, "--long", *(tests or SUITE)]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     log = OUTPUT / re.sub(r"[^\w.-]+", "_", f"{row['host']}-{row['transformers']}-{flags or 'suite'}.log")
     started = time.monotonic()

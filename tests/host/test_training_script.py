@@ -156,8 +156,10 @@ def test_sharded_by_the_documented_command_a_run_saves_at_its_end_alone(workspac
 
 
 def test_bad_recipes_are_named(workspace):
-    _, err = finish(start(workspace, "--set", "models.vae='none.safetensors'"), 1)
-    assert "none.safetensors" in err and "Traceback" not in err
+    changes = {"training.steps='many'": "training.steps", "models.vae='none.safetensors'": "none.safetensors"}
+    for change, name in changes.items():
+        _, err = finish(start(workspace, "--set", change), 1)
+        assert name in err and "Traceback" not in err
     out, _ = finish(start(workspace, "--template"))
     assert "[training]" in out
 

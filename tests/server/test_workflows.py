@@ -60,7 +60,7 @@ def test_workflow(small_server, page, name, pytestconfig):
     saved = workflow.read(name)
     models = small_server.client.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
     if name == "train_dla_klein" and saved["nodes"][0]["widgets_values"][0] not in models:
-        pytest.skip("this host has no FLUX.2")
+        pytest.skip("not on this host: FLUX.2")
     shown = page.evaluate(LOAD, saved)
     assert shown["count"] == len(saved["nodes"])
     if name == QWEN_IMAGE_21 and CACHE_21 not in small_server.client.object_info():
